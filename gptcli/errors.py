@@ -1,0 +1,89 @@
+"""The typed errors of gptcli and the exit code of each.
+
+An error says what is wrong, where (file and line of the recipe, file and row of the data) and what to do. It is
+raised where the knowledge is and caught once, in `gptcli.cli`. Codes are documented in the README.
+"""
+
+from __future__ import annotations
+
+
+class GptcliError(Exception):
+    """Base of every error that a user is meant to read.
+
+    Args:
+        what: what is wrong, one sentence.
+        where: file and line, or file and row; None when there is no such place.
+        remedy: what to do about it; may hold several lines.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+
+    def lines(self) -> list[str]:
+        """The error as the lines that are printed, without colour."""
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return [head, *(self.remedy.splitlines() if self.remedy else [])]
+
+
+class UsageError(GptcliError):
+    """The command line is wrong."""
+
+    exit_code = 2
+
+
+class RecipeError(GptcliError):
+    """The recipe is wrong: an unknown key, a wrong type, two of an exactly-one-of."""
+
+    exit_code = 2
+
+
+class DataError(GptcliError):
+    """The data is missing, empty, unreadable or does not fit the recipe."""
+
+    exit_code = 3
+
+
+class CheckpointError(GptcliError):
+    """A checkpoint cannot be written, read, or does not belong to the recipe."""
+
+    exit_code = 4
+
+
+class DivergedError(GptcliError):
+    """Training produced a number that is not finite."""
+
+    exit_code = 5
+
+
+class OutOfMemoryError(GptcliError):
+    """Not enough memory on the device or the machine."""
+
+    exit_code = 6
+
+
+class MissingError(GptcliError):
+    """A required device, package or file of a model is missing."""
+
+    exit_code = 7
+
+
+class StoppedError(GptcliError):
+    """Stopped by a signal or by `train.max_time`, with work that can be resumed."""
+
+    exit_code = 75
+
+
+class AbortedError(GptcliError):
+    """Stopped with nothing to resume, or by a second signal."""
+
+    exit_code = 130
+
+
+def not_available(key: str, what: str, *, where: str | None = None, remedy: str | None = None) -> RecipeError:
+    """The error for a key or value of the contract whose feature does not exist yet."""
+    return RecipeError(f"{key}: {what} is not available yet", where=where, remedy=remedy)

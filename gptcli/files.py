@@ -1,0 +1,107 @@
+"""Files that are written whole or not at all, and fingerprints of content.
+
+Every file that another step depends on goes through `write_atomic` (temporary sibling, fsync, rename) or
+`committed_folder` (the same for a folder): a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+HASH_BLOCK = 1 << 20
+
+
+def cache_root() -> Path:
+    """The folder of prepared data and trained tokenizers: `$GPTCLI_CACHE`, else the platform's cache folder."""
+    given = os.environ.get("GPTCLI_CACHE")
+    return Path(given).expanduser().resolve() if given else Path(platformdirs.user_cache_dir("gptcli"))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable (a rename is not, before this)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file through a temporary sibling, fsync and rename."""
+    raw = data.encode("utf-8") if isinstance(data, str) else data
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON document atomically, indented, in the order given."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON document."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def committed_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes `target` by one rename when the block ends without an error.
+
+    All files are fsynced first. An existing `target` is replaced. On an error the temporary folder is removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    try:
+        yield work
+        for path in sorted(work.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            else:
+                fsync_folder(path)
+        fsync_folder(work)
+        os.chmod(work, 0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(work, target)
+        fsync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """The sha256 (first 16 hexadecimal digits) of a JSON value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
