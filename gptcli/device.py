@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -68,3 +70,84 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# Dense bf16 (fp16 before Ampere) matrix-product peaks of the makers' data sheets, FLOP/s. The first name that the
+# card's own name contains counts, so longer names stand before their prefixes.
+_PEAK_FLOPS = {
+    "B200": 2.25e15,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+_PRODUCT_SIZE = 1024
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s that MFU is measured against: the data sheet's for a known GPU, a measured product's on a CPU."""
+    if device.type == "cuda":
+        name = device_name(device)
+        return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+    if device.type == "cpu":
+        return _measured_flops(precision)
+    return None
+
+
+@functools.cache
+def _measured_flops(precision: str) -> float:
+    """The rate of a 1024-cube matrix product on this CPU, the best of five; random state is not touched."""
+    import time
+
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left = torch.full((_PRODUCT_SIZE, _PRODUCT_SIZE), 0.5, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - start)
+    return 2 * _PRODUCT_SIZE**3 / best
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes in use: the allocator's peak on a GPU; on a CPU the anonymous memory of this process and its children.
+
+    On a CPU it is the proportional size without memory-mapped files (Pss_Anon of /proc), 0 where that is not known.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    return sum(_anonymous_bytes(pid) for pid in _process_tree(os.getpid()))
+
+
+def _process_tree(pid: int) -> list[int]:
+    children: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:
+                children.extend(int(child) for child in file.read().split())
+    return [pid, *(descendant for child in children for descendant in _process_tree(child))]
+
+
+def _anonymous_bytes(pid: int) -> int:
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("Pss_Anon:"):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,18 @@
+"""Which process of a launched group this is, read from the environment that torchrun and accelerate set.
+
+Starting the processes is not here yet: one process trains, and `launch.processes` above 1 is refused.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def rank() -> int:
+    """The rank of this process over all machines, 0 when it was not launched in a group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main_process() -> bool:
+    """Whether this is the one process that prints and writes."""
+    return rank() == 0

@@ -1,0 +1,1 @@
+"""Numbers about a model: loss, perplexity, bits per byte."""

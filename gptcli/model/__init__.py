@@ -1,0 +1,1 @@
+"""Models: built from a type and a size, or loaded from a folder."""

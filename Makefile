@@ -1,0 +1,48 @@
+# Everything sets itself up: the first target that needs it makes .venv and installs into it, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two test processes on two cores, one thread each.
+TEST_PROCESSES ?= 2
+
+.PHONY: install demo test check bench recipes format clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gptcli needs Python 3.11 or newer; say which with: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+## Train a GPT on text that every Python has, evaluate it, and let it write. Under five minutes on two cores.
+demo: $(STAMP)
+	$(BIN)/gptcli pretrain quickstart
+	$(BIN)/gptcli eval
+	$(BIN)/gptcli generate --prompt "The str.join() method" --prompt "Return a new list"
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+## Every recipe, as a toy through every stage.
+recipes: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) tests/recipes --all-recipes
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/quickstart.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,196 @@
+"""The one place that prints: rich on a terminal, plain lines elsewhere, nothing but errors with `--quiet`.
+
+Results go to standard output. Information, warnings and progress go to standard error when `--json` owns standard
+output, and in a launched process group only rank 0 prints.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from gptcli.launch import is_main_process
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.progress import Progress as RichProgress
+
+    from gptcli.errors import GptcliError
+    from gptcli.reporting import Progress
+
+PLAIN_PROGRESS_SECONDS = 10.0
+QUICK_TASK_SECONDS = 3.0
+
+
+class Console:
+    """A `gptcli.reporting.Reporter` over rich, with the results of commands beside it."""
+
+    def __init__(self, *, json_output: bool, quiet: bool) -> None:
+        from rich.console import Console as RichConsole
+
+        self.json_output = json_output
+        self.quiet = quiet or not is_main_process()
+        self._info = RichConsole(stderr=json_output, highlight=False)
+        self._errors = RichConsole(stderr=True, highlight=False)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether information goes to a terminal."""
+        return self._info.is_terminal
+
+    @property
+    def rich(self) -> RichConsole:
+        """The rich console that information goes to."""
+        return self._info
+
+    def say(self, text: str) -> None:
+        """Print one line of information."""
+        if not self.quiet:
+            self._info.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print one line that the user should not miss, on standard error."""
+        if is_main_process():
+            self._errors.print(f"[yellow]warning:[/] {_escape(text)}", soft_wrap=True)
+
+    def write(self, text: str) -> None:
+        """Write a piece of streamed text as it is, at once."""
+        if is_main_process():
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def print_json(self, value: Any) -> None:
+        """Print one JSON document (a single line) on standard output."""
+        if is_main_process():
+            sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+            sys.stdout.flush()
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+        """Print a table; columns whose cells are all numbers are aligned to the right."""
+        from rich import box
+        from rich.table import Table
+
+        if self.quiet:
+            return
+        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+        for index, column in enumerate(columns):
+            numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(_escape(cell) for cell in row))
+        self._info.print(table)
+
+    @contextmanager
+    def progress(self, name: str, total: float, unit: str) -> Iterator[Progress]:
+        """Show a bar on a terminal, a line every ten seconds elsewhere; see `gptcli.reporting.Reporter`."""
+        if self.quiet:
+            yield _PlainProgress(None, name, total, unit)
+        elif self._info.is_terminal:
+            bar = _bar(self._info)
+            with bar:
+                task = bar.add_task(name, total=max(total, 1), unit=unit, fields="")
+                yield _RichProgress(bar, task)
+        else:
+            yield _PlainProgress(self, name, total, unit)
+
+
+def console(*, json: bool = False, quiet: bool = False) -> Console:
+    """The console of a command: `json` moves information to standard error, `quiet` drops it."""
+    return Console(json_output=json, quiet=quiet)
+
+
+def print_error(error: GptcliError) -> None:
+    """Print an error on standard error: what and where, then the remedy, at most eight lines."""
+    if not is_main_process():
+        return
+    red, reset = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    head, *rest = error.lines()
+    lines = [f"{red}error:{reset} {head}", *(f"  {line}" for line in rest[:7])]
+    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.flush()
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _is_number(cell: str) -> bool:
+    text = cell.replace(",", "").replace("%", "").strip()
+    return text in {"", "-"} or text.removeprefix("-")[:1].isdigit()
+
+
+class _RichProgress:
+    def __init__(self, bar: RichProgress, task: Any) -> None:
+        self._bar = bar
+        self._task = task
+
+    def update(self, completed: float, **fields: str) -> None:
+        text = "  ".join(f"[dim]{key}[/] {_escape(value)}" for key, value in fields.items())
+        self._bar.update(self._task, completed=completed, fields=text)
+
+
+class _PlainProgress:
+    """Progress as lines, at most one every `PLAIN_PROGRESS_SECONDS` and one at the end, for logs."""
+
+    def __init__(self, console: Console | None, name: str, total: float, unit: str) -> None:
+        self._console = console
+        self._name = name
+        self._total = total
+        self._unit = unit
+        self._last = time.monotonic()
+        self._start = self._last
+        self._first: float | None = None
+        self._finished = False
+
+    def update(self, completed: float, **fields: str) -> None:
+        if self._console is None:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = completed
+        finished = completed >= self._total and not self._finished
+        if now - self._last < (QUICK_TASK_SECONDS if finished else PLAIN_PROGRESS_SECONDS):
+            return
+        self._finished = finished
+        self._last = now
+        text = "  ".join(f"{key} {value}" for key, value in fields.items())
+        gained = completed - self._first
+        left = f"  ETA {_clock((self._total - completed) * (now - self._start) / gained)}" if gained > 0 else ""
+        done = f"{completed:,.0f}/{self._total:,.0f} {self._unit}"
+        self._console.say(f"{self._name} {done}  {text}{left}".rstrip())
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _bar(rich_console: RichConsole) -> RichProgress:
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Count(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}", style="bold")
+
+    class Remaining(TimeRemainingColumn):
+        def render(self, task: Any) -> Text:
+            return Text.assemble(("ETA ", "dim"), super().render(task))
+
+    return Progress(
+        TextColumn("[bold cyan]{task.description}"),
+        BarColumn(bar_width=20),
+        Count(),
+        TextColumn("{task.fields[fields]}"),
+        Remaining(compact=True),
+        console=rich_console,
+        refresh_per_second=4,
+        speed_estimate_period=60,
+    )

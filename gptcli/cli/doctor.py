@@ -1,0 +1,80 @@
+"""`gptcli doctor`: devices, versions, what can be used, what is missing and how to get it."""
+
+from __future__ import annotations
+
+from gptcli.cli.arguments import Debug, Json, Quiet
+
+# extra: (what it is for, the packages that it brings)
+_EXTRAS = {
+    "eval": ("task metrics and lm-evaluation-harness", ("lm_eval", "sacrebleu", "rouge_score", "sklearn", "jiwer")),
+    "multimodal": ("images and sound", ("PIL", "soundfile", "soxr")),
+    "gpu": ("8-bit optimizers and fused kernels", ("bitsandbytes", "liger_kernel", "torchao")),
+    "track": ("experiment trackers", ("tensorboard", "trackio", "wandb")),
+    "serve": ("an OpenAI-compatible server", ("fastapi", "uvicorn")),
+    "rl": ("adapters and preference tuning", ("peft", "trl")),
+    "ray": ("tokenizing on a Ray cluster", ("ray",)),
+}
+
+
+def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Show devices, versions, what can be used here, and how to get what is missing."""
+    del debug
+    import importlib.util
+    import os
+    import shutil
+
+    from gptcli.cli.console import console
+
+    out = console(json=json, quiet=quiet)
+    out.say("looking at this machine ...")
+
+    from gptcli.device import best_device, cpu_cores, device_name, has_fast_bf16, peak_flops, total_memory
+    from gptcli.files import cache_root
+    from gptcli.runs.folder import runs_root
+    from gptcli.train.record import versions
+
+    device = best_device()
+    free = shutil.disk_usage(next(p for p in (cache_root(), *cache_root().parents) if p.exists())).free
+    peak = peak_flops(device, "fp32" if device.type == "cpu" else "bf16")
+    machine = {
+        "device": device_name(device),
+        "kind": device.type,
+        "cores": cpu_cores(),
+        "memory_bytes": total_memory(device),
+        "fast_bf16": has_fast_bf16(device),
+        "peak_flops": peak,
+        "c_compiler": shutil.which("cc") or shutil.which("gcc"),
+        "cache": str(cache_root()),
+        "cache_free_bytes": free,
+        "runs": str(runs_root()),
+        "offline": os.environ.get("HF_HUB_OFFLINE") == "1",
+    }
+    found = versions()
+    missing = {
+        extra: [name for name in packages if importlib.util.find_spec(name) is None]
+        for extra, (_, packages) in _EXTRAS.items()
+    }
+    if json:
+        out.print_json({"machine": machine, "versions": found, "missing": missing})
+        return
+    measured = "measured" if device.type == "cpu" else "data sheet"
+    out.table(
+        ["this machine", ""],
+        [
+            ["device", f"{machine['device']} ({device.type})"],
+            ["cores, memory", f"{machine['cores']}, {total_memory(device) / 2**30:.1f} GiB"],
+            ["matrix products", "unknown" if peak is None else f"{peak / 1e12:,.3g} TFLOP/s ({measured})"],
+            ["fast bf16", "yes" if machine["fast_bf16"] else "no: train in fp32 here"],
+            ["C compiler", machine["c_compiler"] or "none: train.compile cannot be used"],
+            ["cache", f"{cache_root()} ({free / 2**30:.1f} GiB free)"],
+            ["runs", str(runs_root())],
+            ["offline", "yes (HF_HUB_OFFLINE=1)" if machine["offline"] else "no"],
+        ],
+    )
+    out.table(["package", "version"], [[name, number] for name, number in found.items()])
+    rows = []
+    for extra, (purpose, _) in _EXTRAS.items():
+        lacking = missing[extra]
+        state = "ready" if not lacking else f"missing {', '.join(lacking)}"
+        rows.append([extra, purpose, state, "" if not lacking else f"pip install 'gptcli[{extra}]'"])
+    out.table(["extra", "for", "state", "get it"], rows)

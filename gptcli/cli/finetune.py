@@ -1,0 +1,22 @@
+"""`gptcli finetune`: go on training a model that is there."""
+
+from __future__ import annotations
+
+from gptcli.cli.arguments import Debug, Json, Overrides, Quiet, RecipeArgument, Smoke
+from gptcli.cli.pretrain import AllowChanges, Overwrite, Resume, train_command
+
+
+def finetune(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Resume = "auto",
+    overwrite: Overwrite = False,
+    allow_changes: AllowChanges = None,
+    smoke: Smoke = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune the model of model.from on new text."""
+    del debug
+    train_command("finetune", recipe, overrides, resume, overwrite, allow_changes, smoke=smoke, json=json, quiet=quiet)

@@ -1,0 +1,102 @@
+"""The entry point: registers the commands, and turns every error into a few lines and an exit code.
+
+Command modules import torch and everything heavy inside their functions, so that `gptcli --help` stays at a quarter
+of a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from gptcli import __version__
+from gptcli.cli import doctor, finetune, plan, pretrain, recipes, tokenize
+from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError
+
+app = typer.Typer(
+    name="gptcli",
+    help="Pretrain and fine-tune causal language models from one YAML recipe, on CPU, one GPU or many.",
+    epilog="Start with: gptcli pretrain quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("tokenize")(tokenize.tokenize)
+app.command("pretrain")(pretrain.pretrain)
+app.command("finetune")(finetune.finetune)
+app.command("plan")(plan.plan)
+app.add_typer(recipes.app, name="recipes")
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"gptcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+def run() -> None:
+    """Run the command line and leave with the exit code of PRODUCT: see `gptcli.errors`."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; return its exit code. With `--debug` an error is raised with its traceback."""
+    debug = "--debug" in arguments
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except GptcliError as error:
+        return _report(error, debug)
+    except KeyboardInterrupt:
+        return _report(AbortedError("stopped; there was nothing to save"), debug)
+    except MemoryError:
+        return _report(OutOfMemoryError("this machine has no memory left"), debug)
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) went away; leave quietly, and let no flush at exit complain.
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        return _unexpected(error, debug)
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: GptcliError, debug: bool) -> int:
+    from gptcli.cli.console import print_error
+
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print_error(error)
+    return error.exit_code
+
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    show = getattr(error, "show", None)
+    exit_code = getattr(error, "exit_code", None)
+    if show is not None and isinstance(exit_code, int):  # a usage error of the command-line parser
+        show()
+        return exit_code
+    if type(error).__name__ == "Abort":
+        return 130
+    kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    remedy = "This is unexpected. Run again with --debug for the traceback, and report it."
+    return _report(GptcliError(f"{kind}: {_first_line(error)}", remedy=remedy), debug)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:500] if lines else "no message"

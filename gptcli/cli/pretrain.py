@@ -1,0 +1,69 @@
+"""`gptcli pretrain`: train a model from a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from gptcli.cli.arguments import Debug, Json, Overrides, Quiet, RecipeArgument, Smoke
+
+Resume = Annotated[str, typer.Option("--resume", metavar="auto|never|PATH", help="Go on with the run that is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there and start anew.")]
+AllowChanges = Annotated[
+    list[str] | None,
+    typer.Option("--allow-changes", metavar="KEY,...", help="Resume although these keys of the recipe changed."),
+]
+
+
+def pretrain(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Resume = "auto",
+    overwrite: Overwrite = False,
+    allow_changes: AllowChanges = None,
+    smoke: Smoke = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model from scratch (or on from model.from); tokenizes first when needed, resumes by itself."""
+    del debug
+    train_command("pretrain", recipe, overrides, resume, overwrite, allow_changes, smoke=smoke, json=json, quiet=quiet)
+
+
+def train_command(
+    command: str,
+    recipe: str,
+    overrides: list[str] | None,
+    resume: str,
+    overwrite: bool,
+    allow_changes: list[str] | None,
+    *,
+    smoke: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """What `pretrain` and `finetune` share: load, check, train, print the result."""
+    from gptcli.recipe.availability import check_available
+    from gptcli.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    check_available(loaded, command)
+    loaded.require(command, "data.train", "model", "train.max_tokens")
+
+    from gptcli.cli.console import console
+
+    out = console(json=json, quiet=quiet)
+    result: dict[str, Any]
+    if smoke:
+        from gptcli.train.smoke import smoke_run
+
+        result = smoke_run(recipe, overrides or (), command, out)
+    else:
+        from gptcli.train.run import Options, allowed_keys, train
+
+        options = Options(command, resume, overwrite, allowed_keys(allow_changes))
+        result = train(loaded, options, out)
+    if json:
+        out.print_json(result)

@@ -1,0 +1,104 @@
+"""What is in a file, known without reading it again: its sha256 remembered by path, size, time of change and inode.
+
+The memory is one small SQLite file in the cache folder, safe for several processes. A file that changed less than two
+seconds before it was hashed is not remembered, because a second change within the clock's grain would go unseen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from gptcli.errors import DataError
+from gptcli.files import cache_root, sha256_file
+
+SETTLED_SECONDS = 2.0
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS files"
+    " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, sha256 TEXT)",
+    "CREATE TABLE IF NOT EXISTS revisions (name TEXT PRIMARY KEY, commit_hash TEXT)",
+)
+
+
+def content_hashes(paths: Sequence[Path], *, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+    """The sha256 of each file, read only where its path, size, time of change or inode is new.
+
+    `on_bytes` is told how many bytes are done, remembered ones included. A file that cannot be read is a `DataError`.
+    """
+    hashes: list[str] = []
+    done = 0
+    with _memory() as memory:
+        for path in paths:
+            try:
+                stat = path.stat()
+                name = str(path.resolve())
+                key = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+                row = memory.execute(
+                    "SELECT size, mtime_ns, inode, sha256 FROM files WHERE path = ?", (name,)
+                ).fetchone()
+                if row is not None and row[:3] == key:
+                    hashes.append(row[3])
+                else:
+                    started = time.time()
+                    hashes.append(sha256_file(path))
+                    if started - stat.st_mtime > SETTLED_SECONDS:
+                        memory.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", (name, *key, hashes[-1]))
+                        memory.commit()
+            except OSError as error:
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                raise DataError(f"cannot be read: {reason}", where=str(path)) from None
+            done += stat.st_size
+            if on_bytes is not None:
+                on_bytes(done)
+    return hashes
+
+
+def remembered_revision(name: str) -> str | None:
+    """The commit that `name` (a Hub set and revision) stood at when it was last seen, for offline runs."""
+    with _memory() as memory:
+        row = memory.execute("SELECT commit_hash FROM revisions WHERE name = ?", (name,)).fetchone()
+    return str(row[0]) if row else None
+
+
+def remember_revision(name: str, commit: str) -> None:
+    """Remember the commit of a Hub set and revision."""
+    with _memory() as memory:
+        memory.execute("INSERT OR REPLACE INTO revisions VALUES (?, ?)", (name, commit))
+        memory.commit()
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[sqlite3.Connection]:
+    """Open the memory; one that is damaged, or lies in a folder that cannot be written, is replaced or done without."""
+    path = cache_root() / "contents.sqlite"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        connection = _connect(str(path))
+    except sqlite3.DatabaseError as error:
+        if "not a database" not in str(error) and "malformed" not in str(error):
+            connection = _connect(":memory:")
+        else:
+            path.unlink(missing_ok=True)
+            connection = _connect(str(path))
+    except OSError:
+        connection = _connect(":memory:")
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def _connect(name: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(name, timeout=30)
+    try:
+        for table in _TABLES:
+            connection.execute(table)
+        connection.commit()
+    except sqlite3.DatabaseError:
+        connection.close()
+        raise
+    return connection

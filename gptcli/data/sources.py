@@ -1,0 +1,243 @@
+"""Where documents come from: files, globs, folders, built-in corpora and Hub sets, read one document at a time.
+
+A source is first resolved to its inputs (so that a missing file is an error before anything is read), then read in
+their sorted order. Documents of nothing but white space are dropped and counted; rows that cannot be read end the run,
+or with `data.on_bad_row: skip` are counted too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from gptcli.data import hub
+from gptcli.data.builtin import builtin_file
+from gptcli.data.readers import (
+    BadRow,
+    Layout,
+    Rows,
+    builtin_rows,
+    is_readable,
+    read_rows,
+    readable_suffixes,
+    shown,
+    split_suffix,
+)
+from gptcli.errors import DataError, not_available
+
+if TYPE_CHECKING:
+    from gptcli.recipe.schema import Source
+
+BUILTIN = "builtin:"
+MAX_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document. `id` is "file:row" (the line on which it begins), or the built-in corpus's own name for it."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class FileInput:
+    """A file on this machine; `builtin` marks the extracted text of a built-in corpus."""
+
+    path: Path
+    builtin: bool = False
+
+
+Input: TypeAlias = FileInput | hub.HubSet
+
+
+@dataclass
+class Tally:
+    """What reading a source left out, for the report: counts by reason and the first few places."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def drop(self, reason: str, place: str) -> None:
+        """Count one document that was left out."""
+        self.dropped[reason] += 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(f"{place}: {reason}")
+
+
+def find_inputs(source: Source, *, where: str | None = None) -> list[Input]:
+    """What a source consists of, in the order of reading. Raises `DataError` when there is nothing to read."""
+    if not isinstance(source.path, str):
+        raise not_available("data", "a source without a single path", where=where)
+    if source.path.startswith(hub.PREFIX):
+        return [hub.find(source, where=where)]
+    if source.path.startswith(BUILTIN):
+        return [FileInput(builtin_file(source.path.removeprefix(BUILTIN), where=where), builtin=True)]
+    return [FileInput(path) for path in find_files(source.path, split=source.split, where=where)]
+
+
+def find_files(pattern: str, *, split: str | None = None, where: str | None = None) -> list[Path]:
+    """The files of a path, a glob (`**` too) or a folder (recursive), sorted; hidden files are left out.
+
+    `split` chooses in a folder of splits: its subfolder of that name, or the files whose names begin with it.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return _folder_files(path, split, where)
+    if path.exists():
+        if not is_readable(path.name):
+            raise _unreadable(f"{shown(path)} has a suffix that is not read", where)
+        return [path]
+    if glob.has_magic(pattern):
+        matches = [Path(name) for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise DataError(f"no file matches {pattern}", where=where, remedy="Check the pattern; ** matches folders.")
+        if not (readable := [file for file in files if is_readable(file.name)]):
+            raise _unreadable(f"none of the {len(files)} files that match {pattern} can be read", where)
+        return readable
+    raise DataError(f"there is no file {shown(path)}", where=where, remedy=_nearest(path))
+
+
+def read_documents(
+    source: Source,
+    documents: str = "file",
+    *,
+    on_bad_row: str = "error",
+    inputs: Sequence[Input] | None = None,
+    tally: Tally | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+    where: str | None = None,
+) -> Iterator[Document]:
+    """The documents of a source, in order, at most `source.limit` of them.
+
+    `documents` (file | line | blank-line) says how plain text is cut, where the source itself does not. `on_bytes` is
+    told how many bytes of the files have been read. A bad row is a `DataError` naming file and row, or is counted in
+    `tally`.
+    """
+    tally = tally if tally is not None else Tally()
+    columns = tuple(source.columns) if source.columns else None
+    layout = Layout(source.documents or documents, source.text, columns)
+    found = inputs if inputs is not None else find_inputs(source, where=where)
+    left = source.limit
+    done = 0
+    for part in found:
+        position: Callable[[int], None] | None = None
+        if on_bytes is not None:
+            position = _shifted(on_bytes, done)
+        for document in _input_documents(part, layout, on_bad_row, tally, position, where):
+            if left is not None:
+                if left == 0:
+                    return
+                left -= 1
+            yield document
+        if isinstance(part, FileInput):
+            done += part.path.stat().st_size
+        if on_bytes is not None:
+            on_bytes(done)
+
+
+def input_size(part: Input) -> int:
+    """The bytes of an input on disk; 0 for a Hub set, which is not known."""
+    return part.path.stat().st_size if isinstance(part, FileInput) else 0
+
+
+def source_name(source: Source) -> str:
+    """What a source is called in reports and manifests: short, and without the folders of this machine."""
+    path = str(source.path)
+    if path.startswith((BUILTIN, hub.PREFIX)):
+        return path
+    parts = Path(path).parts
+    first_magic = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return "/".join(parts[first_magic:])
+
+
+def input_format(part: Input) -> str:
+    """The suffixes that decide how an input is read."""
+    return "".join(split_suffix(part.path.name)) if isinstance(part, FileInput) else "hub"
+
+
+def _input_documents(
+    part: Input,
+    layout: Layout,
+    on_bad_row: str,
+    tally: Tally,
+    on_position: Callable[[int], None] | None,
+    where: str | None,
+) -> Iterator[Document]:
+    name, rows = _rows(part, layout, on_position, where)
+    for row in rows:
+        if isinstance(row, BadRow):
+            if on_bad_row == "error":
+                raise DataError(
+                    row.reason,
+                    where=f"{name}:{row.number}",
+                    remedy="Mend it, or leave such rows out: data.on_bad_row: skip (they are counted in the report).",
+                )
+            tally.drop(row.kind, f"{name}:{row.number}")
+        elif not row.text or row.text.isspace():
+            tally.drop("empty", row.identity or f"{name}:{row.number}")
+        else:
+            yield Document(row.identity or f"{name}:{row.number}", row.text)
+
+
+def _rows(
+    part: Input, layout: Layout, on_position: Callable[[int], None] | None, where: str | None
+) -> tuple[str, Rows]:
+    if isinstance(part, hub.HubSet):
+        return f"hub:{part.name}", hub.rows(part, layout.text, where=where)
+    if part.builtin:
+        return shown(part.path), builtin_rows(part.path)
+    return shown(part.path), read_rows(part.path, layout, on_position=on_position)
+
+
+def _shifted(on_bytes: Callable[[int], None], offset: int) -> Callable[[int], None]:
+    return lambda position: on_bytes(offset + position)
+
+
+def _folder_files(folder: Path, split: str | None, where: str | None) -> list[Path]:
+    if split is not None and (folder / split).is_dir():
+        folder, split = folder / split, None
+    files: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent) / name for name in names if not name.startswith(".")]
+    files.sort(key=lambda path: path.relative_to(folder).as_posix())
+    readable = [path for path in files if is_readable(path.name)]
+    if not readable:
+        raise _unreadable(f"the folder {shown(folder)} holds no file that can be read ({len(files)} others)", where)
+    if split is None:
+        return readable
+    of_split = [path for path in readable if re.match(re.escape(split) + r"[-_.]", path.name)]
+    if not of_split:
+        raise DataError(
+            f"the folder {shown(folder)} has no split {split!r}",
+            where=where,
+            remedy=f"A split is a subfolder {split}/ or files named {split}.SUFFIX or {split}-*.SUFFIX.",
+        )
+    return of_split
+
+
+def _unreadable(what: str, where: str | None) -> DataError:
+    return DataError(what, where=where, remedy=f"Files that are read: {readable_suffixes()}.")
+
+
+def _nearest(path: Path) -> str:
+    parent = path.parent
+    while not parent.is_dir():
+        path, parent = parent, parent.parent
+    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    if near:
+        return f"Did you mean {shown(parent / near[0])}?"
+    kind = "file" if is_readable(path.name) else "file or folder"
+    return (
+        f"{shown(parent) if str(shown(parent)) != '.' else 'The current folder'} holds no such {kind}. Check the path."
+    )

@@ -1,0 +1,130 @@
+"""`tokenizer.from`: a folder, a tokenizer.json or a Hub id becomes a folder of ours with the same ids.
+
+The copy names `PreTrainedTokenizerFast` as its class, so that transformers takes tokenizer.json as it is: for other
+classes transformers 5 rebuilds the pre-tokenizer from its own code, and ids could differ from the file's.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from gptcli.data.tokenizer import FILES, load_fast, named_specials, tokenizer_fingerprint, write_config
+from gptcli.errors import DataError, MissingError
+from gptcli.files import cache_root, committed_folder, read_json
+
+# Specials of published tokenizers, for a tokenizer.json that comes without a configuration.
+KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+SLOW_NAMES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+_HUB_FILES = [*FILES, "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model"]
+_CARRIED = ("model_max_length", "chat_template", "add_bos_token", "add_eos_token", "additional_special_tokens")
+
+
+def import_tokenizer(origin: str, *, revision: str | None = None, where: str | None = None) -> Path:
+    """The folder (in the cache, named by content) of the tokenizer that `origin` names.
+
+    Raises `MissingError` when there is none, and `DataError` when it has no token that ends a text.
+    """
+    source = _locate(origin, revision, where)
+    with tempfile.TemporaryDirectory(prefix="gptcli-tokenizer-") as name:
+        work = Path(name)
+        if source.is_file():
+            shutil.copyfile(source, work / "tokenizer.json")
+        elif (source / "tokenizer.json").is_file():
+            for file in FILES:
+                if (source / file).is_file():
+                    shutil.copyfile(source / file, work / file)
+        else:
+            _convert(source, work, origin, where)
+        _normalise(work, origin, where)
+        target = cache_root() / "tokenizers" / tokenizer_fingerprint(work)
+        if not target.is_dir():
+            with committed_folder(target) as commit:
+                for path in work.iterdir():
+                    shutil.copyfile(path, commit / path.name)
+    return target
+
+
+def _locate(origin: str, revision: str | None, where: str | None) -> Path:
+    path = Path(origin).expanduser()
+    if path.is_file():
+        if path.suffix != ".json":
+            raise MissingError(
+                f"{origin} is not a tokenizer.json", where=where, remedy="Give a tokenizer.json, or a folder."
+            )
+        return path.parent if path.name == "tokenizer.json" else path
+    if path.is_dir():
+        return path
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", origin) and not origin.startswith("."):
+        return _download(origin, revision, where)
+    raise MissingError(
+        f"there is no tokenizer at {origin}",
+        where=where,
+        remedy="tokenizer.from takes a folder, a tokenizer.json or a Hub id (OWNER/NAME); or train one:\n"
+        "tokenizer: {train: {algorithm: bpe, vocab_size: 8192}}",
+    )
+
+
+def _download(name: str, revision: str | None, where: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:  # every HTTP library has its own errors for a network that is not there
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise MissingError(
+            f"the tokenizer {name!r} is neither a folder here nor to be had from the Hub ({reason})",
+            where=where,
+            remedy="Check the name and the network. Without a network: give a folder, or train one:\n"
+            "tokenizer: {train: {algorithm: bpe, vocab_size: 8192}}",
+        ) from None
+
+
+def _convert(source: Path, target: Path, origin: str, where: str | None) -> None:
+    """Write tokenizer.json from the files of GPT-2's kind of tokenizer, through transformers."""
+    names = next((names for names in SLOW_NAMES if all((source / name).is_file() for name in names)), None)
+    if names is None:
+        raise MissingError(
+            f"{origin} holds no tokenizer",
+            where=where,
+            remedy="Expected tokenizer.json, or vocab.json with merges.txt, or encoder.json with vocab.bpe.",
+        )
+    for name, usual in zip(names, SLOW_NAMES[0], strict=True):
+        shutil.copyfile(source / name, target / usual)
+    configured = (source / "tokenizer_config.json").is_file()
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    from transformers import AutoTokenizer, GPT2Tokenizer
+
+    try:
+        tokenizer = (AutoTokenizer if configured else GPT2Tokenizer).from_pretrained(str(target))
+        tokenizer.save_pretrained(str(target))
+    except Exception as error:  # whatever the conversion raises, the files are not a tokenizer that can be used
+        raise DataError(f"the tokenizer of {origin} cannot be converted: {error}", where=where) from None
+    for path in target.iterdir():
+        if path.name not in FILES:
+            path.unlink()
+
+
+def _normalise(folder: Path, origin: str, where: str | None) -> None:
+    """Name the specials and the class in tokenizer_config.json. Raises `DataError` without an end-of-text token."""
+    tokenizer = load_fast(folder)
+    named = named_specials(folder)
+    if "eos_token" not in named:
+        found = next((text for text in KNOWN_ENDS if tokenizer.token_to_id(text) is not None), None)
+        if found is None:
+            raise DataError(
+                f"the tokenizer {origin} names no token that ends a text",
+                where=where,
+                remedy='Put a tokenizer_config.json beside its tokenizer.json: {"eos_token": "..."}.',
+            )
+        named["eos_token"] = found
+    absent = [text for text in named.values() if tokenizer.token_to_id(text) is None]
+    if absent:
+        raise DataError(f"the tokenizer {origin} names {absent[0]!r}, which its tokenizer.json lacks", where=where)
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    write_config(folder, named, **{key: config[key] for key in _CARRIED if config.get(key) is not None})

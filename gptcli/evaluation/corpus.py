@@ -1,0 +1,171 @@
+"""What a model is evaluated on: files, a recipe's `eval.data`, or the documents that a recipe holds out.
+
+A model is always asked with its own tokenizer. Held-out documents come from the prepared shards where the tokenizer
+is the recipe's, and are read again from their texts where it is another; both give the same documents, streamed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptcli.data.encode import document_tokens, make_encoder, parallel_tokenizers
+from gptcli.data.sources import find_inputs, input_size, read_documents, source_name
+from gptcli.data.tokenize import find_job, prepare
+from gptcli.data.tokenizer import load_fast, special_ids
+from gptcli.data.tokenizer_import import import_tokenizer
+from gptcli.errors import DataError, MissingError, UsageError
+from gptcli.evaluation.loss import Document
+from gptcli.recipe.load import LoadedRecipe
+from gptcli.recipe.schema import Source
+
+if TYPE_CHECKING:
+    from gptcli.reporting import Reporter
+
+# The parts of a tokenizer.json that decide a text's ids; the rest is about specials around it.
+DECIDES_IDS = ("normalizer", "pre_tokenizer", "model")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Sources to read, or (without any) the validation data of a recipe.
+
+    Attributes:
+        name: what it is called in results.
+        sources: files to read, each with the place that it was written at.
+        documents: how plain text is cut, where a source does not say.
+        on_bad_row: error or skip.
+        held_out: the recipe whose validation data is meant.
+        limit: at most this many documents.
+    """
+
+    name: str
+    sources: tuple[tuple[Source, str | None], ...] = ()
+    documents: str = "file"
+    on_bad_row: str = "error"
+    held_out: LoadedRecipe | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A corpus for one model: documents to score, the prefix of each, and the bytes in all (0: not known)."""
+
+    documents: Iterator[Document]
+    prefix_id: int
+    total_bytes: int
+
+
+def from_files(paths: list[str], *, text: str = "text", documents: str = "file", limit: int | None = None) -> Corpus:
+    """The corpus of files (or folders, globs, built-in names) of a command line."""
+    sources = tuple((Source(path=path, text=text), None) for path in paths)
+    return Corpus(", ".join(paths), sources, documents, limit=limit)
+
+
+def from_recipe(loaded: LoadedRecipe, *, limit: int | None = None) -> Corpus:
+    """The corpus that a recipe names: `eval.data`, else its validation data.
+
+    Raises:
+        UsageError: it has neither.
+    """
+    recipe = loaded.recipe
+    limit = limit if limit is not None else recipe.eval.limit
+    cut, on_bad_row = (recipe.data.documents, recipe.data.on_bad_row) if recipe.data else ("file", "error")
+    if recipe.eval.data:
+        sources = tuple((source, loaded.where(f"eval.data.{i}.path")) for i, source in enumerate(recipe.eval.data))
+        name = ", ".join(str(source.path) for source in recipe.eval.data)
+        return Corpus(name, sources, cut, on_bad_row, limit=limit)
+    if recipe.data is None or recipe.data.validation == 0:
+        raise UsageError(
+            "the recipe has neither eval.data nor validation data",
+            where=loaded.label,
+            remedy="Give files: gptcli eval --data FILE, or eval.data in the recipe.",
+        )
+    if isinstance(recipe.data.validation, list):
+        name = ", ".join(source_name(source) for source in recipe.data.validation)
+    else:
+        name = f"held out of {', '.join(source_name(source) for source in recipe.data.train)}"
+    return Corpus(name, held_out=loaded, limit=limit)
+
+
+def tokens_for(corpus: Corpus, model: Path, reporter: Reporter) -> Tokens:
+    """The corpus in the tokens of a model.
+
+    Raises:
+        DataError: nothing to read, or rows that cannot be read.
+        MissingError: the model has no tokenizer, or one without BOS and EOS.
+    """
+    loaded = corpus.held_out
+    if loaded is not None:
+        prepared = prepare(loaded, reporter)
+        if prepared.validation is None:
+            raise DataError("the recipe holds nothing out", where=loaded.label)
+        if _same_ids(model, prepared.tokenizer):
+            shards = prepared.validation
+            documents = islice(shards.evaluation_documents(), corpus.limit)
+            return Tokens(documents, _prefix(prepared.tokenizer), shards.bytes or 0)
+        reporter.say("the model's tokenizer is not the recipe's: reading the texts again")
+    tokenizer = import_tokenizer(str(model))
+    texts, total = _held_out_texts(loaded, reporter) if loaded is not None else _texts(corpus)
+    with parallel_tokenizers():
+        encoder = make_encoder(tokenizer)
+    return Tokens(document_tokens(islice(texts, corpus.limit), encoder), _prefix(tokenizer), total)
+
+
+def _texts(corpus: Corpus) -> tuple[Iterator[str], int]:
+    found = [(source, find_inputs(source, where=where), where) for source, where in corpus.sources]
+
+    def texts() -> Iterator[str]:
+        for source, inputs, where in found:
+            for document in read_documents(
+                source, corpus.documents, on_bad_row=corpus.on_bad_row, inputs=inputs, where=where
+            ):
+                yield document.text
+
+    return texts(), sum(input_size(part) for _, inputs, _ in found for part in inputs)
+
+
+def _held_out_texts(loaded: LoadedRecipe, reporter: Reporter) -> tuple[Iterator[str], int]:
+    """The texts that a recipe's shards of validation data were made of, in the same order; their size is not known."""
+    job = find_job(loaded, reporter)
+
+    def texts() -> Iterator[str]:
+        for part in job.validation or job.train:
+            for document in read_documents(
+                part.source,
+                job.data.documents,
+                on_bad_row=job.data.on_bad_row,
+                inputs=part.inputs,
+                where=part.where,
+            ):
+                kept = document.text if job.validation else job.split(document.text)[1]
+                if kept is not None:
+                    yield kept
+
+    return texts(), 0
+
+
+def _prefix(tokenizer: Path) -> int:
+    specials = special_ids(tokenizer)
+    prefix = specials.bos if specials.bos is not None else specials.eos
+    if prefix is None:
+        raise MissingError("the tokenizer has neither BOS nor EOS to begin a document with", where=str(tokenizer))
+    return prefix
+
+
+def _same_ids(model: Path, tokenizer: Path) -> bool:
+    """Whether a model's tokenizer.json gives every text the ids of another's."""
+    if not (model / "tokenizer.json").is_file():
+        return False
+    ours, theirs = (_content(folder) for folder in (model, tokenizer))
+    return ours == theirs
+
+
+def _content(folder: Path) -> tuple[object, ...]:
+    content = json.loads(load_fast(folder).to_str())
+    added = sorted((token["id"], token["content"]) for token in content.get("added_tokens", []))
+    return (*(content.get(part) for part in DECIDES_IDS), added, special_ids(folder).bos, special_ids(folder).eos)

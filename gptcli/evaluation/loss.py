@@ -1,0 +1,277 @@
+"""The loss of a causal language model over documents: validation during training and `gptcli eval` are this function.
+
+Each document is prefixed with one token that is never scored, then every token of it is scored once, in windows of
+`sequence_length` inputs that move by `stride`. Memory: one buffer of windows and one block of logits (64 MiB), whatever
+the size of the data; logits of a whole batch are never kept where the model's head can be applied piece by piece.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptcli.errors import DataError, UsageError
+from gptcli.model.load import evaluating, quiet
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+BUFFERED_BATCHES = 32
+LOGIT_BYTES = 64 << 20
+BATCH_LOGIT_BYTES = 512 << 20
+PROBE_TOKENS = 4
+
+Document = tuple[NDArray[np.int64], int | None]
+# Inputs [rows, length] and the mask of the positions to score -> their logits in blocks of [positions, vocabulary].
+Forward = Callable[["torch.Tensor", "torch.Tensor"], Iterator["torch.Tensor"]]
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Summed natural-log loss and what it was summed over; `bytes` is None when a document's are unknown."""
+
+    nats: float
+    tokens: int
+    bytes: int | None
+    documents: int
+
+    @property
+    def loss(self) -> float:
+        """Mean nats a scored token; NaN when nothing was scored."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Summed nats / ln 2 / UTF-8 bytes of the documents."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else None
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of one document: `ids[:-1]` are the inputs, `ids[1:]` the targets, of which the last `scored` count."""
+
+    document: int
+    ids: NDArray[np.int64]
+    scored: int
+
+    @property
+    def length(self) -> int:
+        """The number of inputs."""
+        return len(self.ids) - 1
+
+
+def document_loss(
+    model: PreTrainedModel,
+    documents: Iterable[Document],
+    *,
+    prefix_id: int,
+    sequence_length: int,
+    stride: int | None = None,
+    batch_tokens: int = 8192,
+    on_progress: Callable[[int], None] | None = None,
+) -> LossResult:
+    """Score documents, each an array of token ids without BOS and EOS and its size in UTF-8 bytes.
+
+    The result does not depend on `batch_tokens` (the most inputs in one forward pass, at least one window). The model's
+    train or eval mode is left as it was, and random state is not touched. `on_progress` gets the tokens scored so far.
+
+    Raises:
+        UsageError: `sequence_length` or `stride` make no sense.
+        DataError: a token id is outside the model's vocabulary.
+    """
+    tally = _Tally()
+    windows = tally.count(_windows(documents, prefix_id, sequence_length, stride, _vocabulary(model)))
+    nats, tokens = 0.0, 0
+    with scoring(model):
+        for batch, sums in score_windows(model, windows, pad_id=prefix_id, batch_tokens=batch_tokens):
+            nats += math.fsum(sums)
+            tokens += sum(window.scored for window in batch)
+            if on_progress is not None:
+                on_progress(tokens)
+    return LossResult(nats=nats, tokens=tokens, bytes=tally.bytes, documents=tally.documents)
+
+
+class _Tally:
+    """Counts documents and bytes while windows stream by."""
+
+    documents = 0
+    bytes: int | None = 0
+
+    def count(self, stream: Iterable[tuple[int | None, Iterable[Window]]]) -> Iterator[Window]:
+        for size, windows in stream:
+            self.documents += 1
+            self.bytes = None if size is None or self.bytes is None else self.bytes + size
+            yield from windows
+
+
+def _windows(
+    documents: Iterable[Document], prefix_id: int, length: int, stride: int | None, vocabulary: int | None
+) -> Iterator[tuple[int | None, Iterable[Window]]]:
+    if length < 1:
+        raise UsageError(f"sequence_length is {length}; it must be at least 1")
+    step = length if stride is None else stride
+    if not 1 <= step <= length:
+        raise UsageError(
+            f"stride is {step}; it must lie between 1 and the window of {length} tokens",
+            remedy="A larger stride would leave tokens unscored.",
+        )
+    for number, (ids, size) in enumerate(documents):
+        if vocabulary is not None and len(ids) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
+            bad = int(ids.max() if ids.max() >= vocabulary else ids.min())
+            raise DataError(
+                f"token {bad} in document {number + 1}, but the model knows {vocabulary} tokens",
+                remedy="The tokens were made by another tokenizer than the model's.",
+            )
+        yield size, document_windows(number, ids, prefix_id, length, step)
+
+
+def document_windows(number: int, ids: NDArray[np.int64], prefix_id: int, length: int, stride: int) -> Iterator[Window]:
+    """Cut one document into windows in which every token is scored once, with the longest context there is."""
+    whole = np.concatenate((np.array([prefix_id], dtype=np.int64), ids.astype(np.int64, copy=False)))
+    scored = 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + length, len(ids))
+        yield Window(number, whole[begin : end + 1], end - scored)
+        scored = end
+        if end == len(ids):
+            return
+
+
+@contextmanager
+def scoring(model: PreTrainedModel) -> Iterator[None]:
+    """What `score_windows` runs in: evaluation mode, no gradients, nothing of transformers on the screen."""
+    import torch
+
+    # Not inference_mode: what a model caches in it (rotary tables) could not be used by the training that goes on.
+    with torch.no_grad(), evaluating(model), quiet():
+        yield
+
+
+def score_windows(
+    model: PreTrainedModel, windows: Iterable[Window], *, pad_id: int, batch_tokens: int = 8192
+) -> Iterator[tuple[list[Window], list[float]]]:
+    """Score windows in batches of like length; yields each batch with its windows' summed nats (float64).
+
+    Rows are padded on the right, where a causal model cannot see it. The order of windows is not kept.
+    Use it inside `scoring`.
+    """
+    forward = None
+    for batch in _batches(windows, _batch_limit(model, batch_tokens)):
+        forward = forward or _choose_forward(model, pad_id)
+        yield batch, _score(forward, batch, model.device, pad_id)
+
+
+def _batch_limit(model: PreTrainedModel, batch_tokens: int) -> int:
+    """Inputs a batch: `batch_tokens`, or fewer where a batch's whole logits might be made."""
+    vocabulary = _vocabulary(model) or 1
+    return max(1, min(batch_tokens, BATCH_LOGIT_BYTES // (4 * vocabulary)))
+
+
+def _batches(windows: Iterable[Window], limit: int) -> Iterator[list[Window]]:
+    buffer: list[Window] = []
+    tokens = 0
+    for window in windows:
+        buffer.append(window)
+        tokens += window.length
+        if tokens >= BUFFERED_BATCHES * limit:
+            yield from _cut(buffer, limit)
+            buffer, tokens = [], 0
+    yield from _cut(buffer, limit)
+
+
+def _cut(buffer: list[Window], limit: int) -> Iterator[list[Window]]:
+    """Batches of at most `limit` padded inputs, longest first (so that too little memory shows at once)."""
+    batch: list[Window] = []
+    for window in sorted(buffer, key=lambda window: -window.length):
+        if batch and batch[0].length * (len(batch) + 1) > limit:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _score(forward: Forward, batch: list[Window], device: torch.device, pad_id: int) -> list[float]:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    width = max(window.length for window in batch)
+    inputs = np.full((len(batch), width), pad_id, dtype=np.int64)
+    targets = np.zeros((len(batch), width), dtype=np.int64)
+    wanted = np.zeros((len(batch), width), dtype=bool)
+    for row, window in enumerate(batch):
+        inputs[row, : window.length] = window.ids[:-1]
+        targets[row, : window.length] = window.ids[1:]
+        wanted[row, window.length - window.scored : window.length] = True
+    mask = torch.from_numpy(wanted)
+    labels = torch.from_numpy(targets)[mask].to(device)
+    rows = mask.nonzero()[:, 0]
+    nats, done = [], 0
+    for logits in forward(torch.from_numpy(inputs).to(device), mask.to(device)):
+        piece = labels[done : done + len(logits)]
+        nats.append(cross_entropy(logits.float(), piece, reduction="none").cpu().double())
+        done += len(logits)
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, torch.cat(nats))
+    return [float(value) for value in sums]
+
+
+def _choose_forward(model: PreTrainedModel, token: int) -> Forward:
+    """The way to the logits: the head on blocks of hidden states where that gives the model's own logits exactly.
+
+    Some models scale or cap what their head returns. Whether this one does is not looked up but tried, on a few tokens,
+    bit for bit; such a model makes its own logits for the whole batch (`_batch_limit` bounds them).
+    """
+    import torch
+
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    ids = torch.full((1, PROBE_TOKENS), token, device=model.device)
+    body = model.base_model
+    if head is not None and body is not model:
+        expected = model(input_ids=ids, use_cache=False).logits
+        hidden = getattr(body(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if hidden is not None and hidden.shape[-1] == getattr(head, "in_features", None):
+            found = head(hidden)
+            if found.shape == expected.shape and torch.equal(found, expected):
+                return lambda inputs, mask: _through_head(body, head, inputs, mask)
+    return lambda inputs, mask: _through_model(model, inputs, mask)
+
+
+def _through_head(
+    body: torch.nn.Module, head: torch.nn.Module, inputs: torch.Tensor, mask: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    hidden = body(input_ids=inputs, use_cache=False).last_hidden_state[mask]
+    for piece in hidden.split(_block(int(head.out_features))):  # type: ignore[arg-type]
+        yield head(piece)
+
+
+def _through_model(model: PreTrainedModel, inputs: torch.Tensor, mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    logits = model(input_ids=inputs, use_cache=False).logits
+    block = _block(logits.shape[-1])
+    for row, wanted in zip(logits, mask, strict=True):
+        for piece, chosen in zip(row.split(block), wanted.split(block), strict=True):
+            yield piece[chosen]
+
+
+def _block(vocabulary: int) -> int:
+    return max(1, LOGIT_BYTES // (4 * vocabulary))
+
+
+def _vocabulary(model: PreTrainedModel) -> int | None:
+    embeddings = model.get_input_embeddings()
+    size = getattr(embeddings, "num_embeddings", None)
+    return size if isinstance(size, int) else None

@@ -1,0 +1,263 @@
+"""A model from a type and a size: any causal `model_type` of transformers, with random weights.
+
+Nothing here knows a model family. Sizes that a recipe leaves open (the MLP's width, key-value heads) keep the
+proportions of the type's own default configuration, so that `{type: qwen3, preset: 1m}` is a small Qwen-3.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gptcli.errors import RecipeError
+from gptcli.recipe.presets import PRESETS
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from gptcli.recipe.load import LoadedRecipe
+
+# Widths that follow the hidden size, under the names that configurations of transformers use.
+_WIDTHS = (
+    "intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "word_embed_proj_dim",
+)
+_WIDTH_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """The ids of the tokenizer that a model's configuration repeats."""
+
+    vocab_size: int
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model.
+
+    Attributes:
+        total: all of them, tied ones once.
+        matrix: those in matrix products, the output head once (the N of DEFINITIONS' MFU).
+        hidden_matrices: 2-D weights that are neither embeddings nor the head: what Muon updates.
+        head: those of the output head.
+        layers, width: depth and width, for the attention term of the FLOPs.
+    """
+
+    total: int
+    matrix: int
+    hidden_matrices: int
+    head: int
+    layers: int
+    width: int
+
+
+def build_config(loaded: LoadedRecipe, ids: TokenIds) -> tuple[PreTrainedConfig, list[str]]:
+    """The configuration of `model.type` at the recipe's size, and a line for each default that was changed.
+
+    Raises:
+        RecipeError: unknown or non-causal type, a field that the type does not have, values that do not fit.
+    """
+    model = loaded.recipe.model
+    assert model is not None and model.type is not None
+    config_class = _config_class(loaded, model.type)
+    given = dict(model.config or {})
+    base = _quietly(config_class)
+    _check_fields(loaded, model.type, base, given)
+    if model.preset is not None:
+        shape = PRESETS[model.preset]
+        given = {
+            "num_hidden_layers": shape.num_hidden_layers,
+            "hidden_size": shape.hidden_size,
+            "num_attention_heads": shape.num_attention_heads,
+        } | _standard_names(base, given)
+    else:
+        given = _standard_names(base, given)
+    assert loaded.recipe.data is not None
+    fields: dict[str, Any] = {
+        "vocab_size": ids.vocab_size,
+        "bos_token_id": ids.bos,
+        "eos_token_id": ids.eos,
+        "pad_token_id": ids.pad,
+    }
+    if _get(base, "max_position_embeddings") is not None:
+        fields["max_position_embeddings"] = loaded.recipe.data.sequence_length
+    fields |= _proportional(base, given)
+    changes, notes = _model_defaults(base, given)
+    try:
+        config = _quietly(config_class, **(fields | changes | given))
+    except Exception as error:  # each type checks its own fields, with its own kind of error
+        raise _bad_config(loaded, error) from error
+    return config, notes
+
+
+def build_model(loaded: LoadedRecipe, config: PreTrainedConfig, *, seed: int, attention: str | None) -> PreTrainedModel:
+    """The model of a configuration in fp32 with random weights, a function of `seed` alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    options = {} if attention is None else {"attn_implementation": attention}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    except (ValueError, TypeError, AssertionError, ImportError, KeyError, ZeroDivisionError) as error:
+        raise _bad_config(loaded, error) from error
+    return model
+
+
+def count_parameters(config: PreTrainedConfig) -> Counts:
+    """Count a model's parameters without allocating them (on torch's meta device)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return counts_of(AutoModelForCausalLM.from_config(config))
+
+
+def counts_of(model: PreTrainedModel) -> Counts:
+    """Count the parameters of a model that is there."""
+    matrices = hidden_matrices(model)
+    hidden = sum(parameter.numel() for parameter in matrices.values())
+    head = model.get_output_embeddings()
+    head_size = int(head.weight.numel()) if head is not None else 0
+    text_config = model.config.get_text_config()
+    return Counts(
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        matrix=hidden + head_size,
+        hidden_matrices=sum(p.numel() for p in matrices.values() if p.ndim == 2),
+        head=head_size,
+        layers=int(getattr(text_config, "num_hidden_layers", 0) or 0),
+        width=int(getattr(text_config, "hidden_size", 0) or 0),
+    )
+
+
+def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights with two or more dimensions that are neither an embedding table nor the output head, by name."""
+    from torch import nn
+
+    tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        tables |= {id(p) for p in head.parameters()}
+    return {name: p for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in tables}
+
+
+def _config_class(loaded: LoadedRecipe, model_type: str) -> type[PreTrainedConfig]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if model_type in causal:
+        found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
+        return found
+    near = difflib.get_close_matches(model_type, causal, n=3)
+    known = "is not a causal language model" if model_type in CONFIG_MAPPING_NAMES else "is unknown to transformers"
+    remedy = f"Did you mean {' or '.join(near)}?" if near else "Common ones: llama, gpt2, qwen3, mistral, gemma3_text."
+    raise RecipeError(f"model.type: {model_type} {known}", where=loaded.where("model.type"), remedy=remedy)
+
+
+def _check_fields(loaded: LoadedRecipe, model_type: str, base: PreTrainedConfig, given: dict[str, Any]) -> None:
+    # Only a type's own fields and transformers' common ones are known; anything else would be ignored in silence.
+    known = set(base.to_dict()) | set(vars(base)) | set(base.attribute_map) | {"tie_word_embeddings"}
+    for field in given:
+        if field in known:
+            continue
+        near = difflib.get_close_matches(field, known, n=1)
+        remedy = f"Did you mean {near[0]}?" if near else f"See transformers' documentation of {type(base).__name__}."
+        raise RecipeError(
+            f"model.config: {model_type} has no field {field}",
+            where=loaded.where(f"model.config.{field}"),
+            remedy=remedy,
+        )
+
+
+def _standard_names(base: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
+    # GPT-2 calls its width n_embd; attribute_map holds {standard: own}.
+    own_to_standard = {own: standard for standard, own in base.attribute_map.items()}
+    return {own_to_standard.get(field, field): value for field, value in given.items()}
+
+
+def _proportional(base: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that were not given, in the proportions of the type's defaults."""
+    sizes: dict[str, Any] = {}
+    hidden, base_hidden = given.get("hidden_size"), _get(base, "hidden_size")
+    heads, base_heads = given.get("num_attention_heads"), _get(base, "num_attention_heads")
+    if isinstance(hidden, int) and isinstance(base_hidden, int):
+        for field in _WIDTHS:
+            value = _get(base, field)
+            if isinstance(value, int) and field not in given:
+                exact = value * hidden / base_hidden
+                rounded = max(1, round(exact / _WIDTH_MULTIPLE)) * _WIDTH_MULTIPLE
+                sizes[field] = hidden if value == base_hidden else rounded
+    if isinstance(heads, int) and isinstance(base_heads, int):
+        kv_heads = _get(base, "num_key_value_heads")
+        if isinstance(kv_heads, int) and "num_key_value_heads" not in given:
+            sizes["num_key_value_heads"] = _kv_heads(heads, max(1, round(base_heads / kv_heads)))
+        head_dim = _get(base, "head_dim")
+        if isinstance(head_dim, int) and "head_dim" not in given:
+            width = hidden if isinstance(hidden, int) else base_hidden
+            if isinstance(width, int) and width % heads == 0:
+                sizes["head_dim"] = width // heads
+    return sizes
+
+
+def _kv_heads(heads: int, group: int) -> int:
+    # The group size of the default, or the next smaller one that divides the heads.
+    return next(heads // size for size in range(min(group, heads), 0, -1) if heads % size == 0)
+
+
+def _model_defaults(base: PreTrainedConfig, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """DEFINITIONS' defaults for a model from scratch: no dropout, and the fused form of the same GELU."""
+    changes: dict[str, Any] = {}
+    notes = []
+    dropouts = [
+        field
+        for field, value in base.to_dict().items()
+        if ("dropout" in field or field.endswith("_pdrop")) and isinstance(value, float) and value > 0
+        if field not in given
+    ]
+    if dropouts:
+        changes |= dict.fromkeys(dropouts, 0.0)
+        notes.append(f"dropout 0 ({', '.join(dropouts)}): set it in model.config to have it")
+    activations = [field for field, value in base.to_dict().items() if value == "gelu_new" and field not in given]
+    for field in activations:
+        changes[field] = "gelu_pytorch_tanh"
+        notes.append(f"{field} gelu_pytorch_tanh: the same function as gelu_new, fused")
+    return changes, notes
+
+
+def _get(config: PreTrainedConfig, field: str) -> Any:
+    try:
+        return getattr(config, field, None)
+    except Exception:  # some types raise their own error for a field that varies from layer to layer
+        return None
+
+
+def _quietly(config_class: type[PreTrainedConfig], **fields: Any) -> PreTrainedConfig:
+    # A default configuration warns about token ids beyond a small vocabulary, which are set right afterwards.
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return config_class(**fields)
+    finally:
+        logging.set_verbosity(level)
+
+
+def _bad_config(loaded: LoadedRecipe, error: Exception) -> RecipeError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return RecipeError(
+        f"model.config does not make a model: {' '.join(lines[:2])[:300]}",
+        where=loaded.where("model.config"),
+        remedy="hidden_size must be divisible by num_attention_heads, and that by num_key_value_heads.",
+    )

@@ -1,0 +1,251 @@
+"""A model and its tokenizer from a folder or the Hub, safely and quietly.
+
+Weights are safetensors only: a pickle is code of whoever wrote it, so it is refused. Code of a model's folder runs only
+where `trust_remote_code` is passed. A tensor that the weights lack is an error; transformers would fill in random ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gptcli.device import best_device, has_fast_bf16
+from gptcli.errors import CheckpointError, GptcliError, MissingError, OutOfMemoryError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Precision = Literal["auto", "fp32", "bf16"]
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars, log lines and Python warnings off the screen."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and every module of it back in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def choose_dtype(precision: Precision, device: torch.device, saved: str | None = None) -> tuple[torch.dtype, str]:
+    """The dtype of the weights, and why.
+
+    `auto` is bf16 on a GPU that multiplies it fast. A CPU keeps fp32, so that numbers equal any plain fp32 loop's, but
+    for weights that were saved as bf16 (`saved`: the config's dtype) on a CPU with fast bf16.
+    """
+    import torch
+
+    if precision == "fp32":
+        return torch.float32, "as asked"
+    if precision == "bf16":
+        return torch.bfloat16, "as asked"
+    if not has_fast_bf16(device):
+        return torch.float32, f"this {device.type} has no fast bf16"
+    if device.type == "cpu" and saved != "bfloat16":
+        return torch.float32, "exact on a CPU"
+    return torch.bfloat16, f"fast on this {device.type}"
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: Precision = "auto",
+    device: torch.device | None = None,
+    attention: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode onto `device` (default: the best one).
+
+    Args:
+        folder: a Hugging Face model folder, or a Hub id (OWNER/NAME) as a path.
+        dtype: see `choose_dtype`.
+        device: where the weights go.
+        attention: a name of transformers' attention implementations; `auto` leaves the choice to transformers.
+        trust_remote_code: run Python code that comes with the model.
+        revision: branch, tag or commit of a Hub model.
+
+    Raises:
+        MissingError: no config, no safetensors weights, or the Hub cannot give them.
+        CheckpointError: the files are damaged or do not belong together.
+    """
+    _check_precision(dtype)
+    if folder.is_dir():
+        _check_folder(folder)
+    with quiet(), _typed_errors(folder, "model"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": folder.is_dir()}
+        if revision is not None:
+            shared["revision"] = revision
+        device = device or best_device()
+        config = AutoConfig.from_pretrained(str(folder), **shared)
+        saved = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=choose_dtype(dtype, device, saved)[0],
+            use_safetensors=True,
+            output_loading_info=True,
+            **({} if attention == "auto" else {"attn_implementation": attention}),
+            **shared,
+        )
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise CheckpointError(
+                f"the weights lack {len(missing)} of the model's tensors: {', '.join(missing[:3])}",
+                where=str(folder),
+                remedy="config.json and the weights do not belong together; restore both from one place.",
+            )
+        with memory_errors("Try --precision bf16, or a machine with more memory."):
+            placed: PreTrainedModel = model.to(device).eval()
+        return placed
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model folder or a Hub id, without its weights; errors as `load_model`."""
+    if folder.is_dir():
+        _check_folder(folder)
+    with quiet(), _typed_errors(folder, "model"):
+        from transformers import AutoConfig
+
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, revision=revision, local_files_only=folder.is_dir()
+        )
+        return config
+
+
+def load_tokenizer(
+    folder: Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or a Hub id.
+
+    Raises:
+        MissingError: there is none.
+        CheckpointError: its files are damaged.
+    """
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise MissingError(
+            "no tokenizer in this folder", where=str(folder), remedy=f"Looked for {', '.join(TOKENIZER_FILES)}."
+        )
+    with quiet(), _typed_errors(folder, "tokenizer"):
+        from transformers import AutoTokenizer
+
+        shared: dict[str, Any] = {"revision": revision} if revision is not None else {}
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=folder.is_dir(), **shared
+        )
+        return tokenizer
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most positions that the model was made for; None when its config names no limit."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UsageError(f"precision {precision!r} is not one of auto, fp32, bf16")
+
+
+def _check_folder(folder: Path) -> None:
+    """Look before loading, so that each missing file gets its own remedy."""
+    config = folder / "config.json"
+    if not config.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise MissingError(
+            "no model in this folder (it has no config.json)",
+            where=str(folder),
+            remedy="It holds an adapter: name the folder of a whole model instead."
+            if adapter
+            else "Give the folder that holds config.json and model.safetensors, for example runs/NAME/final.",
+        )
+    try:
+        readable = isinstance(json.loads(config.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, RecursionError):
+        readable = False
+    if not readable:
+        raise CheckpointError("damaged: not a JSON object", where=str(config))
+    if any((folder / name).is_file() for name in WEIGHTS):
+        return
+    if pickles := [name for name in PICKLES if (folder / name).exists()]:
+        raise MissingError(
+            f"only {pickles[0]} here, no safetensors weights",
+            where=str(folder),
+            remedy="Weights in a pickle can run code, so they are not loaded. If you trust where they come from,\n"
+            'convert them on purpose: python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('
+            "'FOLDER', use_safetensors=False).save_pretrained('NEW_FOLDER')\"",
+        )
+    raise MissingError("no weights in this folder", where=str(folder), remedy=f"Looked for {' and '.join(WEIGHTS)}.")
+
+
+@contextmanager
+def _typed_errors(folder: Path, what: str) -> Iterator[None]:
+    """Turn what transformers raises for a bad folder or a Hub that gives nothing into our errors."""
+    try:
+        yield
+    except (GptcliError, KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+        if not folder.is_dir():
+            offline = "HF_HUB_OFFLINE is set, so only its cache was read. " if os.environ.get("HF_HUB_OFFLINE") else ""
+            raise MissingError(
+                f"the {what} {str(folder)!r} could not be loaded from the Hub",
+                remedy=f"{reason}\n{offline}Check the name and the network, or give a local folder.",
+            ) from error
+        if isinstance(error, ImportError):
+            raise MissingError(f"a package that this {what} needs is missing", remedy=reason) from error
+        if "trust_remote_code" in str(error):
+            raise MissingError(
+                f"this {what} brings its own Python code, which is not run",
+                where=str(folder),
+                remedy="If you trust where it comes from: model.trust_remote_code: true in a recipe.",
+            ) from error
+        raise CheckpointError(f"the {what} cannot be loaded: {reason}", where=str(folder)) from error
+
+
+@contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turn a device or a machine without enough memory into `OutOfMemoryError` with a remedy."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError("not enough memory for this model", remedy=remedy) from error
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError("not enough memory for this model", remedy=remedy) from error

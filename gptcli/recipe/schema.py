@@ -1,0 +1,82 @@
+"""The whole contract of a recipe, as pydantic models: every key, its type, its default and what it means.
+
+docs/recipe.md and the JSON schema are made from these models; nothing else holds a default. Keys whose feature does
+not exist yet are here too: `availability` refuses them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from gptcli.recipe.fields import Section
+from gptcli.recipe.sections_data import (
+    Data,
+    Messages,
+    Model,
+    Preference,
+    PresetName,
+    Source,
+    Tail,
+    Tokenizer,
+    TokenizerTraining,
+)
+from gptcli.recipe.sections_rest import Eval, Generate, Launch, Parallel, Tokenize, Tracking
+from gptcli.recipe.sections_train import Finetune, Lora, Profile, RegexReward, Train
+
+__all__ = [
+    "Data",
+    "Eval",
+    "Finetune",
+    "Generate",
+    "Launch",
+    "Lora",
+    "Messages",
+    "Model",
+    "Parallel",
+    "Preference",
+    "PresetName",
+    "Profile",
+    "Recipe",
+    "RegexReward",
+    "Section",
+    "Source",
+    "Tail",
+    "Tokenize",
+    "Tokenizer",
+    "TokenizerTraining",
+    "Tracking",
+    "Train",
+]
+
+
+class Recipe(Section):
+    """A recipe. Each command needs only the sections it uses, checks the others and leaves them alone."""
+
+    name: str = Field(
+        default="", description="The run is written to <output_dir>/<name>; without it, the stem of the recipe's file."
+    )
+    extends: str | None = Field(
+        default=None, description="A recipe (a file, or a built-in name) that this one changes."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=1337, description="The seed of every random choice.")
+    output_dir: str = Field(
+        default="runs", min_length=1, description="Where runs are written, relative to the current folder."
+    )
+    tokenizer: Tokenizer | None = Field(default=None, description="Without it, the tokenizer of `model.from`.")
+    data: Data | None = Field(default=None, description="What is trained on, and what is held out.")
+    model: Model | None = Field(default=None, description="What is trained.")
+    train: Train = Field(default_factory=Train, description="How it is trained.")
+    finetune: Finetune = Field(default_factory=Finetune, description="What fine-tuning does beyond `train`.")
+    launch: Launch = Field(default_factory=Launch, description="On how many processes and machines.")
+    tokenize: Tokenize = Field(default_factory=Tokenize, description="How texts become tokens.")
+    tracking: Tracking = Field(default_factory=Tracking, description="Where metrics go besides metrics.jsonl.")
+    generate: Generate = Field(default_factory=Generate, description="How texts are generated.")
+    eval: Eval = Field(default_factory=Eval, description="What is measured.")
+
+    @model_validator(mode="after")
+    def _name_is_a_folder(self) -> Recipe:
+        if self.name in (".", "..") or any(character in self.name for character in "/\\\0\n"):
+            raise ValueError(f"name {self.name!r} cannot be a folder's name; leave out slashes, or set output_dir")
+        return self

@@ -1,0 +1,319 @@
+"""The sections `tokenizer`, `data` and `model` of a recipe: what is read, and what is trained.
+
+Checks that need only these sections stand here, each with its remedy in the message; what needs two sections stands in
+`schema`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import core_schema
+
+from gptcli.recipe import units
+from gptcli.recipe.fields import SHARE, Accepts, AutoOrCount, Count, Positive, Section, Texts
+
+PresetName: TypeAlias = Literal["1m", "10m", "30m", "124m", "350m", "774m", "1.5b", "vision-1m", "audio-1m"]
+Documents: TypeAlias = Literal["file", "line", "blank-line"]
+BYTES_VOCABULARY = 258
+
+
+def one_of(section: Section, group: str, names: tuple[str, ...], remedy: str, *, required: bool = True) -> None:
+    """Raise a `ValueError` unless exactly one (at most one, if not `required`) of the alternatives is given."""
+    given = [name for name in names if getattr(section, "from_" if name == "from" else name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other; keep one of {group}")
+    if required and not given:
+        raise ValueError(f"needs one of {group}; {remedy}")
+
+
+class TokenizerTraining(Section):
+    """A tokenizer of one's own, trained on the training data."""
+
+    algorithm: Literal["bpe", "bytes"] = Field(
+        default="bpe", description="bpe: byte-level BPE. bytes: 256 byte tokens and the two specials, nothing to train."
+    )
+    vocab_size: Count = Field(
+        default=8192, description="Entries, specials (`<|endoftext|>`, `<|pad|>`) included; 258 with `bytes`."
+    )
+    pattern: Literal["gpt2", "gpt4"] = Field(
+        default="gpt4", description="How text is cut into words before BPE merges."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bytes_has_its_size(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("algorithm") == "bytes" and value.get("vocab_size") is None:
+            return {**value, "vocab_size": BYTES_VOCABULARY}
+        return value
+
+    @model_validator(mode="after")
+    def _size_fits(self) -> TokenizerTraining:
+        if self.algorithm == "bytes" and self.vocab_size != BYTES_VOCABULARY:
+            raise ValueError(f"algorithm bytes always has vocab_size {BYTES_VOCABULARY}; remove vocab_size")
+        if self.vocab_size < BYTES_VOCABULARY:
+            raise ValueError(f"vocab_size must be at least {BYTES_VOCABULARY}: 256 bytes and two specials")
+        return self
+
+
+class Tokenizer(Section):
+    """Exactly one of `from` and `train`. Without this section, the tokenizer of `model.from`."""
+
+    from_: str | None = Field(default=None, alias="from", description="A Hub id, a folder, or a tokenizer.json.")
+    train: TokenizerTraining | None = Field(default=None, description="Train one on the training data.")
+    chat_template: str | None = Field(default=None, description="A chat template's name or file; kept with the model.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Tokenizer:
+        one_of(self, "from, train", ("from", "train"), "for example train: {algorithm: bpe, vocab_size: 8192}")
+        return self
+
+
+def _path(value: object) -> object:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, dict) and value and all(isinstance(item, str) and item for item in value.values()):
+        return value
+    raise ValueError("expected a path (or {column: path, ...} for parallel line files)")
+
+
+class Source(Section):
+    """Where rows come from: exactly one of `path` and `tokens`. A text alone is the path."""
+
+    path: Annotated[str | dict[str, str] | None, BeforeValidator(_path)] = Field(
+        default=None,
+        description="`builtin:NAME`, a file, a glob, a folder, `hub:OWNER/NAME`, or parallel files by column.",
+    )
+    tokens: str | None = Field(default=None, description="Tokens made before: our shards' folder, a .bin or a .npy.")
+    dtype: Literal["uint16", "uint32"] | None = Field(
+        default=None, description="The type of the numbers in a .bin of `tokens`."
+    )
+    split: str | None = Field(default=None, description="The split of a Hub set or of a folder of splits.")
+    weight: Positive | None = Field(
+        default=None, description="Share of the rows, normalised over the sources; none given: in proportion to size."
+    )
+    text: str = Field(default="text", description="The column that holds the text (jsonl, csv, parquet, hub).")
+    limit: Count | None = Field(default=None, description="At most this many rows.")
+    config: str | None = Field(default=None, description="The configuration of a Hub set.")
+    revision: str | None = Field(default=None, description="The revision of a Hub set.")
+    columns: list[str] | None = Field(default=None, description="Names of the columns, for a file without a header.")
+    map: dict[str, dict[str, Any]] | None = Field(
+        default=None, description="New values of a column: {label: {0: no, 1: yes}}."
+    )
+    documents: Documents | None = Field(default=None, description="As `data.documents`, for this source alone.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Source:
+        one_of(self, "path, tokens", ("path", "tokens"), "for example path: corpus.txt")
+        if self.dtype is not None and self.tokens is None:
+            raise ValueError("dtype belongs to tokens; remove it")
+        return self
+
+
+class Tail(Section):
+    """The last part of each text is held out."""
+
+    tail: Annotated[
+        float,
+        BeforeValidator(units.part),
+        Accepts({"type": "number", "exclusiveMaximum": 1}, SHARE),
+    ] = Field(description="The share of each text, from its end.")
+
+    @model_validator(mode="after")
+    def _not_nothing(self) -> Tail:
+        if not self.tail:
+            raise ValueError("tail must be above 0%; validation: 0 holds nothing out")
+        return self
+
+
+def as_sources(value: object) -> object:
+    """One source (a path or a mapping) as a list of one; the paths in a list as sources."""
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ValueError("expected a source or a list of sources, such as {path: corpus.txt}")
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+def _validation_kind(value: object) -> str:
+    if (isinstance(value, dict) and "tail" in value) or isinstance(value, Tail):
+        return "<tail>"
+    if (isinstance(value, str) and not is_share(value)) or isinstance(value, dict | list):
+        return "<sources>"
+    return "<share>"
+
+
+def is_share(text: str) -> bool:
+    """Whether a text is a number or a percentage rather than a path."""
+    return text.strip().rstrip("%").strip().replace(".", "", 1).isdigit()
+
+
+def _validation_share(value: object) -> float:
+    try:
+        share = units.share_or_more(value)
+    except ValueError:
+        raise ValueError("expected a share such as 1%, {tail: 10%}, or a source such as {path: held-out.txt}") from None
+    if share >= 1:
+        raise ValueError("a validation share must be below 100%, such as 1%; to hold out a file: {path: FILE}")
+    return share
+
+
+class _OneOrMany:
+    """The JSON schema of a list that may be written as one item, or as a path."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        item = {"anyOf": [{"type": "string"}, handler(core)["items"]]}
+        return {"anyOf": [*item["anyOf"], {"type": "array", "items": item, "minItems": 1}]}
+
+
+class _TextOrKeys:
+    """The JSON schema of a section that may be written as one text."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
+
+Sources: TypeAlias = Annotated[list[Source], BeforeValidator(as_sources), _OneOrMany()]
+ValidationShare: TypeAlias = Annotated[
+    float,
+    BeforeValidator(_validation_share),
+    Accepts({"type": "number", "minimum": 0, "exclusiveMaximum": 1}, SHARE),
+]
+
+
+class _Kinds:
+    """Which of the three a value is decides which errors it can have (pydantic's callable Discriminator)."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        del source
+        kinds = {"<share>": ValidationShare, "<tail>": Tail, "<sources>": Sources}
+        choices = {tag: handler.generate_schema(kind) for tag, kind in kinds.items()}
+        return core_schema.tagged_union_schema(choices, discriminator=_validation_kind)
+
+
+Validation: TypeAlias = Annotated[float | Tail | list[Source], _Kinds()]
+
+
+class Messages(Section):
+    """Which column holds a conversation, and in which shape."""
+
+    column: str = Field(default="messages", description="The column of role/content messages.")
+    shape: Literal["openai", "sharegpt", "alpaca"] = Field(
+        default="openai", description="How a conversation is laid out."
+    )
+
+
+def _messages(value: object) -> object:
+    return {"column": value} if isinstance(value, str) else value
+
+
+class Preference(Section):
+    """The columns of preference data: chosen and rejected, or completion and label (kto)."""
+
+    prompt: str = Field(default="prompt", description="The column of the prompt.")
+    chosen: str | None = Field(default=None, description="The column of the better answer.")
+    rejected: str | None = Field(default=None, description="The column of the worse answer.")
+    completion: str | None = Field(default=None, description="kto: the column of the answer.")
+    label: str | None = Field(default=None, description="kto: the column that says whether the answer is good.")
+
+
+class Data(Section):
+    """What is trained on, what is held out, and how texts become rows."""
+
+    train: Sources = Field(description="One source or a list.")
+    validation: Validation = Field(
+        default=0.01,
+        description="A share of the documents, held out by a hash of their text (0: none); or a source or a list; "
+        "or {tail: 10%}: the last part of each text.",
+    )
+    format: Literal["text", "prompt", "chat", "preference"] = Field(default="text", description="What a row is.")
+    documents: Documents = Field(default="file", description="For plain .txt: what one document is.")
+    prompt: str | None = Field(default=None, description="format prompt: a template over the row's columns, `{col}`.")
+    completion: str | None = Field(default=None, description="format prompt: the template of what is to be learnt.")
+    preference: Preference | None = Field(default=None, description="format preference: the columns.")
+    messages: Annotated[Messages | None, BeforeValidator(_messages), _TextOrKeys()] = Field(
+        default=None, description="format chat: the column of messages, or {column, shape}."
+    )
+    images: Texts | None = Field(default=None, description="Columns that hold image paths or bytes.")
+    audios: Texts | None = Field(default=None, description="Columns that hold sounds.")
+    videos: Texts | None = Field(default=None, description="Columns that hold videos.")
+    allow_urls: bool = Field(default=False, description="Whether images and sounds may be fetched from URLs.")
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="A row that cannot be read; skipped rows are counted."
+    )
+    cache_features: bool = Field(default=False, description="Keep the outputs of frozen towers on disk.")
+    shuffle: bool = Field(default=True, description="A new order of the rows every epoch, keyed by the seed.")
+    workers: AutoOrCount = Field(default="auto", description="Processes that prepare batches.")
+    sequence_length: Count = Field(default=1024, description="Tokens of a row.")
+    packing: Literal["concat", "isolated", "none"] = Field(
+        default="concat",
+        description="concat (default of format text): one stream cut into rows; isolated (default of the others): "
+        "several documents a row, each seeing only itself; none: one document a row.",
+    )
+    overlong: Literal["split", "truncate", "drop", "error"] = Field(
+        default="split", description="isolated and none: a document longer than a row."
+    )
+    deduplicate: Literal["none", "exact"] = Field(
+        default="none", description="Drop documents whose text was seen before."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _packing_follows_the_format(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("format", "text") != "text" and value.get("packing") is None:
+            return {**value, "packing": "isolated"}
+        return value
+
+    @model_validator(mode="after")
+    def _sources_agree(self) -> Data:
+        weighted = [source.weight is not None for source in self.train]
+        if any(weighted) and not all(weighted):
+            raise ValueError("some sources of train have a weight and some have none; give every source one, or none")
+        if isinstance(self.validation, list):
+            held_out = {key for source in self.validation for key in _identities(source)}
+            for source in self.train:
+                for key in _identities(source):
+                    if key in held_out:
+                        raise ValueError(
+                            f"{key[0]} is in both train and validation; hold out another file, or use validation: 1%"
+                        )
+        return self
+
+
+def _identities(source: Source) -> list[tuple[str | None, ...]]:
+    paths = list(source.path.values()) if isinstance(source.path, dict) else [source.path or source.tokens]
+    return [(path, source.config, source.split) for path in paths]
+
+
+class Model(Section):
+    """Exactly one of `from` and `type`."""
+
+    from_: str | None = Field(
+        default=None, alias="from", description="A Hub id or a folder: continue it or fine-tune it."
+    )
+    type: str | None = Field(default=None, description="Any causal model_type of transformers: gpt2, llama, qwen3, ...")
+    preset: PresetName | None = Field(
+        default=None, description="Depth, width and heads for `type`; see the table of presets."
+    )
+    config: dict[str, Any] | None = Field(
+        default=None, description="Any field of that type's configuration; wins over the preset."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run code that comes with a model of the Hub.")
+    revision: str | None = Field(default=None, description="The revision of a Hub model.")
+    rope_scaling: dict[str, Any] | None = Field(
+        default=None, description="A longer context than the model of `from` was made for."
+    )
+    smoke_type: str = Field(default="llama", description="The type of the tiny stand-in for `from` in a `--smoke` run.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Model:
+        one_of(self, "from, type", ("from", "type"), "for example type: llama and preset: 10m")
+        if self.type is not None and self.preset is None and not self.config:
+            raise ValueError("type needs a size: preset: 10m, or config: {num_hidden_layers: 6, hidden_size: 384, ...}")
+        if self.from_ is not None and (self.preset is not None or self.config is not None):
+            raise ValueError("preset and config belong to model.type; a model of from has its size; remove them")
+        if self.type is not None and self.revision is not None:
+            raise ValueError("revision belongs to model.from; remove it")
+        if self.type is not None and self.rope_scaling is not None:
+            raise ValueError("rope_scaling belongs to model.from; with type, set it under model.config")
+        return self

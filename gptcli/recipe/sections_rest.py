@@ -1,0 +1,80 @@
+"""The sections `launch`, `tokenize`, `tracking`, `generate` and `eval` of a recipe."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from gptcli.recipe.fields import AutoOrCount, Count, CountOrZero, NotNegative, Positive, Ratio, Section, Texts
+from gptcli.recipe.sections_data import Sources
+
+
+class Parallel(Section):
+    """How a model is split over devices (accelerate's parallelism_config)."""
+
+    tp: Count = Field(default=1, description="Tensor parallel devices.")
+    cp: Count = Field(default=1, description="Context parallel devices.")
+
+
+class Launch(Section):
+    """On how many processes and machines a command runs."""
+
+    processes: AutoOrCount = Field(default="auto", description="auto: every visible GPU, or one process on CPU.")
+    nodes: Count = Field(default=1, description="Machines.")
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = Field(
+        default="auto", description="How processes share the model."
+    )
+    rendezvous: str | None = Field(default=None, description="host:port at which the machines meet.")
+    parallel: Parallel = Field(default_factory=Parallel, description="accelerate's parallelism_config.")
+    fsdp: dict[str, Any] = Field(default={}, description="accelerate's FSDP2 fields.")
+    deepspeed: dict[str, Any] = Field(default={}, description="A DeepSpeed configuration.")
+
+
+class Tokenize(Section):
+    """How texts are turned into tokens."""
+
+    processes: AutoOrCount = Field(default="auto", description="auto: every core.")
+    shard_tokens: Count = Field(default=64_000_000, description="Tokens of a file of tokens.")
+    executor: Literal["local", "ray"] = Field(default="local", description="Where the work is done.")
+
+
+class Tracking(Section):
+    """Where the metrics go besides metrics.jsonl."""
+
+    to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default=[], description="Trackers.")
+    project: str | None = Field(default=None, description="The tracker's project.")
+    name: str | None = Field(default=None, description="The run's name there; none: the recipe's name.")
+    tags: Texts = Field(default=[], description="Tags of the run there.")
+
+
+class Generate(Section):
+    """How texts are generated: by `gptcli generate`, and on the way through training."""
+
+    prompts: Texts = Field(default=[], description="What texts start with.")
+    max_new_tokens: Count = Field(default=100, description="Tokens at most.")
+    min_new_tokens: CountOrZero = Field(default=0, description="Tokens at least.")
+    temperature: NotNegative = Field(default=0.8, description="0: always the likeliest token.")
+    top_p: Ratio = Field(default=0.95, description="Only the likeliest tokens that together have this probability.")
+    top_k: CountOrZero = Field(default=50, description="Only so many of the likeliest tokens; 0: all.")
+    repetition_penalty: Positive = Field(default=1.0, description="Above 1: repeating is made less likely.")
+    num_return_sequences: Count = Field(default=1, description="Texts a prompt.")
+    stop: Texts = Field(default=[], description="Texts at which to stop.")
+
+
+class Eval(Section):
+    """What `gptcli eval` measures."""
+
+    data: Sources | None = Field(default=None, description="A source or a list; none: the recipe's validation data.")
+    references: str | None = Field(default=None, description="The column that holds the reference or a list of them.")
+    limit: Count | None = Field(default=None, description="At most this many documents.")
+    stride: Count | None = Field(default=None, description="How far a window moves; none: by its length.")
+    metrics: list[
+        Literal[
+            "perplexity", "accuracy", "precision", "recall", "f1", "exact_match", "bleu", "chrf", "rouge", "wer", "cer"
+        ]
+    ] = Field(default=["perplexity"], description="What is measured.")
+    labels: list[str] | None = Field(
+        default=None, description="Classification: scored by the likelihood of each label."
+    )
+    tasks: list[str] = Field(default=[], description="lm-evaluation-harness task names, or paths of task YAMLs.")

@@ -1,0 +1,236 @@
+"""The sections `train` and `finetune` of a recipe: how long, how fast, with what, and what happens on the way."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from gptcli.recipe.fields import (
+    Accepts,
+    AutoOrBool,
+    AutoOrCount,
+    Count,
+    CountOrZero,
+    Duration,
+    NotNegative,
+    Positive,
+    Ratio,
+    Section,
+    Share,
+    StepsOrShare,
+)
+from gptcli.recipe.sections_data import one_of
+
+Beta: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+FLOOR_SCHEDULERS = ("cosine", "linear", "wsd")
+
+TRAINER_ARGS_OF_RECIPE = {
+    "output_dir": "output_dir",
+    "overwrite_output_dir": "the option --overwrite",
+    "resume_from_checkpoint": "the option --resume",
+    "seed": "seed",
+    "data_seed": "seed",
+    "run_name": "name",
+    "report_to": "tracking.to",
+    "project": "tracking.project",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "per_device_eval_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "auto_find_batch_size": "train.micro_batch_size",
+    "optim": "train.optimizer",
+    "learning_rate": "train.learning_rate",
+    "lr_scheduler_type": "train.lr_scheduler",
+    "warmup_steps": "train.warmup",
+    "warmup_ratio": "train.warmup",
+    "weight_decay": "train.weight_decay",
+    "adam_beta1": "train.betas",
+    "adam_beta2": "train.betas",
+    "adam_epsilon": "train.adam_epsilon",
+    "max_grad_norm": "train.max_grad_norm",
+    "label_smoothing_factor": "train.label_smoothing",
+    "neftune_noise_alpha": "train.neftune_noise_alpha",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "bf16_full_eval": "train.precision",
+    "fp16_full_eval": "train.precision",
+    "torch_compile": "train.compile",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "logging_steps": "train.log_every",
+    "logging_strategy": "train.log_every",
+    "logging_nan_inf_filter": "train.non_finite",
+    "eval_steps": "train.eval_every",
+    "eval_strategy": "train.eval_every",
+    "eval_on_start": "train.eval_at_start",
+    "save_steps": "train.save_every",
+    "save_strategy": "train.save_every",
+    "save_total_limit": "train.save_total_limit",
+    "metric_for_best_model": "train.best_metric",
+    "greater_is_better": "train.best_metric",
+    "dataloader_num_workers": "data.workers",
+    "fsdp": "launch.fsdp",
+    "fsdp_config": "launch.fsdp",
+    "deepspeed": "launch.deepspeed",
+    "parallelism_config": "launch.parallel",
+}
+
+
+class Profile(Section):
+    """A torch profiler trace in the run's folder."""
+
+    start: CountOrZero = Field(default=10, description="The first step that is traced.")
+    steps: Count = Field(default=5, description="How many steps are traced.")
+
+
+class Train(Section):
+    """How the model is trained. The commands that train need one of `max_tokens`, `max_steps`, `epochs`."""
+
+    objective: Literal["causal", "fim", "masked"] = Field(default="causal", description="What is predicted.")
+    max_tokens: Count | None = Field(default=None, description="Length of the run in input tokens.")
+    max_steps: Count | None = Field(default=None, description="Length of the run in optimizer steps.")
+    epochs: Positive | None = Field(default=None, description="Length of the run in passes over the data.")
+    global_batch_size: Count | None = Field(
+        default=64,
+        description="Rows an optimizer step, over all processes and accumulation; none with `global_batch_tokens`.",
+    )
+    global_batch_tokens: Count | None = Field(default=None, description="The same, in tokens.")
+    micro_batch_size: AutoOrCount = Field(
+        default="auto",
+        description="Rows at once on a device; auto: the largest that fits. Never changes the global batch.",
+    )
+    optimizer: str = Field(
+        default="adamw",
+        min_length=1,
+        description="adamw, muon, adafactor, lion, sgd, adamw_8bit, or any OptimizerNames value of transformers.",
+    )
+    learning_rate: Positive = Field(default=3e-3, description="The highest learning rate.")
+    lr_scheduler: str = Field(
+        default="cosine",
+        min_length=1,
+        description="cosine, linear, constant, wsd, or any SchedulerType value of transformers.",
+    )
+    warmup: StepsOrShare = Field(default=0.02, description="A share of the steps (2%), or a number of steps.")
+    decay: Share = Field(default=0.2, description="wsd: the last share of the steps, in which the rate falls.")
+    min_lr_ratio: Ratio = Field(
+        default=0.1, description="cosine, linear, wsd: the last learning rate over the highest."
+    )
+    muon_learning_rate: Positive | None = Field(
+        default=None, description="muon: the rate of the 2-D hidden matrices; none: `learning_rate`."
+    )
+    weight_decay: NotNegative = Field(default=0.1, description="Decoupled weight decay.")
+    betas: list[Beta] = Field(default=[0.9, 0.95], min_length=2, max_length=2, description="Adam's two averages.")
+    adam_epsilon: Positive = Field(default=1e-8, description="Adam's epsilon.")
+    max_grad_norm: NotNegative = Field(default=1.0, description="Gradients are clipped to this norm; 0: never.")
+    z_loss: NotNegative = Field(default=0.0, description="Weight of the squared log of the softmax's normaliser.")
+    label_smoothing: Ratio = Field(default=0.0, description="Label smoothing.")
+    neftune_noise_alpha: Positive | None = Field(default=None, description="Noise on the embeddings (NEFTune).")
+    max_time: Duration | None = Field(
+        default=None, description="Save and stop with code 75 after this time (11h30m), for time-limited jobs."
+    )
+    profile: Profile | None = Field(default=None, description="A torch profiler trace in the run's folder.")
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        default="auto", description="The arithmetic of training."
+    )
+    compile: AutoOrBool = Field(default="auto", description="torch.compile.")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
+        default="auto", description="The attention kernel."
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="Compute activations twice instead of keeping them."
+    )
+    log_every: Count = Field(default=10, description="Steps between lines of metrics.jsonl.")
+    eval_every: CountOrZero = Field(default=250, description="Steps between evaluations; 0: only at the end.")
+    save_every: CountOrZero = Field(default=250, description="Steps between checkpoints; 0: only at the end.")
+    save_total_limit: Count = Field(default=3, description="Checkpoints that are kept.")
+    on_save_error: Literal["stop", "continue"] = Field(
+        default="stop", description="What to do when a checkpoint cannot be written."
+    )
+    eval_at_start: bool = Field(default=False, description="Evaluate before the first step.")
+    best_metric: str = Field(
+        default="validation.loss", min_length=1, description="What the best checkpoint is chosen by."
+    )
+    sample_every: CountOrZero = Field(
+        default=250,
+        description="Steps between texts from `generate.prompts`, to samples.jsonl and the screen; 0: never.",
+    )
+    non_finite: Literal["stop", "skip"] = Field(default="stop", description="A loss or gradient that is not finite.")
+    early_stopping_patience: Count | None = Field(
+        default=None, description="Stop after this many evaluations without a better `best_metric`."
+    )
+    trainer_args: dict[str, Any] = Field(
+        default={},
+        description="Any other field of transformers.TrainingArguments; one that a key of the recipe sets is refused.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_replace_rows(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("global_batch_tokens") is not None:
+            return {"global_batch_size": None, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Train:
+        one_of(self, "max_tokens, max_steps, epochs", ("max_tokens", "max_steps", "epochs"), "", required=False)
+        one_of(
+            self,
+            "global_batch_size, global_batch_tokens",
+            ("global_batch_size", "global_batch_tokens"),
+            "for example global_batch_size: 64",
+        )
+        if "min_lr_ratio" in self.model_fields_set and self.lr_scheduler not in FLOOR_SCHEDULERS:
+            raise ValueError(
+                f"min_lr_ratio works with lr_scheduler {', '.join(FLOOR_SCHEDULERS)}, not "
+                f"{self.lr_scheduler}; remove it"
+            )
+        for name in self.trainer_args:
+            if name in TRAINER_ARGS_OF_RECIPE:
+                raise ValueError(f"trainer_args.{name} is set by {TRAINER_ARGS_OF_RECIPE[name]}; use that instead")
+        return self
+
+
+class Lora(Section):
+    """The shape of a LoRA adapter."""
+
+    r: Count = Field(default=16, description="The rank.")
+    alpha: Positive = Field(default=32.0, description="The scale, over the rank.")
+    dropout: Ratio = Field(default=0.0, description="Dropout before the adapter.")
+    target_modules: str | list[str] = Field(default="all-linear", description="Module names, or all-linear.")
+    rank_stabilized: bool = Field(default=False, description="Scale by the square root of the rank.")
+
+
+class RegexReward(Section):
+    """A reward of 1 where the pattern matches."""
+
+    regex: str = Field(description="The pattern that a completion has to match.")
+
+
+def _reward(value: object) -> object:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, dict):
+        return RegexReward(**value)
+    raise ValueError("expected exact_match, file.py:function, or {regex: PATTERN}")
+
+
+class Finetune(Section):
+    """What `gptcli finetune` does beyond `train`."""
+
+    method: Literal["sft", "dpo", "kto", "orpo", "grpo"] = Field(default="sft", description="The method.")
+    train_on: Literal["completion", "all"] = Field(default="completion", description="Which tokens are supervised.")
+    adapter: Literal["none", "lora", "dora", "qlora"] = Field(
+        default="none", description="Full fine-tuning, or an adapter."
+    )
+    adapter_from: str | None = Field(default=None, description="Go on with this adapter.")
+    lora: Lora = Field(default_factory=Lora, description="The adapter's shape.")
+    merge: bool = Field(default=False, description="Merge the adapter into `final/`.")
+    beta: Positive = Field(default=0.1, description="dpo, kto, orpo: how far from the reference model.")
+    reward: Annotated[
+        str | RegexReward,
+        BeforeValidator(_reward),
+        Accepts({"type": "string"}, {"type": "object", "required": ["regex"]}),
+    ] = Field(default="exact_match", description="grpo: exact_match, file.py:function, or {regex: PATTERN}.")
+    freeze: list[str] = Field(default=[], description="Prefixes of the names of modules that are not trained.")

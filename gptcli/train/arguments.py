@@ -1,0 +1,144 @@
+"""The recipe and the plan as transformers' TrainingArguments, and names checked against the installed version."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcli.errors import MissingError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from gptcli.recipe.load import LoadedRecipe
+    from gptcli.train.plan import Plan
+
+# Recipe names whose optimizer or schedule transformers knows under another one.
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "muon": "adamw_torch_fused", "lion": "lion_32bit"}
+_SCHEDULERS = {"wsd": "warmup_stable_decay"}
+# The first part that an optimizer's name contains tells the package behind it and how to get it.
+_OPTIMIZER_PACKAGES = {
+    "torch_8bit": ("torchao", "gptcli[gpu]"),
+    "torch_4bit": ("torchao", "gptcli[gpu]"),
+    "galore": ("galore_torch", "galore-torch"),
+    "apollo": ("apollo_torch", "apollo-torch"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "bnb": ("bitsandbytes", "gptcli[gpu]"),
+    "8bit": ("bitsandbytes", "gptcli[gpu]"),
+    "paged": ("bitsandbytes", "gptcli[gpu]"),
+    "lion": ("bitsandbytes", "gptcli[gpu]"),
+    "ademamix": ("bitsandbytes", "gptcli[gpu]"),
+}
+_TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+def check_names(loaded: LoadedRecipe) -> None:
+    """Check optimizer, schedule, trackers and `trainer_args` against what is installed, before anything is spent.
+
+    Raises:
+        RecipeError: a name that the installed transformers does not know.
+        MissingError: a package that is not there, with the command that installs it.
+    """
+    from transformers import SchedulerType, TrainingArguments
+    from transformers.training_args import OptimizerNames
+
+    train = loaded.recipe.train
+    optimizers = {*(name.value for name in OptimizerNames), *_OPTIMIZERS}
+    _known(loaded, "train.optimizer", train.optimizer, optimizers)
+    schedulers = {*(name.value for name in SchedulerType), *_SCHEDULERS}
+    _known(loaded, "train.lr_scheduler", train.lr_scheduler, schedulers)
+    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for name in train.trainer_args:
+        _known(loaded, f"train.trainer_args.{name}", name, fields)
+    behind = next((found for part, found in _OPTIMIZER_PACKAGES.items() if part in train.optimizer), None)
+    if behind is not None:
+        _installed(loaded, "train.optimizer", train.optimizer, *behind)
+    for tracker in loaded.recipe.tracking.to:
+        _installed(
+            loaded, "tracking.to", tracker, _TRACKERS[tracker], "gptcli[track]" if tracker != "mlflow" else tracker
+        )
+
+
+def training_arguments(loaded: LoadedRecipe, plan: Plan, run: Path, device_kind: str) -> TrainingArguments:
+    """The Trainer's arguments; its own logging, evaluation and saving strategies are off (see `callbacks`)."""
+    from transformers import TrainingArguments
+
+    recipe = loaded.recipe
+    train = recipe.train
+    _tracker_environment(loaded, run)
+    given: dict[str, Any] = {
+        "output_dir": str(run),
+        "run_name": recipe.tracking.name or recipe.name,
+        "seed": recipe.seed,
+        "max_steps": plan.steps,
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "optim": _OPTIMIZERS.get(train.optimizer, train.optimizer),
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": _SCHEDULERS.get(train.lr_scheduler, train.lr_scheduler),
+        "warmup_steps": plan.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "adam_beta1": train.betas[0],
+        "adam_beta2": train.betas[1],
+        "adam_epsilon": train.adam_epsilon,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": plan.precision == "bf16",
+        "torch_compile": plan.compile,
+        "activation_checkpointing": train.activation_checkpointing,
+        "use_cpu": device_kind == "cpu",
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": list(recipe.tracking.to),
+        **({"project": recipe.tracking.project} if recipe.tracking.project else {}),
+        "remove_unused_columns": False,
+        "dataloader_num_workers": recipe.data.workers if recipe.data and isinstance(recipe.data.workers, int) else 0,
+        "dataloader_pin_memory": device_kind == "cuda",
+        "log_level": "error",
+    }
+    try:
+        return TrainingArguments(**given, **train.trainer_args)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(
+            f"transformers refuses the settings: {str(error).splitlines()[0][:300]}", where=loaded.where("train")
+        ) from error
+
+
+def _known(loaded: LoadedRecipe, key: str, value: str, known: set[str]) -> None:
+    if value in known:
+        return
+    near = difflib.get_close_matches(value, sorted(known), n=3, cutoff=0.5)
+    remedy = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(known)[:12])}, ..."
+    raise RecipeError(f"{key}: the installed transformers knows no {value!r}", where=loaded.where(key), remedy=remedy)
+
+
+def _installed(loaded: LoadedRecipe, key: str, value: str, package: str, requirement: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise MissingError(
+            f"{key}: {value} needs the package {package}, which is not installed",
+            where=loaded.where(key),
+            remedy=f"{Path(sys.executable).name} -m pip install '{requirement}'",
+        )
+
+
+def _tracker_environment(loaded: LoadedRecipe, run: Path) -> None:
+    # transformers' callbacks read where to write, and under which project, from the environment.
+    tracking = loaded.recipe.tracking
+    if "tensorboard" in tracking.to:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "tensorboard")
+    if tracking.project is not None:
+        os.environ["WANDB_PROJECT"] = os.environ["MLFLOW_EXPERIMENT_NAME"] = tracking.project
+    if tracking.tags:
+        os.environ["WANDB_TAGS"] = ",".join(tracking.tags)
+        os.environ["MLFLOW_TAGS"] = json.dumps(dict.fromkeys(tracking.tags, "true"))

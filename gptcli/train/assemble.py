@@ -1,0 +1,135 @@
+"""What is known before the first step: data, configuration, device, plan. Nothing is written and nothing trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcli.data.dataset import row_count
+from gptcli.data.tokenize import Prepared, prepare
+from gptcli.device import best_device, device_name, has_fast_bf16, total_memory
+from gptcli.errors import RecipeError
+from gptcli.files import fingerprint
+from gptcli.recipe.load import LoadedRecipe, resolved
+from gptcli.reporting import Reporter
+from gptcli.runs.folder import RunFolder
+from gptcli.train.plan import Hardware, Plan, make_plan
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What is known before the first step."""
+
+    loaded: LoadedRecipe
+    prepared: Prepared
+    config: PreTrainedConfig
+    plan: Plan
+    device: torch.device
+    run: RunFolder
+    fingerprints: dict[str, str]
+
+
+def assemble(loaded: LoadedRecipe, run: RunFolder, reporter: Reporter) -> Assembly:
+    """Data, configuration, device and plan of a recipe; nothing is trained and nothing is written into the run."""
+    prepared = prepare(loaded, reporter)
+    rows = sum(row_count(len(stream), _length(loaded)) for stream in prepared.train.streams)
+    config = model_config(loaded, prepared, reporter)
+    device = best_device()
+    plan = plan_for(loaded, config, device, rows_per_epoch=rows)
+    fingerprints = {
+        "recipe": fingerprint(loaded.written),
+        "data": prepared.fingerprint,
+        "tokenizer": prepared.tokenizer_fingerprint,
+    }
+    return Assembly(loaded, prepared, config, plan, device, run, fingerprints)
+
+
+def model_config(loaded: LoadedRecipe, prepared: Prepared, reporter: Reporter) -> PreTrainedConfig:
+    """The configuration of the recipe's model; names in the recipe are checked against what is installed."""
+    from gptcli.model.build import TokenIds, build_config
+    from gptcli.train.arguments import check_names
+
+    check_names(loaded)
+    assert loaded.recipe.model is not None
+    if loaded.recipe.model.from_ is not None:
+        return _config_of(loaded, prepared)
+    special = prepared.train.specials
+    ids = TokenIds(prepared.train.vocab_size, special.bos, special.eos, special.pad)
+    config, notes = build_config(loaded, ids)
+    for note in notes:
+        reporter.say(f"model: {note}")
+    return config
+
+
+def plan_for(
+    loaded: LoadedRecipe, config: PreTrainedConfig, device: torch.device, *, rows_per_epoch: int | None
+) -> Plan:
+    """The plan of a recipe on this machine."""
+    from gptcli.model.build import count_parameters
+
+    hardware = Hardware(device.type, has_fast_bf16(device), 1, total_memory(device))
+    return make_plan(loaded, count_parameters(config), hardware, rows_per_epoch=rows_per_epoch)
+
+
+def describe(assembly: Assembly) -> list[str]:
+    """What will happen, in a few lines: model, data, batch, steps, device, and each decision with its reason."""
+    plan, loaded = assembly.plan, assembly.loaded
+    assert loaded.recipe.model is not None
+    kind = loaded.recipe.model.type or str(assembly.config.model_type)
+    epochs = "" if plan.epochs is None else f" ({plan.epochs:.2f} epochs of {plan.rows_per_epoch:,} rows)"
+    batch = f"{plan.global_batch_size} rows x {plan.sequence_length}"
+    parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps}"
+    lines = [
+        f"model: {kind}, {plan.parameters / 1e6:.2f} M parameters",
+        f"train: {plan.steps:,} steps of {batch} ({parts} at once), {plan.total_tokens:,} tokens{epochs}",
+        f"device: {device_name(assembly.device)}, {plan.precision}",
+    ]
+    lines += [f"auto: {d.key} = {d.value} ({d.reason})" for d in plan.decisions]
+    return lines
+
+
+def decided_recipe(loaded: LoadedRecipe, plan: Plan) -> dict[str, Any]:
+    """The whole recipe with every default and every `auto` decided; running it gives the same run."""
+    recipe = resolved(loaded)
+    train_section = recipe["train"]
+    train_section["micro_batch_size"] = plan.micro_batch_size
+    train_section["precision"] = plan.precision
+    train_section["compile"] = plan.compile
+    recipe["launch"]["processes"] = plan.processes
+    if recipe["data"].get("workers") == "auto":
+        recipe["data"]["workers"] = 0
+    return recipe
+
+
+def _config_of(loaded: LoadedRecipe, prepared: Prepared) -> PreTrainedConfig:
+    """The configuration of `model.from`, checked against the data's tokenizer and the row length."""
+    from gptcli.model.load import load_config
+
+    model = loaded.recipe.model
+    assert model is not None and model.from_ is not None
+    config = load_config(Path(model.from_), trust_remote_code=model.trust_remote_code, revision=model.revision)
+    text = config.get_text_config()
+    vocabulary, limit = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
+    if isinstance(vocabulary, int) and prepared.train.vocab_size > vocabulary:
+        raise RecipeError(
+            f"the tokenizer has {prepared.train.vocab_size:,} entries and the model {vocabulary:,}: not a pair",
+            where=loaded.where("tokenizer"),
+            remedy="Leave out tokenizer: to use the model's own.",
+        )
+    if isinstance(limit, int) and _length(loaded) > limit:
+        raise RecipeError(
+            f"data.sequence_length: {_length(loaded):,} is longer than the model's context of {limit:,}",
+            where=loaded.where("data.sequence_length"),
+            remedy=f"Set data.sequence_length to {limit} or less.",
+        )
+    return config
+
+
+def _length(loaded: LoadedRecipe) -> int:
+    assert loaded.recipe.data is not None
+    return loaded.recipe.data.sequence_length

@@ -1,0 +1,99 @@
+"""What happens between steps: when to log, evaluate, save, sample and stop, decided in one place.
+
+A signal or `max_time` finishes the step, saves and stops; a second signal leaves at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gptcli.errors import AbortedError
+
+if TYPE_CHECKING:
+    from gptcli.recipe.schema import Train
+    from gptcli.train.plan import Plan
+
+
+class StopRequest:
+    """Whether and why training should stop at the end of the step."""
+
+    def __init__(self, *, max_seconds: float | None = None, after_step: int | None = None) -> None:
+        self.reason: str | None = None
+        self._started = time.monotonic()
+        self._max_seconds = max_seconds
+        self._after_step = after_step
+
+    def due(self, step: int) -> bool:
+        """Whether to stop now that `step` steps are finished."""
+        if self.reason is None and self._after_step is not None and step >= self._after_step:
+            self.reason = f"as asked, after step {step}"
+        if self.reason is None and self._max_seconds is not None:
+            elapsed = time.monotonic() - self._started
+            if elapsed >= self._max_seconds:
+                self.reason = "train.max_time is over"
+        return self.reason is not None
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Turn SIGINT and SIGTERM into a stop at the end of the step; a second one ends the process with 130."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            del frame
+            if self.reason is None:
+                self.reason = f"stopped by {signal.Signals(number).name}"
+                # A signal handler must not take rich's locks: plain bytes to standard error.
+                os.write(2, b"\nstopping after this step; once more leaves at once\n")
+                return
+            os.write(2, b"\nleft at once; the last checkpoint is good\n")
+            sys.stderr.flush()
+            os._exit(AbortedError.exit_code)
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Schedule(TrainerCallback):
+    """Sets the Trainer's flags at the end of each step, from the plan."""
+
+    def __init__(self, plan: Plan, train: Train, stop: StopRequest, *, has_validation: bool, has_prompts: bool) -> None:
+        self._plan = plan
+        self._train = train
+        self._stop = stop
+        self._has_validation = has_validation
+        self._has_prompts = has_prompts
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Decide what follows the step."""
+        del args, kwargs
+        step, plan = state.global_step, self._plan
+        last = step >= plan.steps
+        stopping = not last and self._stop.due(step)
+        control.should_log = step == 1 or step % plan.log_every == 0 or last or stopping
+        control.should_evaluate = self._has_validation and (last or _due(step, plan.eval_every))
+        control.should_save = last or stopping or _due(step, plan.save_every)
+        control.should_training_stop = last or stopping
+        return control
+
+    def sample_due(self, step: int) -> bool:
+        """Whether texts are to be generated after `step` steps."""
+        every = self._train.sample_every
+        return self._has_prompts and every > 0 and (step >= self._plan.steps or _due(step, every))
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,138 @@
+"""Checkpoints: committed whole by one rename, verified before they are trusted, pruned only when a newer one is good.
+
+A checkpoint is what transformers writes (so `from_pretrained` loads it) plus the trainer's state and MANIFEST.json,
+written last: the size and sha256 of every file, the step, and the fingerprints of what it belongs to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptcli.errors import CheckpointError
+from gptcli.files import committed_folder, read_json, sha256_file, write_json
+from gptcli.runs.folder import CHECKPOINT, MANIFEST, RunFolder
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of looking for a checkpoint: the newest that verifies, and those passed over with the reason."""
+
+    folder: Path | None
+    manifest: dict[str, Any]
+    passed_over: tuple[tuple[Path, str], ...]
+
+
+@contextlib.contextmanager
+def committing(run: RunFolder, step: int, facts: dict[str, Any]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes the run's checkpoint of `step` when the block ends without an error.
+
+    Args:
+        run: the run.
+        step: the number of finished steps.
+        facts: what the manifest says beside the files: fingerprints, tokens, recipe, decided values.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; what was there before is untouched.
+    """
+    target = run.checkpoint(step)
+    try:
+        with committed_folder(target) as work:
+            yield work
+            files = {
+                str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                for path in sorted(work.rglob("*"))
+                if path.is_file()
+            }
+            write_json(work / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
+    except OSError as error:
+        raise _not_written(target, error) from error
+    except Exception as error:
+        # safetensors and torch wrap the system's error in their own; their texts keep its number or message.
+        if "os error 28" in str(error).lower() or "no space left" in str(error).lower():
+            raise _not_written(target, OSError(errno.ENOSPC, "No space left on device")) from error
+        raise
+
+
+def verify(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None when every file is as its manifest says."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        files = manifest["files"].items()
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
+        for name, expected in files:
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            if sha256_file(path) != expected["sha256"]:
+                return f"{name} was changed (its sha256 differs)"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def newest_good(run: RunFolder) -> Found:
+    """The newest checkpoint that verifies.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them verifies.
+    """
+    passed: list[tuple[Path, str]] = []
+    for path in _newest_first(run):
+        reason = verify(path)
+        if reason is None:
+            return Found(path, read_json(path / MANIFEST), tuple(passed))
+        passed.append((path, reason))
+    if passed:
+        lines = [f"{path.name}: {reason}" for path, reason in passed[:4]]
+        raise CheckpointError(
+            f"none of the {len(passed)} checkpoints can be trusted",
+            where=str(run.path),
+            remedy="\n".join([*lines, "Restore one from a copy, or train again from the start with --overwrite."]),
+        )
+    return Found(None, {}, ())
+
+
+def prune(run: RunFolder, keep: int | None) -> None:
+    """Remove all but the newest `keep` complete checkpoints; call it after a new one was committed."""
+    if keep is None:
+        return
+    checkpoints = [path for _, path in run.checkpoints()]
+    for path in checkpoints[: max(0, len(checkpoints) - keep)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(run: RunFolder) -> None:
+    """Remove the temporary folders of saves that a kill interrupted."""
+    for path in run.path.glob(".*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _newest_first(run: RunFolder) -> list[Path]:
+    # By step, not by time: clocks go wrong. Those without a manifest are looked at too, to be named.
+    with contextlib.suppress(OSError):
+        matches = [(CHECKPOINT.fullmatch(path.name), path) for path in run.path.iterdir() if path.is_dir()]
+        steps = [(int(match[1]), path) for match, path in matches if match]
+        return [path for _, path in sorted(steps, reverse=True)]
+    return []
+
+
+def _not_written(target: Path, error: OSError) -> CheckpointError:
+    why = error.strerror or str(error)
+    return CheckpointError(
+        f"the checkpoint could not be written: {why}",
+        where=str(target),
+        remedy="Nothing that was saved before is lost. Make room (or mend the folder) and run the same command again.",
+    )

@@ -1,0 +1,104 @@
+"""What a run records of itself: versions, code, hardware, and the model card of `final/`."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcli import __version__
+
+if TYPE_CHECKING:
+    from gptcli.recipe.load import LoadedRecipe
+    from gptcli.train.plan import Plan
+
+_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, gptcli and the packages that decide a run's numbers."""
+    found = {"python": platform.python_version(), "gptcli": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the repository that a folder lies in, with `-dirty` when files differ; None outside of one."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        dirty = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("-dirty" if dirty else "")
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def model_card(loaded: LoadedRecipe, plan: Plan, result: dict[str, Any]) -> str:
+    """A model card (Markdown with a YAML head) that says what the model is, from what, and how good."""
+    recipe = loaded.recipe
+    assert recipe.model is not None and recipe.data is not None
+    sources = "\n".join(f"- `{source.path or source.tokens}`" for source in recipe.data.train)
+    validation = result.get("validation") or {}
+    rows = [
+        ("type", recipe.model.type or f"continued from {recipe.model.from_}"),
+        ("parameters", f"{plan.parameters:,}"),
+        ("context", f"{plan.sequence_length:,} tokens"),
+        ("trained on", f"{result['tokens']:,} tokens in {result['step']:,} steps"),
+        ("training loss", _figure(result.get("loss"))),
+        ("validation loss (nats a token)", _figure(validation.get("loss"))),
+        ("validation bits per byte", _figure(validation.get("bits_per_byte"))),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gptcli]
+---
+
+# {recipe.name}
+
+A causal language model, trained with gptcli {__version__}.
+
+| | |
+| --- | --- |
+{table}
+
+Trained on:
+
+{sources}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("final")
+tokenizer = AutoTokenizer.from_pretrained("final")
+```
+"""
+
+
+def _figure(value: Any) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=5,
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
+    return done.stdout.strip()

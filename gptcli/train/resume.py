@@ -1,0 +1,209 @@
+"""Whether a run goes on, starts anew, or must not: a changed recipe or data set is refused with the differences.
+
+The recipe is compared as written, before `auto` is decided. Keys that do not change what is learnt may differ, and a
+run may become longer (its schedule is then computed anew).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptcli.errors import CheckpointError, UsageError
+from gptcli.files import read_json
+from gptcli.reporting import Reporter
+from gptcli.runs.folder import RunFolder
+from gptcli.train.checkpoint import newest_good, remove_leftovers, verify
+
+_LENGTH_KEYS = ("train.max_steps", "train.max_tokens", "train.epochs")
+_HARMLESS = (
+    "name",
+    "output_dir",
+    "extends",
+    "generate",
+    "eval",
+    "tracking",
+    "launch",
+    "tokenize",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.sample_every",
+    "train.save_total_limit",
+    "train.micro_batch_size",
+    "train.on_save_error",
+    "train.eval_at_start",
+    "train.max_time",
+    "data.workers",
+)
+_PATHS = ("path", "tokens")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts: from nothing (None), or from a verified checkpoint and its manifest."""
+
+    checkpoint: Path | None
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return int(self.manifest.get("step", 0))
+
+
+def find_start(run: RunFolder, *, resume: str, overwrite: bool, reporter: Reporter) -> Start:
+    """Decide where to start, say what was passed over, and clean the folder when it is to be overwritten.
+
+    Args:
+        run: the run's folder, which may not exist.
+        resume: auto, never, or the path of a checkpoint.
+        overwrite: whether a run that is there may be removed.
+        reporter: where what was passed over is said.
+
+    Raises:
+        UsageError: the folder is used and `resume` is never, or is not a run at all.
+        CheckpointError: no checkpoint of several verifies, or the one that was named does not.
+    """
+    used = run.exists() or bool(run.checkpoints())
+    if overwrite and used:
+        for path in run.path.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return Start(None, {})
+    if not used and run.path.is_dir() and any(path.name != LOCK for path in run.path.iterdir()):
+        raise UsageError(
+            f"{run.path} is not empty and is not a run",
+            remedy="Give another name=NAME or output_dir=FOLDER.",
+        )
+    remove_leftovers(run)
+    if resume == "never":
+        if used:
+            raise UsageError(
+                f"the run {run.name} is there already, and --resume never was given",
+                where=str(run.path),
+                remedy="--overwrite trains again from the start; name=NAME starts another run.",
+            )
+        return Start(None, {})
+    if resume != "auto":
+        folder = Path(resume)
+        reason = verify(folder) if folder.is_dir() else "there is no such folder"
+        if reason is not None:
+            raise CheckpointError(f"cannot resume: {reason}", where=resume, remedy="Name another checkpoint folder.")
+        return Start(folder, read_json(folder / "MANIFEST.json"))
+    found = newest_good(run)
+    for path, reason in found.passed_over:
+        reporter.warn(f"{path.name} is passed over: {reason}")
+    return Start(found.folder, found.manifest)
+
+
+def check_unchanged(
+    start: Start,
+    *,
+    recipe: dict[str, Any],
+    fingerprints: dict[str, str],
+    steps: int,
+    allowed: Sequence[str],
+) -> list[str]:
+    """Compare a recipe with the one that a checkpoint was trained with.
+
+    Args:
+        start: the checkpoint.
+        recipe: the whole recipe with defaults, `auto` undecided.
+        fingerprints: of data and tokenizer now.
+        steps: of the whole run, as planned now.
+        allowed: keys that may differ (`--allow-changes`).
+
+    Returns:
+        The harmless differences, one line each.
+
+    Raises:
+        CheckpointError: something that changes what is learnt is different; lists what.
+    """
+    then_print, now_print = start.manifest["fingerprints"], fingerprints
+    same_data = then_print["data"] == now_print["data"]
+    then, now = _flatten(start.manifest["recipe"]), _flatten(recipe)
+    changed = {key: (then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)}
+    refused, harmless = [], []
+    for key, (before, after) in changed.items():
+        line = f"{key}: {_show(before)} -> {_show(after)}"
+        is_path = key.startswith(("data.", "tokenizer.")) and key.rsplit(".", 1)[-1] in (*_PATHS, "from")
+        longer = key in _LENGTH_KEYS and steps >= int(start.manifest["steps"])
+        fine = _under(key, _HARMLESS) or _under(key, allowed) or longer or (is_path and same_data)
+        (harmless if fine else refused).append(line)
+    for part in ("data", "tokenizer"):
+        if then_print[part] != now_print[part] and part not in allowed and not any(r.startswith(part) for r in refused):
+            refused.append(f"{part}: the content is not what this run was trained on")
+    if refused:
+        keys = ",".join(dict.fromkeys(line.split(":", 1)[0] for line in refused))
+        shown = refused[:4] + ([f"and {len(refused) - 4} more"] if len(refused) > 4 else [])
+        raise CheckpointError(
+            f"this is not the recipe or the data of the run, which is at step {start.step}",
+            where=str(start.checkpoint),
+            remedy="\n".join(
+                [
+                    *shown,
+                    f"To go on all the same: --allow-changes {keys}",
+                    "To train anew: --overwrite, or another name=NAME.",
+                ]
+            ),
+        )
+    return harmless
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Hold the run's folder: a second training in it is refused with the first one's process id.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise UsageError(
+                f"the run {run.name} is being trained by process {pid}",
+                where=str(run.path),
+                remedy="Wait for it, stop it, or give another name=NAME.",
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{a: {b: 1}} as {"a.b": 1}; lists by index, None left out (a key set to null is an absent one)."""
+    if isinstance(value, dict):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return {} if value is None else {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= _flatten(item, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _under(key: str, parents: Sequence[str]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+def _show(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

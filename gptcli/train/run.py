@@ -1,0 +1,320 @@
+"""From a recipe to `final/`: prepare the data, plan, assemble the trainer, train, and record what happened."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcli.errors import AbortedError, CheckpointError, GptcliError, OutOfMemoryError, StoppedError
+from gptcli.files import committed_folder, write_atomic
+from gptcli.recipe.load import LoadedRecipe, dump_yaml, resolved
+from gptcli.reporting import Reporter
+from gptcli.runs import metrics
+from gptcli.runs.folder import RunFolder
+from gptcli.train.assemble import Assembly, assemble, decided_recipe, describe
+from gptcli.train.resume import Start, check_unchanged, find_start, locked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gptcli.train.trainer import CausalTrainer
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the recipe.
+
+    Attributes:
+        command: pretrain or finetune.
+        resume: auto, never, or the path of a checkpoint.
+        overwrite: remove a run that is there.
+        allow_changes: keys that may differ from the run's recipe.
+        stop_after: stop (with code 75) after this many steps; for `--smoke`.
+    """
+
+    command: str
+    resume: str = "auto"
+    overwrite: bool = False
+    allow_changes: tuple[str, ...] = ()
+    stop_after: int | None = None
+
+
+def train(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> dict[str, Any]:
+    """Run a recipe to its end and return the result that `--json` prints.
+
+    Raises:
+        GptcliError: with the exit code of what happened; see `gptcli.errors`.
+    """
+    run = RunFolder(Path(loaded.recipe.output_dir) / loaded.recipe.name)
+    existed = run.path.exists()
+    try:
+        with locked(run):
+            return _train_locked(loaded, options, run, reporter)
+    finally:
+        # A run that ended before it began (bad data, a wrong field) leaves no folder behind.
+        if not existed and not run.exists():
+            shutil.rmtree(run.path, ignore_errors=True)
+
+
+def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
+    start = find_start(run, resume=options.resume, overwrite=options.overwrite, reporter=reporter)
+    assembly = assemble(loaded, run, reporter)
+    if start.checkpoint is not None:
+        harmless = check_unchanged(
+            start,
+            recipe=resolved(loaded),
+            fingerprints=assembly.fingerprints,
+            steps=assembly.plan.steps,
+            allowed=options.allow_changes,
+        )
+        if start.step >= assembly.plan.steps and run.final.is_dir():
+            reporter.say(f"{run.name} is finished: {start.step:,} steps, {run.final}")
+            reporter.say("--overwrite trains it again; name=NAME trains another; a larger train.max_steps goes on.")
+            done: dict[str, Any] = run.read().get("result") or {}
+            return done
+        reporter.say(
+            f"resuming {run.name} from {start.checkpoint.name} ({start.step:,} of {assembly.plan.steps:,} steps)"
+        )
+        for line in harmless:
+            reporter.say(f"changed since: {line}")
+    for line in describe(assembly):
+        reporter.say(line)
+    _check_disk(assembly)
+    _write_start(assembly, options)
+    try:
+        result = _run_trainer(assembly, options, start, reporter)
+    except GptcliError as error:
+        status = "stopped" if isinstance(error, StoppedError) else "failed"
+        run.update(status=status, reason=error.what, ended=_now())
+        raise
+    except KeyboardInterrupt:
+        run.update(status="stopped", reason="interrupted before the first step", ended=_now())
+        raise AbortedError("stopped before the first step; nothing was lost") from None
+    except BaseException as error:
+        run.update(status="failed", reason=f"{type(error).__name__}: {error}"[:300], ended=_now())
+        raise
+    return result
+
+
+def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: Reporter) -> dict[str, Any]:
+    from gptcli.train.callbacks import StopRequest
+
+    train_section = assembly.loaded.recipe.train
+    stop = StopRequest(max_seconds=train_section.max_time, after_step=options.stop_after)
+    began = time.monotonic()
+    with stop.on_signals(), reporter.progress("train", assembly.plan.steps, "steps") as progress:
+        trainer = _build_trainer(assembly, stop, start, reporter, progress)
+        metrics.truncate(assembly.run.metrics, start.step)
+        metrics.truncate(assembly.run.samples, start.step)
+        progress.update(start.step)
+        trainer.start_at(start.step)
+        try:
+            if train_section.eval_at_start and start.checkpoint is None:
+                trainer.evaluate()
+            trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
+        except RuntimeError as error:
+            if _is_out_of_memory(error):
+                raise _out_of_memory(assembly) from error
+            raise
+        step = int(trainer.state.global_step)
+        result = _result(assembly, trainer, step, time.monotonic() - began)
+        if step < assembly.plan.steps:
+            assembly.run.update(result={**result, "status": "stopped"})
+            raise StoppedError(
+                f"{stop.reason}; step {step:,} of {assembly.plan.steps:,} is saved",
+                remedy="The same command goes on from there.",
+            )
+        _write_final(assembly, trainer, result)
+    assembly.run.update(status="done", reason=None, ended=_now(), result=result)
+    _write_report(assembly.run, reporter)
+    reporter.say(f"done: {assembly.run.final}")
+    return result
+
+
+def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Reporter, progress: Any) -> CausalTrainer:
+    from gptcli.data.dataset import TrainingRows
+    from gptcli.model.build import build_model
+    from gptcli.model.load import load_model, load_tokenizer, quiet
+    from gptcli.train.arguments import training_arguments
+    from gptcli.train.callbacks import Schedule
+    from gptcli.train.samples import Sampler
+    from gptcli.train.trainer import CausalTrainer
+
+    loaded, plan = assembly.loaded, assembly.plan
+    recipe = loaded.recipe
+    assert recipe.model is not None and recipe.data is not None
+    attention = recipe.train.attention
+    model: PreTrainedModel
+    if recipe.model.from_ is not None:
+        model = load_model(
+            Path(recipe.model.from_),
+            dtype="fp32",
+            device=assembly.device,
+            attention=attention,
+            trust_remote_code=recipe.model.trust_remote_code,
+            revision=recipe.model.revision,
+        )
+        model.train()
+    else:
+        model = build_model(
+            loaded, assembly.config, seed=recipe.seed, attention=None if attention == "auto" else attention
+        )
+    tokenizer = load_tokenizer(assembly.prepared.tokenizer)
+    arguments = training_arguments(loaded, plan, assembly.run.path, assembly.device.type)
+    facts = {
+        "processes": plan.processes,
+        "fingerprints": assembly.fingerprints,
+        "recipe": resolved(loaded),
+        "decided": {decision.key: decision.value for decision in plan.decisions},
+    }
+    with quiet():
+        return CausalTrainer(
+            model=model,
+            args=arguments,
+            recipe=recipe,
+            plan=plan,
+            rows=TrainingRows(
+                assembly.prepared.train,
+                sequence_length=plan.sequence_length,
+                seed=recipe.seed,
+                shuffle=recipe.data.shuffle,
+            ),
+            validation=assembly.prepared.validation,
+            tokenizer=tokenizer,
+            run=assembly.run,
+            facts=facts,
+            schedule=Schedule(
+                plan,
+                recipe.train,
+                stop,
+                has_validation=assembly.prepared.validation is not None,
+                has_prompts=bool(recipe.generate.prompts),
+            ),
+            sample=Sampler(recipe, tokenizer, assembly.run, reporter),
+            reporter=reporter,
+            progress=progress,
+        )
+
+
+def _result(assembly: Assembly, trainer: CausalTrainer, step: int, wall_seconds: float) -> dict[str, Any]:
+    plan, validation = assembly.plan, trainer.validation_result
+    tokens = plan.tokens_at(step)
+    return {
+        "run": str(assembly.run.path),
+        "status": "done",
+        "step": step,
+        "tokens": tokens,
+        "loss": trainer.last_loss,
+        "validation": None
+        if validation is None
+        else {"loss": validation.loss, "bits_per_byte": validation.bits_per_byte},
+        "tokens_per_second": trainer.tokens_per_second,
+        "wall_seconds": round(wall_seconds, 2),
+        "peak_bytes": trainer.peak_bytes,
+    }
+
+
+def _write_start(assembly: Assembly, options: Options) -> None:
+    from gptcli.device import device_name
+    from gptcli.train.record import command_line, git_commit, versions
+
+    run, loaded, plan = assembly.run, assembly.loaded, assembly.plan
+    assert loaded.recipe.data is not None
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_atomic(run.recipe, loaded.text)
+    write_atomic(run.resolved, dump_yaml(decided_recipe(loaded, plan)))
+    run.update(
+        name=run.name,
+        command=options.command,
+        status="running",
+        reason=None,
+        pid=os.getpid(),
+        host=platform.node(),
+        started=_now(),
+        ended=None,
+        command_line=command_line(),
+        versions=versions(),
+        git_commit=git_commit(loaded.path.parent),
+        device=device_name(assembly.device),
+        seed=loaded.recipe.seed,
+        fingerprints=assembly.fingerprints,
+        parameters=plan.parameters,
+        plan=plan.as_dict(),
+        data=assembly.prepared.report,
+    )
+
+
+def _write_final(assembly: Assembly, trainer: CausalTrainer, result: dict[str, Any]) -> None:
+    from gptcli.train.record import model_card
+
+    try:
+        with committed_folder(assembly.run.final) as work:
+            trainer.save_model(str(work), _internal_call=True)
+            write_atomic(work / "README.md", model_card(assembly.loaded, assembly.plan, result))
+    except OSError as error:
+        raise CheckpointError(
+            f"the trained model could not be written: {error.strerror or error}",
+            where=str(assembly.run.final),
+            remedy="The last checkpoint is good. Make room and run the same command again.",
+        ) from error
+
+
+def _write_report(run: RunFolder, reporter: Reporter) -> None:
+    from gptcli.runs.report import write_report
+
+    try:
+        write_report(run)
+    except OSError as error:
+        reporter.warn(f"no report: {error}")
+
+
+def _check_disk(assembly: Assembly) -> None:
+    """Compare the bytes that the run will write with what is free, before the first step."""
+    folder = assembly.run.path
+    folder.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(folder).free, assembly.plan.disk_bytes
+    if free < needed:
+        raise CheckpointError(
+            f"the run needs about {_size(needed)} of disk and {_size(free)} are free",
+            where=str(folder),
+            remedy="Make room, lower train.save_total_limit, or set output_dir to another disk.",
+        )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _out_of_memory(assembly: Assembly) -> OutOfMemoryError:
+    plan = assembly.plan
+    smaller = max(1, plan.micro_batch_size // 2)
+    lines = [f"About {_size(plan.memory_bytes)} are needed on {assembly.device}; change one of:"]
+    if plan.micro_batch_size > 1:
+        lines.append(f"train.micro_batch_size={smaller} (now {plan.micro_batch_size}; the global batch stays)")
+    if not assembly.loaded.recipe.train.activation_checkpointing:
+        lines.append("train.activation_checkpointing=true (slower by about a third)")
+    lines.append(f"data.sequence_length={max(1, plan.sequence_length // 2)} (now {plan.sequence_length})")
+    return OutOfMemoryError("not enough memory for a training step", remedy="\n".join(lines))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def allowed_keys(values: Sequence[str] | None) -> tuple[str, ...]:
+    """`--allow-changes a,b --allow-changes c` as ("a", "b", "c")."""
+    return tuple(key.strip() for value in values or () for key in value.split(",") if key.strip())

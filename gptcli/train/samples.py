@@ -1,0 +1,41 @@
+"""Texts generated on the way: the recipe's prompts, to samples.jsonl and the screen, by the code of `generate`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gptcli.generation.text import Settings, complete
+from gptcli.runs import metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gptcli.recipe.schema import Recipe
+    from gptcli.reporting import Reporter
+    from gptcli.runs.folder import RunFolder
+
+
+class Sampler:
+    """Completes the recipe's prompts; the random state of training is left as it was."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: RunFolder, reporter: Reporter) -> None:
+        given = recipe.generate
+        self._prompts = given.prompts
+        self._settings = Settings(
+            max_new_tokens=given.max_new_tokens,
+            temperature=given.temperature,
+            top_p=given.top_p,
+            top_k=given.top_k,
+            stop=tuple(given.stop),
+            seed=recipe.seed,
+        )
+        self._tokenizer = tokenizer
+        self._run = run
+        self._reporter = reporter
+
+    def __call__(self, model: PreTrainedModel, step: int) -> None:
+        """Write and show one completion of each prompt."""
+        for prompt in self._prompts:
+            text = complete(model, self._tokenizer, prompt, self._settings)[0].text
+            metrics.append(self._run.samples, {"step": step, "prompt": prompt, "text": text})
+            self._reporter.say(f"step {step:,}  sample  {prompt}{text}".rstrip())

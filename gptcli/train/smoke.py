@@ -1,0 +1,181 @@
+"""`--smoke`: a toy of a recipe through every stage, on CPU, in a temporary folder: does this recipe still work?
+
+The same recipe with model, data and steps cut: tokenize, two steps, save, stop, resume, two more, generate, evaluate.
+What needs the Hub, or a file that is not here, is replaced by synthetic rows or a tiny random model, with a printed
+line. Nothing is written outside the temporary folder but what `$GPTCLI_CACHE` keeps of built-in corpora.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcli.errors import CheckpointError, StoppedError
+from gptcli.recipe.load import LoadedRecipe, load_recipe
+from gptcli.recipe.schema import Source, Tail
+from gptcli.reporting import Reporter
+from gptcli.runs.folder import RunFolder
+from gptcli.train.run import Options, train
+
+if TYPE_CHECKING:
+    from gptcli.recipe.schema import Data, Model
+
+ROWS = 64
+VOCABULARY = 512
+SEQUENCE_LENGTH = 64
+TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+# Fields of model.config that set a size; the others (activation, tied embeddings, rope) stay as the recipe has them.
+_SIZES = ("size", "num_", "n_", "head_dim", "_dim", "layer_types", "max_position_embeddings", "window")
+_WORDS = ("the", "model", "reads", "a", "text", "and", "learns", "to", "write", "what", "comes", "next")
+
+
+def smoke_run(argument: str, overrides: Sequence[str], command: str, reporter: Reporter) -> dict[str, Any]:
+    """Take a recipe through every stage; return what each of them gave.
+
+    Raises:
+        GptcliError: the stage that does not work, as it would fail in a real run.
+    """
+    began = time.monotonic()
+    loaded = load_recipe(argument, overrides)
+    with tempfile.TemporaryDirectory(prefix="gptcli-smoke-") as name, _on_cpu():
+        folder = Path(name)
+        cuts = [*overrides, *_cuts(loaded, folder, command, reporter)]
+        toy = load_recipe(argument, cuts)
+        reporter.say("smoke: two steps, save, stop")
+        try:
+            train(toy, Options(command, stop_after=2), reporter)
+        except StoppedError:
+            reporter.say("smoke: resume, two more steps, final")
+        else:
+            raise CheckpointError("smoke: training did not stop after two steps")
+        result = train(toy, Options(command), reporter)
+        run = RunFolder(Path(result["run"]))
+        text = _generate(toy, run, reporter)
+        evaluation = _evaluate(run, toy, reporter)
+    seconds = round(time.monotonic() - began, 1)
+    reporter.say(f"smoke: {loaded.recipe.name} works ({seconds} s)")
+    return {**result, "run": None, "smoke": True, "sample": text, "evaluation": evaluation, "wall_seconds": seconds}
+
+
+def _generate(toy: LoadedRecipe, run: RunFolder, reporter: Reporter) -> str:
+    from gptcli.generation.text import Settings, complete
+    from gptcli.model.load import load_model, load_tokenizer
+
+    reporter.say("smoke: generate")
+    prompt = next(iter(toy.recipe.generate.prompts), "the ")
+    settings = Settings(max_new_tokens=8, seed=toy.recipe.seed)
+    text = complete(load_model(run.final), load_tokenizer(run.final), prompt, settings)[0].text
+    return prompt + text
+
+
+def _evaluate(run: RunFolder, toy: LoadedRecipe, reporter: Reporter) -> dict[str, Any] | None:
+    from gptcli.data.tokenize import prepare
+    from gptcli.model.load import load_model
+    from gptcli.train.trainer import validation_loss
+
+    validation = prepare(toy, reporter).validation
+    if validation is None:
+        return None
+    reporter.say("smoke: evaluate")
+    result = validation_loss(load_model(run.final), validation, toy.recipe)
+    return {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
+
+
+@contextlib.contextmanager
+def _on_cpu() -> Iterator[None]:
+    """Hide GPUs from torch until the end; it is asked only after this."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _cuts(loaded: LoadedRecipe, folder: Path, command: str, reporter: Reporter) -> list[str]:
+    recipe = loaded.recipe
+    assert recipe.data is not None and recipe.model is not None
+    cuts = {
+        "output_dir": str(folder / "runs"),
+        "name": "smoke",
+        "data.sequence_length": min(SEQUENCE_LENGTH, recipe.data.sequence_length),
+        "train.max_steps": 4,
+        "train.global_batch_size": 4,
+        "train.micro_batch_size": 2,
+        "train.log_every": 1,
+        "train.eval_every": 2,
+        "train.save_every": 2,
+        "train.sample_every": 2,
+        "train.max_time": None,
+        "train.precision": "fp32" if recipe.train.precision != "bf16" else "bf16",
+        "generate.max_new_tokens": 8,
+        "tracking.to": [],
+    }
+    cuts |= _data_cuts(recipe.data, folder, reporter)
+    cuts |= _model_cuts(loaded, recipe.model, folder, reporter)
+    return [f"{key}={json.dumps(value)}" for key, value in cuts.items()]
+
+
+def _data_cuts(data: Data, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    cuts: dict[str, Any] = {
+        "data.train": [_cut_source(s, folder, f"train-{i}", reporter) for i, s in enumerate(data.train)]
+    }
+    if isinstance(data.validation, list):
+        cuts["data.validation"] = [
+            _cut_source(source, folder, f"validation-{i}", reporter) for i, source in enumerate(data.validation)
+        ]
+    elif isinstance(data.validation, Tail) or data.validation > 0:
+        # A share of 64 rows may be no row at all.
+        cuts["data.validation"] = {"tail": 0.1}
+    return cuts
+
+
+def _cut_source(source: Source, folder: Path, name: str, reporter: Reporter) -> dict[str, Any]:
+    written = source.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    if isinstance(source.path, str) and _is_here(source.path):
+        return {**written, "limit": min(ROWS, source.limit or ROWS)}
+    path = folder / f"{name}.jsonl"
+    reporter.say(f"smoke: {source.path} is not read; {ROWS} synthetic rows stand in for it")
+    path.write_text("".join(_synthetic_row(source.text, seed) for seed in range(ROWS)), encoding="utf-8")
+    return {"path": str(path), "text": source.text}
+
+
+def _synthetic_row(column: str, seed: int) -> str:
+    words = random.Random(seed).choices(_WORDS, k=60)
+    return json.dumps({column: f"row {seed}: {' '.join(words)}."}) + "\n"
+
+
+def _is_here(path: str) -> bool:
+    if path.startswith("hub:"):
+        return False
+    is_pattern = any(character in path for character in "*?[")
+    return path.startswith("builtin:") or is_pattern or Path(path).exists()
+
+
+def _model_cuts(loaded: LoadedRecipe, model: Model, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    cuts: dict[str, Any] = {}
+    tokenizer = loaded.recipe.tokenizer
+    if tokenizer is not None and tokenizer.train is not None:
+        if tokenizer.train.algorithm != "bytes":
+            cuts["tokenizer.train.vocab_size"] = min(VOCABULARY, tokenizer.train.vocab_size)
+    elif tokenizer is None or not Path(tokenizer.from_ or "").exists():
+        reporter.say(f"smoke: a tokenizer of {VOCABULARY} entries is trained in place of the recipe's")
+        cuts["tokenizer.train"] = {"algorithm": "bpe", "vocab_size": VOCABULARY}
+    if model.from_ is not None:
+        reporter.say(f"smoke: a tiny random {model.smoke_type} stands in for {model.from_}")
+        cuts["model"] = {"type": model.smoke_type, "config": dict(TINY)}
+        return cuts
+    kept = {key: value for key, value in (model.config or {}).items() if not any(part in key for part in _SIZES)}
+    cuts["model.preset"] = None
+    cuts["model.config"] = {**kept, **TINY}
+    return cuts

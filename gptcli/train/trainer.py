@@ -1,0 +1,371 @@
+"""The one subclass of transformers' Trainer: our rows, our loss, our log lines, our checkpoints; its loop.
+
+Evaluation, saving and sampling are triggered by `callbacks.Schedule`, so the Trainer's own strategies are off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from gptcli.device import memory_in_use, peak_flops
+from gptcli.errors import DivergedError
+from gptcli.evaluation.loss import LossResult, document_loss
+from gptcli.model.load import quiet
+from gptcli.runs import metrics
+from gptcli.train import checkpoint, optim
+from gptcli.train.loss import summed_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+    from gptcli.data.dataset import TrainingRows
+    from gptcli.data.shards import Shards
+    from gptcli.recipe.schema import Recipe
+    from gptcli.reporting import Progress, Reporter
+    from gptcli.runs.folder import RunFolder
+    from gptcli.train.callbacks import Schedule
+    from gptcli.train.plan import Plan
+
+
+class RunRows(Dataset[dict[str, torch.Tensor]]):
+    """The rows of the whole run in order, as the Trainer's data set: item k is row k of the run."""
+
+    def __init__(self, rows: TrainingRows, total: int) -> None:
+        self._rows = rows
+        self._total = total
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        """A batch [len(indices), sequence_length + 1] of token ids in one vectorised copy."""
+        return torch.from_numpy(self._rows.batch(np.asarray(indices, dtype=np.int64)))
+
+
+def _inputs_and_labels(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    # T + 1 tokens are T inputs and the T next tokens; the labels are not shifted again.
+    return {"input_ids": batch[:, :-1], "labels": batch[:, 1:]}
+
+
+class CausalTrainer(Trainer):
+    """Train a causal language model on packed rows.
+
+    Args:
+        model: the model, in fp32.
+        args: the TrainingArguments that `train.arguments` derives from recipe and plan.
+        recipe: the recipe.
+        plan: its derived numbers.
+        rows: the training data.
+        validation: the held-out documents, or None.
+        tokenizer: saved with every checkpoint.
+        run: the run's folder.
+        facts: what a checkpoint's manifest records (fingerprints, recipe, decided values).
+        schedule: the callback that decides when to log, evaluate, save, sample and stop.
+        sample: generates and records texts; called between steps.
+        reporter: where lines are printed.
+        progress: the progress display.
+    """
+
+    # Our loss is divided by the tokens of the whole accumulated batch already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        recipe: Recipe,
+        plan: Plan,
+        rows: TrainingRows,
+        validation: Shards | None,
+        tokenizer: PreTrainedTokenizerBase,
+        run: RunFolder,
+        facts: dict[str, Any],
+        schedule: Schedule,
+        sample: Callable[[PreTrainedModel, int], None],
+        reporter: Reporter,
+        progress: Progress,
+    ) -> None:
+        self._recipe = recipe
+        self._plan = plan
+        self._rows = rows
+        self._validation = validation
+        self._run = run
+        self._facts = facts
+        self._schedule = schedule
+        self._sample = sample
+        self._reporter = reporter
+        self._progress = progress
+        self._use_cache = getattr(model.config, "use_cache", None)
+        self._nats = torch.zeros((), dtype=torch.float64)
+        self._tokens_logged = 0
+        self._step_seconds = 0.0
+        self._step_started = 0.0
+        self._train_started = 0.0
+        self._grad_norm: torch.Tensor | float | None = None
+        self._rate: float | None = None
+        self._total_step_seconds = 0.0
+        self._start_step = 0
+        self._sampled_at = 0
+        self.last_loss: float | None = None
+        self.validation_result: LossResult | None = None
+        self.peak_bytes = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_inputs_and_labels,
+            train_dataset=RunRows(rows, plan.total_rows),
+            processing_class=tokenizer,
+            callbacks=[schedule],
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        # The number of predicted tokens is counted for every model: the loss is ours, labels are already shifted.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = False
+        self._peak_flops = peak_flops(args.device, plan.precision)
+
+    # ---- data, optimizer, schedule ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer; names other than adamw and muon are built by transformers."""
+        if self.optimizer is None:
+            self.optimizer = optim.build_optimizer(model or self.model, self._recipe.train)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The recipe's learning-rate schedule; names other than ours are built by transformers."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = optim.build_schedule(
+                optimizer or self.optimizer,
+                self._recipe.train,
+                steps=self._plan.steps,
+                warmup_steps=self._plan.warmup_steps,
+                decay_steps=self._plan.decay_steps,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- a step ----
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch, forward and backward; the time between steps (saving, evaluating) is not counted."""
+        if self._step_started == 0.0:
+            self._step_started = time.perf_counter()
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Summed cross entropy over the tokens of the global batch.
+
+        A mixture of experts that returns its balancing loss (`output_router_logits` in model.config) has it added
+        with its own coefficient; the logged loss is the cross entropy alone.
+        """
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        nats = summed_loss(outputs.logits, labels)
+        self._nats = self._nats.to(nats.device) + nats.detach().double()
+        balance = getattr(outputs, "aux_loss", None)
+        if balance is not None:
+            weight = self.accelerator.unwrap_model(model).config.get_text_config().router_aux_loss_coef
+            nats = nats + weight * balance * labels.ne(-100).sum()
+        loss = nats / num_items_in_batch * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nothing: the plan knows the FLOPs; counting parameters at every step costs time."""
+        del inputs
+        return 0
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._grad_norm = norm
+        if self.args.device.type == "cpu":
+            self._check_finite(self.state.global_step + 1)
+        return norm
+
+    def _check_finite(self, step: int) -> None:
+        """Raise before an update (CPU) or before a log line or a save (GPU, where looking means waiting)."""
+        if self._grad_norm is None or torch.isfinite(torch.as_tensor(self._grad_norm)):
+            return
+        first = (step - 1) * self._plan.global_batch_size
+        last = min(first + self._plan.global_batch_size, self._plan.total_rows) - 1
+        names = ", ".join(self._rows.row_id(k) for k in dict.fromkeys((first, last)))
+        raise DivergedError(
+            f"the gradient of step {step} is not finite (norm {float(self._grad_norm)})",
+            where=str(self._run.path),
+            remedy=f"The step's rows are {first} to {last} of the run: {names}\n"
+            "Nothing was saved since; the last checkpoint is good.\n"
+            "Try a lower train.learning_rate, more train.warmup, or look at those rows.",
+        )
+
+    # ---- log, evaluate, sample, save ----
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self._step_seconds += now - self._step_started
+        self._step_started = 0.0
+        if self.control.should_log or self.control.should_save:
+            self._check_finite(self.state.global_step)
+        # The Trainer comes here once more at the end of its epoch, for the step that it has reported already.
+        if self._sampled_at != self.state.global_step and self._schedule.sample_due(self.state.global_step):
+            self._sampled_at = self.state.global_step
+            self._sample(self.accelerator.unwrap_model(self.model), self.state.global_step)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write a line of metrics.jsonl and hand it to the trackers; the Trainer's own summary is not written."""
+        del start_time
+        if "loss" not in logs:
+            return
+        step, plan = self.state.global_step, self._plan
+        tokens = plan.tokens_at(step)
+        fresh = tokens - self._tokens_logged
+        nats = self.accelerator.reduce(self._nats, "sum")
+        rate = fresh / max(self._step_seconds, 1e-9)
+        flops = rate * plan.flops_per_token / plan.processes
+        memory = memory_in_use(self.args.device)
+        self.peak_bytes = max(self.peak_bytes, memory)
+        self.last_loss = float(nats) / fresh
+        self._rate = rate
+        self._total_step_seconds += self._step_seconds
+        line = {
+            "step": step,
+            "tokens": tokens,
+            "loss": self.last_loss,
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_second": round(rate, 1),
+            "mfu": None if self._peak_flops is None else round(flops / self._peak_flops, 4),
+            "memory": memory,
+            "seconds": round(time.perf_counter() - self._train_started, 3),
+        }
+        self._nats.zero_()
+        self._tokens_logged = tokens
+        self._step_seconds = 0.0
+        if self.is_world_process_zero():
+            metrics.append(self._run.metrics, line)
+        self.show_progress()
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(line))
+
+    def show_progress(self) -> None:
+        """Update the progress display with what is known."""
+        fields = {}
+        if self.last_loss is not None:
+            fields["loss"] = f"{self.last_loss:.3f}"
+        if self.validation_result is not None:
+            fields["val"] = f"{self.validation_result.loss:.3f}"
+        if self._rate is not None:
+            fields["tok/s"] = f"{self._rate:,.0f}"
+        self._progress.update(self.state.global_step, **fields)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The validation loss by the function that `gptcli eval` uses; adds a line to metrics.jsonl."""
+        del args, kwargs
+        if self._validation is None:
+            return {}
+        result = validation_loss(self.accelerator.unwrap_model(self.model), self._validation, self._recipe)
+        self.validation_result = result
+        step = self.state.global_step
+        values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
+        if self.is_world_process_zero():
+            metrics.append(self._run.metrics, {"step": step, "validation": values})
+        per_byte = "" if result.bits_per_byte is None else f"  bits per byte {result.bits_per_byte:.4f}"
+        self._reporter.say(f"step {step:,}  validation loss {result.loss:.4f}{per_byte}")
+        self.show_progress()
+        flat = {"eval_loss": result.loss}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(flat))
+        return flat
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        del model, trial
+        step = self.state.global_step
+        facts = {**self._facts, "tokens": self._plan.tokens_at(step), "steps": self._plan.steps}
+        with checkpoint.committing(self._run, step, facts) as work:
+            self.save_model(str(work), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(work))
+            self._save_scaler(str(work))
+            self._save_rng_state(str(work))
+            self.state.save_to_json(str(work / TRAINER_STATE_NAME))
+        checkpoint.prune(self._run, self._recipe.train.save_total_limit)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        with self.inference_config():
+            save_pretrained(
+                self.accelerator.unwrap_model(self.model), self.processing_class, Path(output_dir), state_dict
+            )
+
+    @contextmanager
+    def inference_config(self) -> Iterator[None]:
+        """The model's configuration as users should get it: training turns the key-value cache off."""
+        config = self.accelerator.unwrap_model(self.model).config
+        during = getattr(config, "use_cache", None)
+        if self._use_cache is not None:
+            config.use_cache = self._use_cache
+        try:
+            yield
+        finally:
+            if self._use_cache is not None:
+                config.use_cache = during
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train to the end, or until the schedule stops it; see transformers.Trainer.train."""
+        self._train_started = time.perf_counter()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def start_at(self, step: int) -> None:
+        """Tell the log lines that training goes on after `step` steps."""
+        self._start_step = step
+        self._tokens_logged = self._plan.tokens_at(step)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens a second over the steps of this process, without evaluating, sampling and saving."""
+        if self._total_step_seconds == 0.0:
+            return None
+        trained = self._tokens_logged - self._plan.tokens_at(self._start_step)
+        return round(trained / self._total_step_seconds, 1)
+
+
+def save_pretrained(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict[str, Any] | None = None
+) -> None:
+    """Write a plain Hugging Face folder: safetensors, configuration, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        model.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(str(folder))
+
+
+def validation_loss(model: PreTrainedModel, shards: Shards, recipe: Recipe) -> LossResult:
+    """The loss over the held-out documents, as DEFINITIONS has it."""
+    from itertools import islice
+
+    assert recipe.data is not None
+    documents = islice(shards.evaluation_documents(), recipe.eval.limit)
+    prefix = shards.specials.eos if shards.specials.bos is None else shards.specials.bos
+    assert prefix is not None  # tokenizing refuses a tokenizer without an end token
+    return document_loss(
+        model,
+        documents,
+        prefix_id=prefix,
+        sequence_length=recipe.data.sequence_length,
+        stride=recipe.eval.stride,
+    )
