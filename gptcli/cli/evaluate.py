@@ -12,13 +12,15 @@ from gptcli.cli.arguments import Debug, Json, Quiet
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from gptcli.cli.console import Console
     from gptcli.evaluation.evaluate import Evaluation
+    from gptcli.evaluation.loss import LossResult
     from gptcli.recipe.load import LoadedRecipe
 
 Arguments = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[MODEL]... [RECIPE] [KEY=VALUE]...",
+        metavar="MODEL|RECIPE|KEY=VALUE",
         help="Models (a run's name, a folder, a Hub id; default: the newest run), a recipe, overrides.",
         show_default=False,
     ),
@@ -63,7 +65,7 @@ def evaluate(
         raise UsageError(f"--precision {precision} is not one of auto, fp32, bf16")
     models, recipe, overrides = sort_arguments(arguments or [])
     loaded = _load(recipe, overrides)
-    folders = _folders(models)
+    folders = _folders(models, recipe)
     out = console(json=json, quiet=quiet)
     from gptcli.evaluation import corpus
     from gptcli.evaluation.evaluate import Options, run_recipe
@@ -86,7 +88,7 @@ def evaluate(
         values: list[dict[str, Any]] = [result.as_dict() for result in results]
         out.print_json(values if len(values) > 1 else values[0])
     else:
-        out.table(["model", "loss", "perplexity", "bits/byte", "tokens", "bytes", "documents"], _rows(results))
+        _print(results, out)
     if bad := [result.model for result in results if not math.isfinite(result.result.loss)]:
         raise DivergedError(
             f"the loss of {', '.join(bad)} is not a finite number",
@@ -97,18 +99,33 @@ def evaluate(
 def sort_arguments(arguments: list[str]) -> tuple[list[str], str | None, list[str]]:
     """Tell models, recipe and overrides apart, as DEFINITIONS.md (Arguments) has it.
 
+    A short name of a built-in recipe (`tiny` for `smoke/tiny`) that is also a run's is the run.
+
     Raises:
         UsageError: two recipes.
     """
     from gptcli.errors import UsageError
-    from gptcli.recipe.catalog import find_builtin
 
     overrides = [argument for argument in arguments if "=" in argument]
     others = [argument for argument in arguments if "=" not in argument]
-    recipes = [argument for argument in others if argument.endswith((".yaml", ".yml")) or find_builtin(argument)]
+    recipes = [argument for argument in others if _is_recipe(argument)]
     if len(recipes) > 1:
         raise UsageError(f"{' and '.join(recipes)} are both recipes; give one")
     return [argument for argument in others if argument not in recipes], recipes[0] if recipes else None, overrides
+
+
+def _is_recipe(argument: str) -> bool:
+    from gptcli.recipe.catalog import builtin_recipes, find_builtin
+
+    if argument.endswith((".yaml", ".yml")) or any(recipe.name == argument for recipe in builtin_recipes()):
+        return True
+    return find_builtin(argument) is not None and not _is_run(argument)
+
+
+def _is_run(name: str) -> bool:
+    from gptcli.runs.folder import RunFolder, runs_root
+
+    return RunFolder(runs_root() / name).exists()
 
 
 def _load(recipe: str | None, overrides: list[str]) -> LoadedRecipe | None:
@@ -122,26 +139,33 @@ def _load(recipe: str | None, overrides: list[str]) -> LoadedRecipe | None:
     return loaded
 
 
-def _folders(models: list[str]) -> list[Path]:
-    from gptcli.runs.folder import resolve_model
+def _folders(models: list[str], recipe: str | None) -> list[Path]:
+    """The models' folders; without a model the run that bears the built-in recipe's name, else the newest run."""
+    from gptcli.runs.folder import RunFolder, resolve_model, runs_root
 
-    return [resolve_model(model) for model in models] or [resolve_model(None)]
+    if models:
+        return [resolve_model(model) for model in models]
+    named = None if recipe is None or recipe.endswith((".yaml", ".yml")) else RunFolder(runs_root() / recipe).weights()
+    return [named or resolve_model(None)]
 
 
-def _rows(results: list[Evaluation]) -> list[list[str]]:
-    rows = []
-    for evaluation in results:
-        result = evaluation.result
-        per_byte = result.bits_per_byte
-        rows.append(
-            [
-                evaluation.model,
-                f"{result.loss:.4f}",
-                f"{result.perplexity:,.4g}" if result.perplexity >= 1e4 else f"{result.perplexity:.3f}",
-                "-" if per_byte is None else f"{per_byte:.4f}",
-                f"{result.tokens:,}",
-                "-" if result.bytes is None else f"{result.bytes:,}",
-                f"{result.documents:,}",
-            ]
-        )
-    return rows
+def _print(results: list[Evaluation], out: Console) -> None:
+    """One model as a list of figures, several as a table."""
+    shown = [_figures(evaluation.result) for evaluation in results]
+    if len(results) == 1:
+        out.table(["model", results[0].model], [["data", results[0].data], *map(list, shown[0].items())])
+        return
+    rows = [[result.model, *figures.values()] for result, figures in zip(results, shown, strict=True)]
+    out.table(["model", *shown[0]], rows, title=results[0].data)
+
+
+def _figures(result: LossResult) -> dict[str, str]:
+    per_byte, perplexity = result.bits_per_byte, result.perplexity
+    return {
+        "loss": f"{result.loss:.4f}",
+        "perplexity": f"{perplexity:.4g}" if perplexity >= 1e4 else f"{perplexity:.3f}",
+        "bits/byte": "-" if per_byte is None else f"{per_byte:.4f}",
+        "tokens": f"{result.tokens:,}",
+        "bytes": "-" if result.bytes is None else f"{result.bytes:,}",
+        "documents": f"{result.documents:,}",
+    }

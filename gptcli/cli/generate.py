@@ -12,13 +12,15 @@ import typer
 from gptcli.cli.arguments import Debug, Json, Quiet
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gptcli.cli.console import Console
     from gptcli.generation.text import Completion, Settings
     from gptcli.recipe.schema import Generate
 
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help="A run's name, a folder or a Hub id; default: the newest run's weights."),
+    typer.Argument(metavar="MODEL", help="A run's name, a folder or a Hub id; default: the newest run's weights."),
 ]
 Prompt = Annotated[
     list[str] | None,
@@ -73,13 +75,13 @@ def generate(
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"--precision {precision} is not one of auto, fp32, bf16")
     folder = resolve_model(model)
-    given = _recipe_section(folder)
+    out = console(json=True, quiet=quiet)  # standard output holds the texts and nothing else
+    given = _recipe_section(folder, out)
     prompts = prompt or _piped() or list(given.prompts)
     if not prompts:
         raise UsageError(
             "no prompt", remedy='Give one: gptcli generate --prompt "Once upon a time", or pipe a text in.'
         )
-    out = console(json=json, quiet=quiet)
     chosen = {
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,
@@ -117,19 +119,21 @@ class _Screen:
         self._json = json
         self._streams = settings.num_return_sequences == 1 and not json
         self._terminal = sys.stdout.isatty()
-        if self._streams:
-            self._show_prompt()
+        self._begun = False
 
     def _show_prompt(self) -> None:
         text = self._safe(self._prompt)
+        self._begun = True
         self._out.write(f"{DIM}{text}{RESET}" if self._terminal and text else text)
 
     def _safe(self, text: str) -> str:
         return text.translate(CONTROLS) if self._terminal else text
 
     def stream(self, text: str) -> None:
-        """Show a piece at once."""
+        """Show a piece at once; the prompt before the first one, when it is known to fit the model."""
         if self._streams:
+            if not self._begun:
+                self._show_prompt()
             self._out.write(self._safe(text))
 
     def end(self, completions: list[Completion]) -> None:
@@ -140,6 +144,7 @@ class _Screen:
             ]
             self._out.print_json({"prompt": self._prompt, "completions": shown})
         elif self._streams:
+            self.stream("")
             self._out.write("\n")
         else:
             for number, done in enumerate(completions, 1):
@@ -148,21 +153,19 @@ class _Screen:
                 self._out.write(self._safe(done.text) + "\n")
 
 
-def _recipe_section(folder: os.PathLike[str]) -> Generate:
+def _recipe_section(folder: Path, out: Console) -> Generate:
     """The `generate` section of the model's run; the schema's defaults for any other model."""
-    from pathlib import Path
-
     from gptcli.errors import GptcliError
     from gptcli.recipe.load import load_recipe
     from gptcli.recipe.schema import Generate
     from gptcli.runs.folder import owner
 
-    run = owner(Path(folder))
+    run = owner(folder)
     if run is not None and run.resolved.is_file():
         try:
             return load_recipe(str(run.resolved)).recipe.generate
-        except GptcliError:
-            return Generate()  # of another version: its defaults are lost, its model is not
+        except GptcliError as error:  # written by another version: its settings are lost, its model is not
+            out.warn(f"the run's recipe cannot be read, so the usual settings are taken: {error.lines()[0]}")
     return Generate()
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from gptcli import __version__
-from gptcli.cli import doctor, finetune, plan, pretrain, recipes, tokenize
+from gptcli.cli import doctor, evaluate, finetune, generate, plan, pretrain, recipes, runs, tokenize
 from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError
 
 app = typer.Typer(
@@ -28,8 +28,11 @@ app = typer.Typer(
 app.command("tokenize")(tokenize.tokenize)
 app.command("pretrain")(pretrain.pretrain)
 app.command("finetune")(finetune.finetune)
+app.command("generate")(generate.generate)
+app.command("eval")(evaluate.evaluate)
 app.command("plan")(plan.plan)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(runs.app, name="runs")
 app.command("doctor")(doctor.doctor)
 
 

@@ -58,9 +58,8 @@ def _result(prepared: Prepared) -> dict[str, Any]:
 
 
 def _print(prepared: Prepared, out: Console) -> None:
-    from gptcli.data.report import SOURCE_COLUMNS, report_lines, source_rows
+    from gptcli.data.report import report_lines
 
-    out.table(SOURCE_COLUMNS, source_rows(prepared.report))
     for line in report_lines(prepared.report):
         out.say(line)
     out.say(f"tokenizer: {prepared.report['tokenizer']['vocab_size']:,} entries, {prepared.tokenizer}")

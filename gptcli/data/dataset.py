@@ -13,6 +13,9 @@ from gptcli.data.permutation import permute
 from gptcli.data.shards import Shards
 from gptcli.errors import DataError
 
+BLOCK = 8192
+BLOCKS_KEPT = 4
+
 
 class TrainingRows:
     """The rows of the training stream. Raises `DataError` when no source has tokens for one row."""
@@ -24,6 +27,7 @@ class TrainingRows:
         self.shuffle = shuffle
         counts = [row_count(len(stream), sequence_length) for stream in shards.streams]
         self.rows_per_epoch = sum(counts)
+        self._blocks: dict[int, NDArray[np.int64]] = {}
         self._ends = np.cumsum(np.array(counts, dtype=np.int64))
         if self.rows_per_epoch == 0:
             raise too_short([len(stream) for stream in shards.streams], sequence_length)
@@ -32,9 +36,9 @@ class TrainingRows:
         """The rows `ks` of the run: int64 of shape [len(ks), sequence_length + 1]."""
         ks = np.asarray(ks, dtype=np.int64)
         rows = self._rows(ks)
-        sources = np.searchsorted(self._ends, rows, side="right")
         if len(self.shards.streams) == 1:
             return self.shards.streams[0].rows(rows * self.sequence_length, self.sequence_length + 1)
+        sources = np.searchsorted(self._ends, rows, side="right")
         result = np.empty((len(ks), self.sequence_length + 1), dtype=np.int64)
         for source in np.unique(sources):
             chosen = np.flatnonzero(sources == source)
@@ -51,8 +55,29 @@ class TrainingRows:
         return f"{name} tokens {begin}-{begin + self.sequence_length} (epoch {k // self.rows_per_epoch})"
 
     def _rows(self, ks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the rows `ks` lie in the unshuffled order."""
+        if not self.shuffle:
+            return ks % self.rows_per_epoch
+        blocks = np.unique(ks // BLOCK)
+        if len(blocks) > BLOCKS_KEPT:
+            return self._permuted(ks)
+        result = np.empty_like(ks)
+        for block in blocks.tolist():
+            chosen = ks // BLOCK == block
+            result[chosen] = self._block(block)[ks[chosen] - block * BLOCK]
+        return result
+
+    def _block(self, block: int) -> NDArray[np.int64]:
+        # Batches ask for neighbours, and permuting 8,192 numbers costs hardly more than permuting 64.
+        if block not in self._blocks:
+            if len(self._blocks) >= BLOCKS_KEPT:
+                self._blocks.pop(next(iter(self._blocks)))
+            self._blocks[block] = self._permuted(np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.int64))
+        return self._blocks[block]
+
+    def _permuted(self, ks: NDArray[np.int64]) -> NDArray[np.int64]:
         epochs, positions = np.divmod(ks, self.rows_per_epoch)
-        return permute(positions, epochs, self.rows_per_epoch, self.seed) if self.shuffle else positions
+        return permute(positions, epochs, self.rows_per_epoch, self.seed)
 
     def _first_row(self, source: int) -> int:
         return int(self._ends[source - 1]) if source else 0

@@ -23,9 +23,11 @@ from gptcli.data.tokenizer import PATTERNS, Specials, bytes_tokenizer, load_fast
 
 BATCH_CHARACTERS = 2_000_000
 CUT_CHARACTERS = 100_000
-# A newline after a character that is no white space and before a letter ends a word in each of PATTERNS, with or
-# without the text that follows. Python's \s holds every character that the pattern's own \s does.
-SAFE_CUT = re.compile(r"(?<=\S)\n(?=[A-Za-zÀ-ÖØ-öø-ÿа-яА-Яぁ-んァ-ヶ一-龥가-힣])")
+# In each of PATTERNS a word ends with a newline before a space and a letter, and with one between a letter and a
+# character before it that is no white space, with or without the text that follows. Python's \s holds all that the
+# patterns' \s does.
+_LETTER = "[A-Za-zÀ-ÖØ-öø-ÿа-яА-Яぁ-んァ-ヶ一-龥가-힣]"
+SAFE_CUT = re.compile(rf"\n(?= {_LETTER})|(?<=\S)\n(?={_LETTER})")
 
 
 @dataclass(frozen=True)

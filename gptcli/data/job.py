@@ -48,6 +48,7 @@ class Job:
     validation: list[Part]
     split: Split
     spec: dict[str, Any]
+    validation_where: str
 
     @property
     def size(self) -> int:
@@ -86,7 +87,7 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter) -> Job:
         "validation": [part.spec for part in validation] if held_out else rule,
         "on_bad_row": data.on_bad_row,
     }
-    return Job(data, train, validation, splitter(data.validation), spec)
+    return Job(data, train, validation, splitter(data.validation), spec, loaded.where("data.validation"))
 
 
 class Meter:

@@ -67,15 +67,14 @@ class Counts:
 
 
 def make_report(
-    train: Shards, validation: Shards | None, sides: dict[str, list[Counts]], tallies: list[Tally]
+    train: Shards, validation: Shards | None, sides: list[list[Counts]], tallies: list[Tally]
 ) -> dict[str, Any]:
     """The part of the report that does not depend on `sequence_length`: what is stored as report.json."""
     dropped = sum((tally.dropped for tally in tallies), Counter[str]())
     return {
-        "fingerprint": train.fingerprint,
         "tokenizer": {"fingerprint": train.manifest["tokenizer"], "vocab_size": train.vocab_size},
-        "train": _side(train, sides["train"]),
-        "validation": _side(validation, sides["validation"]) if validation is not None else None,
+        "train": _side(train, sides[0]),
+        "validation": _side(validation, sides[1]) if validation is not None else None,
         "dropped": dict(sorted(dropped.items())),
         "dropped_examples": [example for tally in tallies for example in tally.examples][:10],
     }
@@ -118,29 +117,6 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         if count := report["train"][key]:
             lines.append(f"note: {count:,} {text} (kept)")
     return lines
-
-
-def source_rows(report: dict[str, Any]) -> list[list[str]]:
-    """A row of text a source, for the table whose columns are `SOURCE_COLUMNS`."""
-    sides = [("train", report["train"]), ("validation", report["validation"])]
-    return [
-        [
-            side,
-            source["name"],
-            f"{source['documents']:,}",
-            f"{source['bytes']:,}",
-            f"{source['tokens']:,}",
-            f"{source['bytes_per_token']:.2f}" if source["tokens"] else "-",
-            f"{source['document_tokens'].get('p50', 0):,}",
-            f"{source['document_tokens'].get('max', 0):,}",
-        ]
-        for side, content in sides
-        if content
-        for source in content["sources"]
-    ]
-
-
-SOURCE_COLUMNS = ["side", "source", "documents", "bytes", "tokens", "bytes/token", "median tokens", "longest"]
 
 
 def _side(shards: Shards, counts: list[Counts]) -> dict[str, Any]:

@@ -43,6 +43,10 @@ class NpyWriter:
         self._file.write(np.ascontiguousarray(array, dtype=self.dtype).data)
         self.count += len(array)
 
+    def abandon(self) -> None:
+        """Close the file as it is, incomplete."""
+        self._file.close()
+
     def close(self) -> dict[str, Any]:
         """Complete the file; return its name, size and sha256."""
         self._file.seek(0)
@@ -63,7 +67,10 @@ def npy_header(dtype: np.dtype[Any], count: int) -> bytes:
 
 
 class ShardWriter:
-    """Writes the sources of one side (training or validation), one after the other, then the manifest."""
+    """Writes the sources of one side (training or validation), one after the other, then the manifest.
+
+    As a context manager it leaves no file open, whatever happens.
+    """
 
     def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +79,13 @@ class ShardWriter:
         self._dtype = dtype
         self._shard_tokens = shard_tokens
         self._open: list[NpyWriter] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for writer in self._open:
+            writer.abandon()
 
     def begin_source(self, name: str) -> None:
         """Let what follows belong to a source, in shard files of its own."""

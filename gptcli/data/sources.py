@@ -80,7 +80,11 @@ def find_inputs(source: Source, *, where: str | None = None) -> list[Input]:
         return [hub.find(source, where=where)]
     if source.path.startswith(BUILTIN):
         return [FileInput(builtin_file(source.path.removeprefix(BUILTIN), where=where), builtin=True)]
-    return [FileInput(path) for path in find_files(source.path, split=source.split, where=where)]
+    files = find_files(source.path, split=source.split, where=where)
+    if broken := [path for path in files if not path.is_file()]:
+        what = f"{shown(broken[0])} is a link to a file that is not there, or no regular file"
+        raise DataError(what, where=where, remedy="Remove it, or put the file there.")
+    return [FileInput(path) for path in files]
 
 
 def find_files(pattern: str, *, split: str | None = None, where: str | None = None) -> list[Path]:

@@ -7,6 +7,7 @@ and report.json, and is committed by one rename: it is complete or absent. Memor
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -155,37 +156,37 @@ def _training_sample(job: Job, reporter: Reporter) -> list[str]:
 
 def _write(job: Job, encoder: Encoder, tokenizer: str, shard_tokens: int, work: Path, reporter: Reporter) -> None:
     """Write both sides' shards and report.json into `work`."""
-    sides = {"train": _Side(ShardWriter(work / "train", encoder.dtype, shard_tokens), encoder, [])}
-    if job.data.validation != 0:
-        sides["validation"] = _Side(ShardWriter(work / "validation", encoder.dtype, shard_tokens), encoder, [])
-    tallies: list[sources.Tally] = []
-    with reporter.progress("tokenizing", job.size / MEGA, "MB") as progress:
-        meter = Meter(progress)
-        for part in job.train:
-            tallies.append(sources.Tally())
-            written = [side for name, side in sides.items() if name == "train" or not job.validation]
-            for side in written:
-                side.begin(part.name)
-            for texts in batches(_texts(part, job, tallies[-1], meter)):
-                pairs = [job.split(text) for text in texts]
-                sides["train"].add([text for text, _ in pairs if text is not None])
-                if len(written) > 1:
-                    sides["validation"].add([text for _, text in pairs if text is not None])
-        train_tallies = list(tallies)
-        for part in job.validation:
-            tallies.append(sources.Tally())
-            sides["validation"].begin(part.name)
-            for texts in batches(_texts(part, job, tallies[-1], meter)):
-                sides["validation"].add(texts)
-    documents = {name: sum(source["documents"] for source in side.writer.sources) for name, side in sides.items()}
-    _check_sides(job, documents["train"], documents.get("validation"), tallies if job.validation else train_tallies)
-    specials = vars(encoder.specials)
-    about = {"tokenizer": tokenizer, "vocab_size": encoder.vocab_size, "specials": specials, "recipe": job.spec}
-    for side in sides.values():
-        side.writer.finish(**about)
-    opened = {name: Shards.open(work / name) for name in sides}
-    counts = {name: side.counts for name, side in sides.items()}
-    write_json(work / "report.json", reports.make_report(opened["train"], opened.get("validation"), counts, tallies))
+    names = ["train"] if job.data.validation == 0 else ["train", "validation"]
+    tallies = [sources.Tally() for _ in (*job.train, *job.validation)]
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(ShardWriter(work / name, encoder.dtype, shard_tokens)) for name in names]
+        sides = [_Side(writer, encoder, []) for writer in writers]
+        meter = Meter(stack.enter_context(reporter.progress("tokenizing", job.size / MEGA, "MB")))
+        for part, tally in zip(job.train, tallies, strict=False):
+            _write_split(part, job, sides[:1] if job.validation else sides, tally, meter)
+        for part, tally in zip(job.validation, tallies[len(job.train) :], strict=True):
+            sides[-1].begin(part.name)
+            for texts in batches(_texts(part, job, tally, meter)):
+                sides[-1].add(texts)
+        documents = [sum(source["documents"] for source in writer.sources) for writer in writers]
+        _check_sides(job, documents[0], documents[1] if len(names) > 1 else None, tallies)
+        about = {"tokenizer": tokenizer, "vocab_size": encoder.vocab_size, "specials": vars(encoder.specials)}
+        for writer in writers:
+            writer.finish(**about, recipe=job.spec)
+    opened = [Shards.open(work / name) for name in names]
+    validation = opened[1] if len(names) > 1 else None
+    report = reports.make_report(opened[0], validation, [side.counts for side in sides], tallies)
+    write_json(work / "report.json", report)
+
+
+def _write_split(part: Part, job: Job, sides: list[_Side], tally: sources.Tally, meter: Meter) -> None:
+    """Write a training source, each of its texts to the side (or sides) that it belongs to."""
+    for side in sides:
+        side.begin(part.name)
+    for texts in batches(_texts(part, job, tally, meter)):
+        pairs = [job.split(text) for text in texts]
+        for index, side in enumerate(sides):
+            side.add([text for pair in pairs if (text := pair[index]) is not None])
 
 
 @dataclass
@@ -251,7 +252,7 @@ def _check_sides(job: Job, train: int, validation: int | None, tallies: list[sou
         count = train if train else validation
         raise DataError(
             f"data.validation: {share} of {count:,} document{'s' if count != 1 else ''} leaves none for {side}",
-            where=where,
+            where=job.validation_where,
             remedy="Hold out the end of each text instead: data.validation: {tail: 10%}\n"
             "(or a larger share, or smaller documents by data.documents: line | blank-line, or 0 for none).",
         )

@@ -13,9 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptcli.data.encode import document_tokens, make_encoder, parallel_tokenizers
+from gptcli.data.encode import document_tokens, make_encoder
+from gptcli.data.job import find_job
 from gptcli.data.sources import find_inputs, input_size, read_documents, source_name
-from gptcli.data.tokenize import find_job, prepare
+from gptcli.data.tokenize import prepare
 from gptcli.data.tokenizer import load_fast, special_ids
 from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.errors import DataError, MissingError, UsageError
@@ -51,6 +52,21 @@ class Corpus:
     limit: int | None = None
 
 
+@dataclass
+class Read:
+    """What was read so far; scoring is a bounded buffer behind."""
+
+    tokens: int = 0
+    bytes: int = 0
+
+    def count(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """The documents, counted as they pass."""
+        for ids, size in documents:
+            self.tokens += len(ids)
+            self.bytes += size or 0
+            yield ids, size
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A corpus for one model: documents to score, the prefix of each, and the bytes in all (0: not known)."""
@@ -58,6 +74,7 @@ class Tokens:
     documents: Iterator[Document]
     prefix_id: int
     total_bytes: int
+    read: Read
 
 
 def from_files(paths: list[str], *, text: str = "text", documents: str = "file", limit: int | None = None) -> Corpus:
@@ -99,21 +116,29 @@ def tokens_for(corpus: Corpus, model: Path, reporter: Reporter) -> Tokens:
         DataError: nothing to read, or rows that cannot be read.
         MissingError: the model has no tokenizer, or one without BOS and EOS.
     """
-    loaded = corpus.held_out
+    loaded, held_out_bytes = corpus.held_out, 0
     if loaded is not None:
         prepared = prepare(loaded, reporter)
         if prepared.validation is None:
             raise DataError("the recipe holds nothing out", where=loaded.label)
         if _same_ids(model, prepared.tokenizer):
             shards = prepared.validation
-            documents = islice(shards.evaluation_documents(), corpus.limit)
-            return Tokens(documents, _prefix(prepared.tokenizer), shards.bytes or 0)
+            return _tokens(shards.evaluation_documents(), corpus, prepared.tokenizer, shards.bytes or 0)
+        held_out_bytes = prepared.validation.bytes or 0
         reporter.say("the model's tokenizer is not the recipe's: reading the texts again")
     tokenizer = import_tokenizer(str(model))
-    texts, total = _held_out_texts(loaded, reporter) if loaded is not None else _texts(corpus)
-    with parallel_tokenizers():
-        encoder = make_encoder(tokenizer)
-    return Tokens(document_tokens(islice(texts, corpus.limit), encoder), _prefix(tokenizer), total)
+    if loaded is not None:
+        texts, total = _held_out_texts(loaded, reporter), held_out_bytes
+    else:
+        texts, total = _texts(corpus)
+    return _tokens(document_tokens(texts, make_encoder(tokenizer)), corpus, tokenizer, total)
+
+
+def _tokens(documents: Iterator[Document], corpus: Corpus, tokenizer: Path, total: int) -> Tokens:
+    read = Read()
+    return Tokens(
+        read.count(islice(documents, corpus.limit)), _prefix(tokenizer), 0 if corpus.limit is not None else total, read
+    )
 
 
 def _texts(corpus: Corpus) -> tuple[Iterator[str], int]:
@@ -129,24 +154,16 @@ def _texts(corpus: Corpus) -> tuple[Iterator[str], int]:
     return texts(), sum(input_size(part) for _, inputs, _ in found for part in inputs)
 
 
-def _held_out_texts(loaded: LoadedRecipe, reporter: Reporter) -> tuple[Iterator[str], int]:
-    """The texts that a recipe's shards of validation data were made of, in the same order; their size is not known."""
+def _held_out_texts(loaded: LoadedRecipe, reporter: Reporter) -> Iterator[str]:
+    """The texts that a recipe's shards of validation data were made of, in the same order."""
     job = find_job(loaded, reporter)
-
-    def texts() -> Iterator[str]:
-        for part in job.validation or job.train:
-            for document in read_documents(
-                part.source,
-                job.data.documents,
-                on_bad_row=job.data.on_bad_row,
-                inputs=part.inputs,
-                where=part.where,
-            ):
-                kept = document.text if job.validation else job.split(document.text)[1]
-                if kept is not None:
-                    yield kept
-
-    return texts(), 0
+    for part in job.validation or job.train:
+        for document in read_documents(
+            part.source, job.data.documents, on_bad_row=job.data.on_bad_row, inputs=part.inputs, where=part.where
+        ):
+            kept = document.text if job.validation else job.split(document.text)[1]
+            if kept is not None:
+                yield kept
 
 
 def _prefix(tokenizer: Path) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.device import best_device
 from gptcli.errors import DataError, GptcliError, UsageError
-from gptcli.evaluation.corpus import Corpus, tokens_for
-from gptcli.evaluation.loss import Document, LossResult, document_loss
+from gptcli.evaluation.corpus import Corpus, Tokens, tokens_for
+from gptcli.evaluation.loss import LossResult, document_loss
 from gptcli.model.load import Precision, context_length, load_model, memory_errors
 from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.runs.folder import owner
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from gptcli.reporting import Reporter
 
 DEFAULT_LENGTH = 1024
-MEGA = 1e6
+KILO = 1e3
 
 
 @dataclass(frozen=True)
@@ -81,27 +82,28 @@ def evaluate(
     tokens = tokens_for(corpus, folder, reporter)
     with memory_errors("Try a shorter --sequence-length, or --precision bf16."):
         model = load_model(folder, dtype=options.precision, device=best_device())
-        length = window_length(model, folder, options, recipe)
+        length = window_length(model, folder, options, recipe, reporter)
         stride = options.stride or (recipe.recipe.eval.stride if recipe else None)
         moved = "" if stride in (None, length) else f", moved by {stride:,}"
         precision = str(model.dtype).removeprefix("torch.")
         reporter.say(f"{folder} on {corpus.name}: windows of {length:,} tokens{moved}, {precision} on {model.device}")
-        with reporter.progress("evaluating", tokens.total_bytes / MEGA, "MB") as progress:
-            meter = _Meter(tokens.documents)
+        with _progress(tokens, reporter) as on_progress:
             result = document_loss(
                 model,
-                meter.documents(),
+                tokens.documents,
                 prefix_id=tokens.prefix_id,
                 sequence_length=length,
                 stride=stride,
-                on_progress=lambda scored: progress.update(meter.bytes_of(scored) / MEGA, tokens=f"{scored:,}"),
+                on_progress=on_progress,
             )
     if not result.tokens:
         raise DataError(f"no text to score in {corpus.name}", remedy="Give a file with text: gptcli eval --data FILE")
     return Evaluation(str(folder), corpus.name, result)
 
 
-def window_length(model: PreTrainedModel, folder: Path, options: Options, recipe: LoadedRecipe | None) -> int:
+def window_length(
+    model: PreTrainedModel, folder: Path, options: Options, recipe: LoadedRecipe | None, reporter: Reporter
+) -> int:
     """The window: as asked, else the recipe's `data.sequence_length`, else the run's, else up to 1,024 tokens.
 
     Raises:
@@ -114,20 +116,25 @@ def window_length(model: PreTrainedModel, folder: Path, options: Options, recipe
             limit = "" if context is None else f" and {context:,}, the model's context"
             raise UsageError(f"--sequence-length is {asked:,}; it must lie between 1{limit}")
         return asked
-    known = _written_length(recipe) or _written_length(run_recipe(folder)) or DEFAULT_LENGTH
+    known = _written_length(recipe) or _run_length(folder, reporter) or DEFAULT_LENGTH
     return known if context is None else min(known, context)
 
 
 def run_recipe(folder: Path, overrides: tuple[str, ...] = ()) -> LoadedRecipe | None:
-    """The resolved recipe of the run that a model folder belongs to; None when it belongs to none."""
+    """The resolved recipe of the run that a model folder belongs to; None when it belongs to none.
+
+    Raises:
+        RecipeError: it cannot be read, or an override does not fit it.
+    """
     run = owner(folder)
-    if run is None or not run.resolved.is_file():
-        return None
+    return load_recipe(str(run.resolved), overrides) if run is not None and run.resolved.is_file() else None
+
+
+def _run_length(folder: Path, reporter: Reporter) -> int | None:
     try:
-        return load_recipe(str(run.resolved), overrides)
-    except GptcliError:
-        if overrides:
-            raise
+        return _written_length(run_recipe(folder))
+    except GptcliError as error:
+        reporter.warn(f"the run's recipe cannot be read, so its sequence_length is not known: {error.lines()[0]}")
         return None
 
 
@@ -137,19 +144,14 @@ def _written_length(loaded: LoadedRecipe | None) -> int | None:
     return loaded.recipe.data.sequence_length
 
 
-class _Meter:
-    """Counts what was read, to tell how many bytes the tokens scored so far stand for."""
-
-    def __init__(self, documents: Iterator[Document]) -> None:
-        self._documents = documents
-        self._tokens = 0
-        self._bytes = 0
-
-    def documents(self) -> Iterator[Document]:
-        for ids, size in self._documents:
-            self._tokens += len(ids)
-            self._bytes += size or 0
-            yield ids, size
-
-    def bytes_of(self, tokens: int) -> float:
-        return self._bytes * tokens / max(1, self._tokens)
+@contextmanager
+def _progress(tokens: Tokens, reporter: Reporter) -> Iterator[Callable[[int], None] | None]:
+    """A bar of the kilobytes that the tokens scored so far stand for; none where the size is not known."""
+    if not tokens.total_bytes:
+        yield None
+        return
+    total = tokens.total_bytes / KILO
+    with reporter.progress("evaluating", total, "KB") as progress:
+        yield lambda scored: progress.update(
+            min(total, tokens.read.bytes * scored / max(1, tokens.read.tokens) / KILO), tokens=f"{scored:,}"
+        )

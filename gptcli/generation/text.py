@@ -159,8 +159,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The ids of a prompt: BOS only where the tokenizer adds it to a text; of an empty prompt BOS, else EOS.
 
     Raises:
-        UsageError: the prompt is empty and the tokenizer has neither BOS nor EOS to begin with.
+        UsageError: the prompt is empty and the tokenizer has neither BOS nor EOS to begin with, or it is not Unicode.
     """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError("the prompt is not valid UTF-8") from None
     ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] if prompt else []
     bos = tokenizer.bos_token_id
     if bos is not None and adds_bos(tokenizer) and ids[:1] != [bos]:

@@ -202,7 +202,8 @@ def _proportional(base: PreTrainedConfig, given: dict[str, Any]) -> dict[str, An
         kv_heads = _get(base, "num_key_value_heads")
         if isinstance(kv_heads, int) and "num_key_value_heads" not in given:
             sizes["num_key_value_heads"] = _kv_heads(heads, max(1, round(base_heads / kv_heads)))
-        head_dim = _get(base, "head_dim")
+        # Only where it is a field: in some types it is computed.
+        head_dim = base.to_dict().get("head_dim")
         if isinstance(head_dim, int) and "head_dim" not in given:
             width = hidden if isinstance(hidden, int) else base_hidden
             if isinstance(width, int) and width % heads == 0:

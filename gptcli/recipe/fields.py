@@ -8,27 +8,35 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from gptcli.recipe import units
 
 
 class Section(BaseModel):
-    """A part of the recipe: no unknown keys, no silent conversion of types, immutable."""
+    """A part of the recipe: no unknown keys, no silent conversion of types, immutable.
+
+    A section that is not written is made by `model_construct`: its defaults need no validator, and building one apiece
+    would cost a third of the time to a recipe error.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True, protected_namespaces=())
 
 
-def _auto_or_count(value: object) -> int | Literal["auto"]:
+def _auto_or_count(value: object, least: int = 1) -> int | Literal["auto"]:
     if value == "auto":
         return "auto"
     try:
         result = units.count(value)
     except ValueError:
         raise ValueError("expected auto or a whole number such as 8") from None
-    if result < 1:
-        raise ValueError("expected auto or a whole number of at least 1")
+    if result < least:
+        raise ValueError(f"expected auto or a whole number of at least {least}")
     return result
+
+
+def _auto_or_count_or_zero(value: object) -> int | Literal["auto"]:
+    return _auto_or_count(value, least=0)
 
 
 def _auto_or_bool(value: object) -> bool | Literal["auto"]:
@@ -46,18 +54,9 @@ def _texts(value: object) -> list[str]:
     return items
 
 
-class Accepts:
-    """The JSON schema of a value that editors should accept, as one of several kinds.
-
-    As pydantic's WithJsonSchema, without the import of `pydantic.types` (a sixth of the time to a recipe error).
-    """
-
-    def __init__(self, *kinds: dict[str, Any]) -> None:
-        self.kinds = kinds
-
-    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
-        del core, handler
-        return {"anyOf": list(self.kinds)}
+def accepts(*kinds: dict[str, Any]) -> WithJsonSchema:
+    """The JSON schema of a value that editors should accept, as one of several kinds."""
+    return WithJsonSchema({"anyOf": list(kinds)})
 
 
 _COUNT = {"type": "string", "pattern": units.COUNT_PATTERN}
@@ -68,45 +67,50 @@ Count: TypeAlias = Annotated[
     int,
     BeforeValidator(units.count),
     Field(ge=1),
-    Accepts({"type": "integer", "minimum": 1}, _COUNT),
+    accepts({"type": "integer", "minimum": 1}, _COUNT),
 ]
 CountOrZero: TypeAlias = Annotated[
     int,
     BeforeValidator(units.count),
     Field(ge=0),
-    Accepts({"type": "integer", "minimum": 0}, _COUNT),
+    accepts({"type": "integer", "minimum": 0}, _COUNT),
 ]
 Share: TypeAlias = Annotated[
     float,
     BeforeValidator(units.share),
-    Accepts({"type": "number", "minimum": 0, "maximum": 1}, SHARE),
+    accepts({"type": "number", "minimum": 0, "maximum": 1}, SHARE),
 ]
 Part: TypeAlias = Annotated[
     float,
     BeforeValidator(units.part),
-    Accepts({"type": "number", "minimum": 0, "exclusiveMaximum": 1}, SHARE),
+    accepts({"type": "number", "minimum": 0, "exclusiveMaximum": 1}, SHARE),
 ]
 StepsOrShare: TypeAlias = Annotated[
     int | float,
     PlainValidator(units.steps_or_share),
-    Accepts({"type": "number", "minimum": 0}, _COUNT, SHARE),
+    accepts({"type": "number", "minimum": 0}, _COUNT, SHARE),
 ]
 Duration: TypeAlias = Annotated[
     int,
     BeforeValidator(units.duration),
-    Accepts({"type": "integer", "minimum": 1}, {"type": "string", "pattern": units.DURATION_PATTERN}),
+    accepts({"type": "integer", "minimum": 1}, {"type": "string", "pattern": units.DURATION_PATTERN}),
 ]
 AutoOrCount: TypeAlias = Annotated[
     int | Literal["auto"],
     PlainValidator(_auto_or_count),
-    Accepts({"const": "auto"}, {"type": "integer", "minimum": 1}, _COUNT),
+    accepts({"const": "auto"}, {"type": "integer", "minimum": 1}, _COUNT),
+]
+AutoOrCountOrZero: TypeAlias = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_auto_or_count_or_zero),
+    accepts({"const": "auto"}, {"type": "integer", "minimum": 0}, _COUNT),
 ]
 AutoOrBool: TypeAlias = Annotated[
     bool | Literal["auto"],
     PlainValidator(_auto_or_bool),
-    Accepts({"const": "auto"}, {"type": "boolean"}),
+    accepts({"const": "auto"}, {"type": "boolean"}),
 ]
-Texts: TypeAlias = Annotated[list[str], BeforeValidator(_texts), Accepts({"type": "string"}, _TEXT_LIST)]
+Texts: TypeAlias = Annotated[list[str], BeforeValidator(_texts), accepts({"type": "string"}, _TEXT_LIST)]
 Number: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -13,8 +13,11 @@ from typing import TypeAlias
 from gptcli.errors import RecipeError, UsageError
 from gptcli.recipe import tree
 from gptcli.recipe.tree import Node
+from gptcli.recipe.units import is_share
 
 Keys: TypeAlias = tuple[str, ...]
+
+SOURCE: Keys = ("<source>",)
 
 # Members of a group of alternatives, each with the keys that go with it.
 GROUPS: dict[Keys, list[dict[str, Keys]]] = {
@@ -24,7 +27,7 @@ GROUPS: dict[Keys, list[dict[str, Keys]]] = {
         {"max_tokens": (), "max_steps": (), "epochs": ()},
         {"global_batch_size": (), "global_batch_tokens": ()},
     ],
-    ("<source>",): [{"path": (), "tokens": ("dtype",)}],
+    SOURCE: [{"path": (), "tokens": ("dtype",)}],
 }
 SOURCES: tuple[Keys, ...] = (("data", "train"), ("data", "validation"), ("eval", "data"))
 
@@ -32,9 +35,9 @@ SOURCES: tuple[Keys, ...] = (("data", "train"), ("data", "validation"), ("eval",
 def merge(far: Node, near: Node, keys: Keys = ()) -> Node:
     """`near` laid over `far`; `keys` is where both stand."""
     if keys in SOURCES:
-        sole = _sole_source(far)
+        sole = _sole_source(far, keys)
         if sole is not None and isinstance(near.value, dict) and "tail" not in near.value:
-            return merge(sole, near, ("<source>",))
+            return merge(sole, near, SOURCE)
     if not isinstance(far.value, dict) or not isinstance(near.value, dict):
         return _without_nulls(near)
     if keys in SOURCES and ("tail" in far.value) != ("tail" in near.value):
@@ -68,19 +71,28 @@ def _superseded(near: dict[str, Node], keys: Keys) -> list[str]:
 
 def check_groups(layer: Node) -> None:
     """Raise a `RecipeError` when one layer chooses two of a group."""
-    for keys, groups in GROUPS.items():
-        section = layer.value.get(keys[0]) if isinstance(layer.value, dict) else None
+    places = [(keys, groups) for keys, groups in GROUPS.items() if keys != SOURCE]
+    places += [(keys, GROUPS[SOURCE]) for keys in SOURCES]
+    for keys, groups in places:
+        section = _at(layer, keys)
         if section is None or not isinstance(section.value, dict):
             continue
         for group in groups:
             chosen = [name for name in group if name in section.value and section.value[name].value is not None]
             if len(chosen) > 1:
                 first, second = (section.value[name] for name in chosen[:2])
+                path = ".".join(keys)
                 raise RecipeError(
-                    f"{keys[0]}.{chosen[0]} and {keys[0]}.{chosen[1]} exclude each other",
+                    f"{path}.{chosen[0]} and {path}.{chosen[1]} exclude each other",
                     where=second.where,
                     remedy=f"keep one of {', '.join(group)} (the other stands at {first.where})",
                 )
+
+
+def _at(node: Node | None, keys: Keys) -> Node | None:
+    for key in keys:
+        node = node.value.get(key) if node is not None and isinstance(node.value, dict) else None
+    return node
 
 
 def _without_nulls(node: Node) -> Node:
@@ -102,10 +114,12 @@ def clean(layer: Node) -> Node:
     return _without_nulls(layer)
 
 
-def _sole_source(node: Node) -> Node | None:
-    """The one source that a node stands for, or None."""
+def _sole_source(node: Node, keys: Keys) -> Node | None:
+    """The one source that a node at a place of sources stands for; None for several, a share or a tail."""
     if isinstance(node.value, dict):
         return None if "tail" in node.value else node
+    if isinstance(node.value, str):
+        return None if keys[-1] == "validation" and is_share(node.value) else _item(node)
     if isinstance(node.value, list):
         return _item(node.value[0]) if len(node.value) == 1 else None
     return None
@@ -117,14 +131,13 @@ def _item(node: Node) -> Node:
 
 def with_source_lists(root: Node) -> Node:
     """The same tree with every place of sources as a list of mappings (a share and a tail stay as they are)."""
-    from gptcli.recipe.sections_data import is_share
 
     def listed(keys: Keys, node: Node) -> Node:
         if isinstance(node.value, list):
             return replace(node, value=[_item(item) for item in node.value])
-        share = isinstance(node.value, str) and keys[-1] == "validation" and is_share(node.value)
-        if (isinstance(node.value, str) and not share) or (isinstance(node.value, dict) and "tail" not in node.value):
-            return replace(node, value=[_item(node)], sole=True)
+        sole = _sole_source(node, keys)
+        if sole is not None:
+            return replace(node, value=[sole], sole=True)
         return node
 
     top = root.value if isinstance(root.value, dict) else {}
@@ -182,9 +195,9 @@ def _reach(node: Node | None, keys: Keys, value: Node, at: Keys) -> Node:
     if not keys:
         return value
     key, rest = keys[0], keys[1:]
-    sole = _sole_source(node) if node is not None and at in SOURCES else None
+    sole = _sole_source(node, at) if node is not None and at in SOURCES else None
     if sole is not None:
-        return _reach(sole, rest if key == "0" else keys, value, ("<source>",))
+        return _reach(sole, rest if key == "0" else keys, value, SOURCE)
     if node is not None and isinstance(node.value, list):
         items = list(node.value)
         if not key.isdigit() or int(key) >= len(items):
@@ -194,7 +207,7 @@ def _reach(node: Node | None, keys: Keys, value: Node, at: Keys) -> Node:
                 where=value.where,
                 remedy=f"say which one: {name}.0" + (f" to {name}.{len(items) - 1}" if len(items) > 1 else ""),
             )
-        place = ("<source>",) if at in SOURCES else (*at, key)
+        place = SOURCE if at in SOURCES else (*at, key)
         item = _item(items[int(key)]) if at in SOURCES and rest else items[int(key)]
         near = _reach(item, rest, value, place)
         items[int(key)] = merge(item, near, place)

@@ -67,13 +67,17 @@ class Recipe(Section):
     tokenizer: Tokenizer | None = Field(default=None, description="Without it, the tokenizer of `model.from`.")
     data: Data | None = Field(default=None, description="What is trained on, and what is held out.")
     model: Model | None = Field(default=None, description="What is trained.")
-    train: Train = Field(default_factory=Train, description="How it is trained.")
-    finetune: Finetune = Field(default_factory=Finetune, description="What fine-tuning does beyond `train`.")
-    launch: Launch = Field(default_factory=Launch, description="On how many processes and machines.")
-    tokenize: Tokenize = Field(default_factory=Tokenize, description="How texts become tokens.")
-    tracking: Tracking = Field(default_factory=Tracking, description="Where metrics go besides metrics.jsonl.")
-    generate: Generate = Field(default_factory=Generate, description="How texts are generated.")
-    eval: Eval = Field(default_factory=Eval, description="What is measured.")
+    train: Train = Field(default_factory=Train.model_construct, description="How it is trained.")
+    finetune: Finetune = Field(
+        default_factory=Finetune.model_construct, description="What fine-tuning does beyond `train`."
+    )
+    launch: Launch = Field(default_factory=Launch.model_construct, description="On how many processes and machines.")
+    tokenize: Tokenize = Field(default_factory=Tokenize.model_construct, description="How texts become tokens.")
+    tracking: Tracking = Field(
+        default_factory=Tracking.model_construct, description="Where metrics go besides metrics.jsonl."
+    )
+    generate: Generate = Field(default_factory=Generate.model_construct, description="How texts are generated.")
+    eval: Eval = Field(default_factory=Eval.model_construct, description="What is measured.")
 
     @model_validator(mode="after")
     def _name_is_a_folder(self) -> Recipe:

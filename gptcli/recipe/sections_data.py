@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import core_schema
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from gptcli.recipe import units
-from gptcli.recipe.fields import SHARE, Accepts, AutoOrCount, Count, Positive, Section, Texts
+from gptcli.recipe.fields import SHARE, AutoOrCountOrZero, Count, Positive, Section, Texts, accepts
 
 PresetName: TypeAlias = Literal["1m", "10m", "30m", "124m", "350m", "774m", "1.5b", "vision-1m", "audio-1m"]
 Documents: TypeAlias = Literal["file", "line", "blank-line"]
@@ -117,7 +116,7 @@ class Tail(Section):
     tail: Annotated[
         float,
         BeforeValidator(units.part),
-        Accepts({"type": "number", "exclusiveMaximum": 1}, SHARE),
+        accepts({"type": "number", "exclusiveMaximum": 1}, SHARE),
     ] = Field(description="The share of each text, from its end.")
 
     @model_validator(mode="after")
@@ -138,14 +137,9 @@ def as_sources(value: object) -> object:
 def _validation_kind(value: object) -> str:
     if (isinstance(value, dict) and "tail" in value) or isinstance(value, Tail):
         return "<tail>"
-    if (isinstance(value, str) and not is_share(value)) or isinstance(value, dict | list):
+    if (isinstance(value, str) and not units.is_share(value)) or isinstance(value, dict | list):
         return "<sources>"
     return "<share>"
-
-
-def is_share(text: str) -> bool:
-    """Whether a text is a number or a percentage rather than a path."""
-    return text.strip().rstrip("%").strip().replace(".", "", 1).isdigit()
 
 
 def _validation_share(value: object) -> float:
@@ -177,21 +171,14 @@ Sources: TypeAlias = Annotated[list[Source], BeforeValidator(as_sources), _OneOr
 ValidationShare: TypeAlias = Annotated[
     float,
     BeforeValidator(_validation_share),
-    Accepts({"type": "number", "minimum": 0, "exclusiveMaximum": 1}, SHARE),
+    accepts({"type": "number", "minimum": 0, "exclusiveMaximum": 1}, SHARE),
 ]
 
 
-class _Kinds:
-    """Which of the three a value is decides which errors it can have (pydantic's callable Discriminator)."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        del source
-        kinds = {"<share>": ValidationShare, "<tail>": Tail, "<sources>": Sources}
-        choices = {tag: handler.generate_schema(kind) for tag, kind in kinds.items()}
-        return core_schema.tagged_union_schema(choices, discriminator=_validation_kind)
-
-
-Validation: TypeAlias = Annotated[float | Tail | list[Source], _Kinds()]
+Validation: TypeAlias = Annotated[
+    Annotated[ValidationShare, Tag("<share>")] | Annotated[Tail, Tag("<tail>")] | Annotated[Sources, Tag("<sources>")],
+    Discriminator(_validation_kind),
+]
 
 
 class Messages(Section):
@@ -243,7 +230,9 @@ class Data(Section):
     )
     cache_features: bool = Field(default=False, description="Keep the outputs of frozen towers on disk.")
     shuffle: bool = Field(default=True, description="A new order of the rows every epoch, keyed by the seed.")
-    workers: AutoOrCount = Field(default="auto", description="Processes that prepare batches.")
+    workers: AutoOrCountOrZero = Field(
+        default="auto", description="Processes that prepare batches; 0: the training process itself."
+    )
     sequence_length: Count = Field(default=1024, description="Tokens of a row.")
     packing: Literal["concat", "isolated", "none"] = Field(
         default="concat",

@@ -26,7 +26,7 @@ class Launch(Section):
         default="auto", description="How processes share the model."
     )
     rendezvous: str | None = Field(default=None, description="host:port at which the machines meet.")
-    parallel: Parallel = Field(default_factory=Parallel, description="accelerate's parallelism_config.")
+    parallel: Parallel = Field(default_factory=Parallel.model_construct, description="accelerate's parallelism_config.")
     fsdp: dict[str, Any] = Field(default={}, description="accelerate's FSDP2 fields.")
     deepspeed: dict[str, Any] = Field(default={}, description="A DeepSpeed configuration.")
 

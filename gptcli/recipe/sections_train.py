@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, model_validator
 
 from gptcli.recipe.fields import (
-    Accepts,
     AutoOrBool,
     AutoOrCount,
     Count,
@@ -19,6 +18,7 @@ from gptcli.recipe.fields import (
     Section,
     Share,
     StepsOrShare,
+    accepts,
 )
 from gptcli.recipe.sections_data import one_of
 
@@ -225,12 +225,12 @@ class Finetune(Section):
         default="none", description="Full fine-tuning, or an adapter."
     )
     adapter_from: str | None = Field(default=None, description="Go on with this adapter.")
-    lora: Lora = Field(default_factory=Lora, description="The adapter's shape.")
+    lora: Lora = Field(default_factory=Lora.model_construct, description="The adapter's shape.")
     merge: bool = Field(default=False, description="Merge the adapter into `final/`.")
     beta: Positive = Field(default=0.1, description="dpo, kto, orpo: how far from the reference model.")
     reward: Annotated[
         str | RegexReward,
         BeforeValidator(_reward),
-        Accepts({"type": "string"}, {"type": "object", "required": ["regex"]}),
+        accepts({"type": "string"}, {"type": "object", "required": ["regex"]}),
     ] = Field(default="exact_match", description="grpo: exact_match, file.py:function, or {regex: PATTERN}.")
     freeze: list[str] = Field(default=[], description="Prefixes of the names of modules that are not trained.")

@@ -65,6 +65,11 @@ def share(value: object) -> float:
     return result
 
 
+def is_share(text: str) -> bool:
+    """Whether a text is a number or a percentage rather than a path."""
+    return re.fullmatch(r"\s*[-+]?[0-9]+(\.[0-9]+)?\s*%?\s*", text, re.ASCII) is not None
+
+
 def part(value: object) -> float:
     """A share below the whole: 0 <= part < 1."""
     result = share_or_more(value)

@@ -83,7 +83,7 @@ class Schedule(TrainerCallback):
         step, plan = state.global_step, self._plan
         last = step >= plan.steps
         stopping = not last and self._stop.due(step)
-        control.should_log = step == 1 or step % plan.log_every == 0 or last or stopping
+        control.should_log = step == 1 or step % plan.log_every == 0 or last
         control.should_evaluate = self._has_validation and (last or _due(step, plan.eval_every))
         control.should_save = last or stopping or _due(step, plan.save_every)
         control.should_training_stop = last or stopping

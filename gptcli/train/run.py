@@ -114,7 +114,8 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
         metrics.truncate(assembly.run.metrics, start.step)
         metrics.truncate(assembly.run.samples, start.step)
         progress.update(start.step)
-        trainer.start_at(start.step)
+        if start.checkpoint is not None:
+            trainer.start_at(start.manifest)
         try:
             if train_section.eval_at_start and start.checkpoint is None:
                 trainer.evaluate()

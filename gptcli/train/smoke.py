@@ -25,7 +25,7 @@ from gptcli.runs.folder import RunFolder
 from gptcli.train.run import Options, train
 
 if TYPE_CHECKING:
-    from gptcli.recipe.schema import Data, Model
+    from gptcli.recipe.schema import Data
 
 ROWS = 64
 VOCABULARY = 512
@@ -46,7 +46,7 @@ def smoke_run(argument: str, overrides: Sequence[str], command: str, reporter: R
     loaded = load_recipe(argument, overrides)
     with tempfile.TemporaryDirectory(prefix="gptcli-smoke-") as name, _on_cpu():
         folder = Path(name)
-        cuts = [*overrides, *_cuts(loaded, folder, command, reporter)]
+        cuts = [*overrides, *_cuts(loaded, folder, reporter)]
         toy = load_recipe(argument, cuts)
         reporter.say("smoke: two steps, save, stop")
         try:
@@ -59,6 +59,8 @@ def smoke_run(argument: str, overrides: Sequence[str], command: str, reporter: R
         run = RunFolder(Path(result["run"]))
         text = _generate(toy, run, reporter)
         evaluation = _evaluate(run, toy, reporter)
+        if evaluation is not None:
+            evaluation["model"] = None
     seconds = round(time.monotonic() - began, 1)
     reporter.say(f"smoke: {loaded.recipe.name} works ({seconds} s)")
     return {**result, "run": None, "smoke": True, "sample": text, "evaluation": evaluation, "wall_seconds": seconds}
@@ -76,16 +78,15 @@ def _generate(toy: LoadedRecipe, run: RunFolder, reporter: Reporter) -> str:
 
 
 def _evaluate(run: RunFolder, toy: LoadedRecipe, reporter: Reporter) -> dict[str, Any] | None:
-    from gptcli.data.tokenize import prepare
-    from gptcli.model.load import load_model
-    from gptcli.train.trainer import validation_loss
+    from gptcli.evaluation.corpus import from_recipe
+    from gptcli.evaluation.evaluate import Options as EvaluationOptions
+    from gptcli.evaluation.evaluate import evaluate
 
-    validation = prepare(toy, reporter).validation
-    if validation is None:
+    assert toy.recipe.data is not None
+    if not toy.recipe.eval.data and toy.recipe.data.validation == 0:
         return None
     reporter.say("smoke: evaluate")
-    result = validation_loss(load_model(run.final), validation, toy.recipe)
-    return {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
+    return evaluate(run.final, from_recipe(toy), EvaluationOptions(), reporter, toy).as_dict()
 
 
 @contextlib.contextmanager
@@ -102,13 +103,13 @@ def _on_cpu() -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def _cuts(loaded: LoadedRecipe, folder: Path, command: str, reporter: Reporter) -> list[str]:
+def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
     recipe = loaded.recipe
-    assert recipe.data is not None and recipe.model is not None
+    length = SEQUENCE_LENGTH if recipe.data is None else min(SEQUENCE_LENGTH, recipe.data.sequence_length)
     cuts = {
         "output_dir": str(folder / "runs"),
         "name": "smoke",
-        "data.sequence_length": min(SEQUENCE_LENGTH, recipe.data.sequence_length),
+        "data.sequence_length": length,
         "train.max_steps": 4,
         "train.global_batch_size": 4,
         "train.micro_batch_size": 2,
@@ -117,19 +118,24 @@ def _cuts(loaded: LoadedRecipe, folder: Path, command: str, reporter: Reporter) 
         "train.save_every": 2,
         "train.sample_every": 2,
         "train.max_time": None,
-        "train.precision": "fp32" if recipe.train.precision != "bf16" else "bf16",
+        "train.precision": "bf16" if recipe.train.precision == "bf16" else "fp32",
         "generate.max_new_tokens": 8,
         "tracking.to": [],
     }
+    if recipe.eval.data:
+        cuts["eval.data"] = [_cut_source(s, folder, f"eval-{i}", reporter) for i, s in enumerate(recipe.eval.data)]
     cuts |= _data_cuts(recipe.data, folder, reporter)
-    cuts |= _model_cuts(loaded, recipe.model, folder, reporter)
+    cuts |= _model_cuts(loaded, reporter)
     return [f"{key}={json.dumps(value)}" for key, value in cuts.items()]
 
 
-def _data_cuts(data: Data, folder: Path, reporter: Reporter) -> dict[str, Any]:
+def _data_cuts(data: Data | None, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    train_sources = [Source(path="hub:none/none")] if data is None else data.train
     cuts: dict[str, Any] = {
-        "data.train": [_cut_source(s, folder, f"train-{i}", reporter) for i, s in enumerate(data.train)]
+        "data.train": [_cut_source(source, folder, f"train-{i}", reporter) for i, source in enumerate(train_sources)]
     }
+    if data is None:
+        return cuts
     if isinstance(data.validation, list):
         cuts["data.validation"] = [
             _cut_source(source, folder, f"validation-{i}", reporter) for i, source in enumerate(data.validation)
@@ -162,18 +168,20 @@ def _is_here(path: str) -> bool:
     return path.startswith("builtin:") or is_pattern or Path(path).exists()
 
 
-def _model_cuts(loaded: LoadedRecipe, model: Model, folder: Path, reporter: Reporter) -> dict[str, Any]:
+def _model_cuts(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     cuts: dict[str, Any] = {}
-    tokenizer = loaded.recipe.tokenizer
+    tokenizer, model = loaded.recipe.tokenizer, loaded.recipe.model
     if tokenizer is not None and tokenizer.train is not None:
         if tokenizer.train.algorithm != "bytes":
             cuts["tokenizer.train.vocab_size"] = min(VOCABULARY, tokenizer.train.vocab_size)
     elif tokenizer is None or not Path(tokenizer.from_ or "").exists():
         reporter.say(f"smoke: a tokenizer of {VOCABULARY} entries is trained in place of the recipe's")
         cuts["tokenizer.train"] = {"algorithm": "bpe", "vocab_size": VOCABULARY}
-    if model.from_ is not None:
-        reporter.say(f"smoke: a tiny random {model.smoke_type} stands in for {model.from_}")
-        cuts["model"] = {"type": model.smoke_type, "config": dict(TINY)}
+    if model is None or model.from_ is not None:
+        smoke_type = "llama" if model is None else model.smoke_type
+        replaced = "the model to evaluate" if model is None else str(model.from_)
+        reporter.say(f"smoke: a tiny random {smoke_type} stands in for {replaced}")
+        cuts["model"] = {"type": smoke_type, "config": dict(TINY)}
         return cuts
     kept = {key: value for key, value in (model.config or {}).items() if not any(part in key for part in _SIZES)}
     cuts["model.preset"] = None

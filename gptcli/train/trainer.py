@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gptcli.device import memory_in_use, peak_flops
-from gptcli.errors import DivergedError
+from gptcli.errors import CheckpointError, DivergedError
 from gptcli.evaluation.loss import LossResult, document_loss
 from gptcli.model.load import quiet
 from gptcli.runs import metrics
@@ -215,6 +215,20 @@ class CausalTrainer(Trainer):
             "Try a lower train.learning_rate, more train.warmup, or look at those rows.",
         )
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse weights that do not fill the model, where transformers only warns; tied ones are saved once."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = set(load_result.missing_keys)
+        loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+        lacking = sorted(name for name in missing if id(parameters.get(name)) not in loaded)
+        if lacking or load_result.unexpected_keys:
+            names = ", ".join([*lacking, *load_result.unexpected_keys][:3])
+            raise CheckpointError(
+                f"the checkpoint's weights are not this model's: {names}",
+                where=str(self._run.path),
+                remedy="The model was changed. --overwrite trains anew; name=NAME trains another.",
+            )
+
     # ---- log, evaluate, sample, save ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -237,8 +251,9 @@ class CausalTrainer(Trainer):
         step, plan = self.state.global_step, self._plan
         tokens = plan.tokens_at(step)
         fresh = tokens - self._tokens_logged
+        timed = tokens - max(self._tokens_logged, plan.tokens_at(self._start_step))
         nats = self.accelerator.reduce(self._nats, "sum")
-        rate = fresh / max(self._step_seconds, 1e-9)
+        rate = timed / max(self._step_seconds, 1e-9)
         flops = rate * plan.flops_per_token / plan.processes
         memory = memory_in_use(self.args.device)
         self.peak_bytes = max(self.peak_bytes, memory)
@@ -296,7 +311,13 @@ class CausalTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         del model, trial
         step = self.state.global_step
-        facts = {**self._facts, "tokens": self._plan.tokens_at(step), "steps": self._plan.steps}
+        facts = {
+            **self._facts,
+            "tokens": self._plan.tokens_at(step),
+            "steps": self._plan.steps,
+            # The loss since the last log line, so that the next line is the same after a resume.
+            "unlogged": {"nats": float(self._nats), "logged_tokens": self._tokens_logged},
+        }
         with checkpoint.committing(self._run, step, facts) as work:
             self.save_model(str(work), _internal_call=True)
             self._save_optimizer_and_scheduler(str(work))
@@ -330,10 +351,11 @@ class CausalTrainer(Trainer):
         self._train_started = time.perf_counter()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def start_at(self, step: int) -> None:
-        """Tell the log lines that training goes on after `step` steps."""
-        self._start_step = step
-        self._tokens_logged = self._plan.tokens_at(step)
+    def start_at(self, manifest: dict[str, Any]) -> None:
+        """Tell the log lines that training goes on from the checkpoint of a manifest."""
+        self._start_step = int(manifest["step"])
+        self._tokens_logged = int(manifest["unlogged"]["logged_tokens"])
+        self._nats.fill_(float(manifest["unlogged"]["nats"]))
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -20,7 +20,9 @@ def rows(path: Path) -> dict[str, str]:
 
 def test_pydocs_has_every_topic_and_the_docstrings_of_every_module_in_source_order() -> None:
     found = rows(builtin_file("pydocs"))
-    assert [key for key in found if key.startswith("pydocs:topic/")] == [f"pydocs:topic/{key}" for key in sorted(topics)]
+    assert [key for key in found if key.startswith("pydocs:topic/")] == [
+        f"pydocs:topic/{key}" for key in sorted(topics)
+    ]
     assert found["pydocs:topic/assert"] == topics["assert"]
     for path, name in (("asyncio/base_events.py", "asyncio.base_events"), ("json/__init__.py", "json")):
         with warnings.catch_warnings():
@@ -42,7 +44,16 @@ def test_stdlib_has_one_document_a_source_file_and_is_extracted_once() -> None:
 
 
 def test_left_out_folders_are_not_read(tmp_path: Path) -> None:
-    for name in ("a.py", "b/c.py", "test/d.py", "b/tests/e.py", "site-packages/f.py", "lib2to3/g.py", "idlelib/h.py", "b/z.txt"):
+    for name in (
+        "a.py",
+        "b/c.py",
+        "test/d.py",
+        "b/tests/e.py",
+        "site-packages/f.py",
+        "lib2to3/g.py",
+        "idlelib/h.py",
+        "b/z.txt",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     assert source_files(tmp_path) == ["a.py", "b/c.py"]

@@ -18,7 +18,7 @@ from gptcli.data.sources import Tally, find_files, read_documents, source_name
 from gptcli.errors import DataError, MissingError
 from gptcli.recipe.schema import Source
 
-TEXTS = ["one, \"two\"\nthree", "中文 文本", "emoji 🙂\0nul", "x" * 200_000]
+TEXTS = ['one, "two"\nthree', "中文 文本", "emoji 🙂\0nul", "x" * 200_000]
 
 
 def documents(path: object, cut: str = "file", **options: Any) -> list[str]:
@@ -42,7 +42,9 @@ def written(suffix: str) -> bytes:
         csv.writer(buffer).writerows([["n", "text"], *(["1", text] for text in TEXTS)])
         return buffer.getvalue().encode()
     if suffix == ".tsv":
-        return "".join(f"{n}\t{text}\n" for n, text in [("n", "text"), *(("1", t.replace("\n", " ")) for t in TEXTS)]).encode()
+        return "".join(
+            f"{n}\t{text}\n" for n, text in [("n", "text"), *(("1", t.replace("\n", " ")) for t in TEXTS)]
+        ).encode()
     if suffix == ".parquet":
         stream = io.BytesIO()
         pq.write_table(pa.table({"n": [1] * len(TEXTS), "text": TEXTS}), stream, row_group_size=2)
@@ -128,7 +130,7 @@ def test_a_missing_column_names_those_there_are_and_the_nearest(tmp_path: Path) 
     (tmp_path / "a.csv").write_text("content,n\nx,1\n")
     pq.write_table(pa.table({"content": ["x"]}), tmp_path / "a.parquet")
     for name in ("a.csv", "a.parquet"):
-        with pytest.raises(DataError, match="'contents'.*'content'") as caught:
+        with pytest.raises(DataError, match=r"'contents'.*'content'") as caught:
             documents(tmp_path / name, text="contents")
         assert "text: content" in str(caught.value.remedy)
 
@@ -176,6 +178,12 @@ def test_what_is_not_there_is_named_with_a_remedy(tmp_path: Path) -> None:
             find_files(str(tmp_path / name), where="r.yaml:3")
         assert caught.value.where == "r.yaml:3"
         assert remedy in str(caught.value.remedy)
+
+
+def test_a_broken_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"a\.txt is a link"):
+        documents(tmp_path)
 
 
 def test_sources_are_named_without_the_folders_of_this_machine() -> None:

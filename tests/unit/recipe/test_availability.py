@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gptcli.errors import RecipeError
+from gptcli.recipe.availability import SECTIONS, TABLE, check_available, usable_by
+from gptcli.recipe.load import dump_yaml, load_recipe, resolved
+from gptcli.recipe.problems import fields_of, sections_of
+from gptcli.recipe.schema import Recipe
+
+TEXT = """\
+tokenizer: {train: {vocab_size: 2K}}
+data: {train: corpus.txt}
+model: {type: llama, preset: 1m}
+train: {max_steps: 10}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(TEXT, encoding="utf-8")
+    return "r.yaml"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tokenizer.chat_template=chatml",
+        "data.train={tokens: train.bin, dtype: uint16}",
+        "data.train=[{path: a, weight: 1}, {path: b, weight: 2}]",
+        "data.train.map={label: {0: no}}",
+        "data.train.path={en: a, de: b}",
+        "data.validation=[{path: {en: a, de: b}}]",
+        "data.format=chat",
+        "data.packing=none",
+        "data.deduplicate=exact",
+        "data.prompt=x",
+        "data.images=[image]",
+        "data.allow_urls=true",
+        "model.preset=vision-1m",
+        "train.objective=fim",
+        "train.objective=masked",
+        "train.z_loss=0.1",
+        "train.neftune_noise_alpha=5",
+        "train.profile={start: 1}",
+        "train.precision=fp16",
+        "train.attention=flash_attention_2",
+        "train.on_save_error=continue",
+        "train.non_finite=skip",
+        "train.early_stopping_patience=3",
+        "train.best_metric=validation.bits_per_byte",
+        "launch.processes=2",
+        "launch.nodes=2",
+        "launch.strategy=fsdp",
+        "launch.parallel.tp=2",
+        "launch.fsdp={reshard: true}",
+        "tokenize.executor=ray",
+    ],
+)
+def test_what_does_not_exist_yet_is_refused_with_its_place(recipe: str, override: str) -> None:
+    with pytest.raises(RecipeError, match="not available yet") as caught:
+        check_available(load_recipe(recipe, [override]), "pretrain")
+    assert caught.value.where == f"override {override}"
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "finetune.method=dpo",
+        "finetune.adapter=lora",
+        "finetune.lora.r=8",
+        "finetune.freeze=[x]",
+        "finetune.train_on=all",
+    ],
+)
+def test_finetune_refuses_what_pretrain_does_not_look_at(recipe: str, override: str) -> None:
+    loaded = load_recipe(recipe, [override])
+    check_available(loaded, "pretrain")
+    with pytest.raises(RecipeError, match="not available yet"):
+        check_available(loaded, "finetune")
+
+
+@pytest.mark.parametrize("override", ["eval.metrics=[perplexity, bleu]", "eval.labels=[a]", "eval.tasks=[x]"])
+def test_eval_refuses_metrics_of_later(recipe: str, override: str) -> None:
+    with pytest.raises(RecipeError, match="not available yet"):
+        check_available(load_recipe(recipe, [override]), "eval")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.precision=bf16",
+        "train.attention=sdpa",
+        "train.compile=true",
+        "train.optimizer=lion",
+        "train.lr_scheduler=polynomial",
+        "train.micro_batch_size=4",
+        "train.max_time=1h",
+        "train.trainer_args={tf32: true}",
+        "train.z_loss=0",
+        "launch.processes=1",
+        "launch.strategy=ddp",
+        "tracking.to=[wandb]",
+        "data.validation={tail: 10%}",
+        "data.train=[a.txt, b.txt]",
+        "data.train=hub:a/b",
+        "tokenize.processes=4",
+        "model.trust_remote_code=true",
+    ],
+)
+def test_what_exists_is_not_refused(recipe: str, override: str) -> None:
+    check_available(load_recipe(recipe, [override]), "pretrain")
+
+
+def test_defaults_written_out_are_not_refused(recipe: str, tmp_path: Path) -> None:
+    text = dump_yaml(resolved(load_recipe(recipe)))
+    (tmp_path / "resolved.yaml").write_text(text, encoding="utf-8")
+    loaded = load_recipe("resolved.yaml")
+    for command in SECTIONS:
+        check_available(loaded, command)
+
+
+def test_every_row_names_a_key_of_the_schema() -> None:
+    for row in TABLE:
+        models: list[type] = [Recipe]
+        for key in row.key.split("."):
+            if key != "*":
+                fields = fields_of(models)
+                assert key in fields, row.key
+                models = list(sections_of(fields[key]))
+
+
+def test_usable_by_says_what_a_command_lacks(recipe: str) -> None:
+    reasons = usable_by(load_recipe(recipe))
+    assert reasons["pretrain"] is None
+    assert reasons["tokenize"] is None
+    assert "model.from" in str(reasons["finetune"])
