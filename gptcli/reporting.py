@@ -7,7 +7,7 @@ argument. Only rank 0 has one that prints.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -27,14 +27,8 @@ class Reporter(Protocol):
     def warn(self, text: str) -> None:
         """Print one line that the user should not miss."""
 
-    def progress(self, name: str, total: float, unit: str) -> _ProgressContext:
+    def progress(self, name: str, total: float, unit: str) -> AbstractContextManager[Progress]:
         """Open a task of `total` units; use as a context manager that yields a `Progress`."""
-
-
-class _ProgressContext(Protocol):
-    def __enter__(self) -> Progress: ...
-
-    def __exit__(self, *args: object) -> bool | None: ...
 
 
 class _SilentProgress:

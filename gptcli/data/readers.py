@@ -350,7 +350,7 @@ def _require_column(column: str, columns: list[str], path: Path, place: str) -> 
     import difflib
 
     near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
-    hint = near[0] if near else (columns[0] if columns else "NAME")
+    hint = near[0] if near else next((name for name in columns if name.isidentifier()), "NAME")
     raise DataError(
         f"{place} has no column {column!r}, only {_listed(columns)}",
         where=f"{shown(path)}:1",
@@ -360,7 +360,7 @@ def _require_column(column: str, columns: list[str], path: Path, place: str) -> 
 
 
 def _listed(columns: Any) -> str:
-    names = [repr(name) for name in columns]
+    names = [repr(name if len(name) <= 40 else name[:40] + "...") for name in columns]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
 
 

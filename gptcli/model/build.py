@@ -7,10 +7,12 @@ proportions of the type's own default configuration, so that `{type: qwen3, pres
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError
+from gptcli.model.load import quiet
 from gptcli.recipe.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -103,12 +105,11 @@ def build_config(loaded: LoadedRecipe, ids: TokenIds) -> tuple[PreTrainedConfig,
 def build_model(loaded: LoadedRecipe, config: PreTrainedConfig, *, seed: int, attention: str | None) -> PreTrainedModel:
     """The model of a configuration in fp32 with random weights, a function of `seed` alone."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     options = {} if attention is None else {"attn_implementation": attention}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+        model: PreTrainedModel = _from_config(config, dtype=torch.float32, **options)
     except (ValueError, TypeError, AssertionError, ImportError, KeyError, ZeroDivisionError) as error:
         raise _bad_config(loaded, error) from error
     return model
@@ -117,18 +118,17 @@ def build_model(loaded: LoadedRecipe, config: PreTrainedConfig, *, seed: int, at
 def count_parameters(config: PreTrainedConfig) -> Counts:
     """Count a model's parameters without allocating them (on torch's meta device)."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return counts_of(AutoModelForCausalLM.from_config(config))
+        return counts_of(_from_config(config))
 
 
 def counts_of(model: PreTrainedModel) -> Counts:
     """Count the parameters of a model that is there."""
     matrices = hidden_matrices(model)
     hidden = sum(parameter.numel() for parameter in matrices.values())
-    head = model.get_output_embeddings()
-    head_size = int(head.weight.numel()) if head is not None else 0
+    head = output_head(model)
+    head_size = 0 if head is None else sum(p.numel() for p in head.parameters() if p.ndim >= 2)
     text_config = model.config.get_text_config()
     return Counts(
         total=sum(parameter.numel() for parameter in model.parameters()),
@@ -140,19 +140,32 @@ def counts_of(model: PreTrainedModel) -> Counts:
     )
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits, where the model names one."""
+    find: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
+
+
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights with two or more dimensions that are neither an embedding table nor the output head, by name."""
     from torch import nn
 
     tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     if head is not None:
         tables |= {id(p) for p in head.parameters()}
     return {name: p for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in tables}
 
 
+def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    make: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+    return make(config, **options)
+
+
 def _config_class(loaded: LoadedRecipe, model_type: str) -> type[PreTrainedConfig]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -160,7 +173,7 @@ def _config_class(loaded: LoadedRecipe, model_type: str) -> type[PreTrainedConfi
         found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
         return found
     near = difflib.get_close_matches(model_type, causal, n=3)
-    known = "is not a causal language model" if model_type in CONFIG_MAPPING_NAMES else "is unknown to transformers"
+    known = "is not a causal language model" if model_type in CONFIG_MAPPING else "is unknown to transformers"
     remedy = f"Did you mean {' or '.join(near)}?" if near else "Common ones: llama, gpt2, qwen3, mistral, gemma3_text."
     raise RecipeError(f"model.type: {model_type} {known}", where=loaded.where("model.type"), remedy=remedy)
 
@@ -245,14 +258,8 @@ def _get(config: PreTrainedConfig, field: str) -> Any:
 
 def _quietly(config_class: type[PreTrainedConfig], **fields: Any) -> PreTrainedConfig:
     # A default configuration warns about token ids beyond a small vocabulary, which are set right afterwards.
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with quiet():
         return config_class(**fields)
-    finally:
-        logging.set_verbosity(level)
 
 
 def _bad_config(loaded: LoadedRecipe, error: Exception) -> RecipeError:

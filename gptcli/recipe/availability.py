@@ -92,6 +92,7 @@ TABLE: tuple[Row, ...] = (
     Row("launch.fsdp", feature="FSDP"),
     Row("launch.deepspeed", feature="DeepSpeed"),
     Row("tokenize.executor", ("local",)),
+    Row("tokenize.processes", ("auto",)),
     Row("eval.references", feature="comparing with references"),
     Row("eval.metrics", ("perplexity",)),
     Row("eval.labels", feature="classification by labels"),

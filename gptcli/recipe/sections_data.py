@@ -36,7 +36,7 @@ class TokenizerTraining(Section):
     vocab_size: Count = Field(
         default=8192, description="Entries, specials (`<|endoftext|>`, `<|pad|>`) included; 258 with `bytes`."
     )
-    pattern: Literal["gpt2", "gpt4"] = Field(
+    pattern: Literal["gpt2", "gpt4", "llama3", "qwen2"] = Field(
         default="gpt4", description="How text is cut into words before BPE merges."
     )
 

@@ -64,8 +64,9 @@ class Muon(torch.optim.Muon):
         # Update sizes as AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv:2502.16982).
         scale = 0.2 * math.sqrt(max(rows, columns))
         orthogonal = orthogonalize(torch.stack(updates))
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(orthogonal.to(parameters[0].dtype).unbind()), alpha=-group["lr"] * scale)
+        weights: list[torch.Tensor] = list(parameters)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(orthogonal.to(parameters[0].dtype).unbind()), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
@@ -134,7 +135,7 @@ def build_optimizer(model: PreTrainedModel, train: Train) -> Optimizer | None:
             {"params": [(n, p) for n, p in others.items() if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=train.learning_rate,
-        betas=train.betas,
+        betas=(train.betas[0], train.betas[1]),
         eps=train.adam_epsilon,
         fused=True,
     )

@@ -176,6 +176,7 @@ def memory_estimate(counts: Counts, train: Train, micro_tokens: int) -> dict[str
 def _global_batch(loaded: LoadedRecipe, length: int, decisions: list[Decision]) -> int:
     train = loaded.recipe.train
     if train.global_batch_tokens is None:
+        assert train.global_batch_size is not None  # the schema has one of the two
         return train.global_batch_size
     batch = train.global_batch_tokens // length
     if batch < 1:

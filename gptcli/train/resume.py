@@ -130,7 +130,8 @@ def check_unchanged(
     same_data = then_print["data"] == now_print["data"]
     then, now = _flatten(start.manifest["recipe"]), _flatten(recipe)
     changed = {key: (then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)}
-    refused, harmless = [], []
+    refused: list[str] = []
+    harmless: list[str] = []
     for key, (before, after) in changed.items():
         line = f"{key}: {_show(before)} -> {_show(after)}"
         is_path = key.startswith(("data.", "tokenizer.")) and key.rsplit(".", 1)[-1] in (*_PATHS, "from")

@@ -119,7 +119,7 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
         try:
             if train_section.eval_at_start and start.checkpoint is None:
                 trainer.evaluate()
-            trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
+            trainer.run_from(start.checkpoint)
         except RuntimeError as error:
             if _is_out_of_memory(error):
                 raise _out_of_memory(assembly) from error

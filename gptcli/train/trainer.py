@@ -53,7 +53,7 @@ class RunRows(Dataset[dict[str, torch.Tensor]]):
         return torch.from_numpy(self._rows.batch(np.asarray(indices, dtype=np.int64)))
 
 
-def _inputs_and_labels(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+def _inputs_and_labels(batch: Any) -> dict[str, torch.Tensor]:
     # T + 1 tokens are T inputs and the T next tokens; the labels are not shifted again.
     return {"input_ids": batch[:, :-1], "labels": batch[:, 1:]}
 
@@ -98,6 +98,7 @@ class CausalTrainer(Trainer):
         progress: Progress,
     ) -> None:
         self._recipe = recipe
+        self._tokenizer = tokenizer
         self._plan = plan
         self._rows = rows
         self._validation = validation
@@ -121,11 +122,12 @@ class CausalTrainer(Trainer):
         self.last_loss: float | None = None
         self.validation_result: LossResult | None = None
         self.peak_bytes = 0
+        self._run_rows = RunRows(rows, plan.total_rows)
         super().__init__(
             model=model,
             args=args,
             data_collator=_inputs_and_labels,
-            train_dataset=RunRows(rows, plan.total_rows),
+            train_dataset=self._run_rows,
             processing_class=tokenizer,
             callbacks=[schedule],
         )
@@ -139,20 +141,27 @@ class CausalTrainer(Trainer):
     # ---- data, optimizer, schedule ----
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        return SequentialSampler(self._run_rows)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The recipe's optimizer; names other than adamw and muon are built by transformers."""
         if self.optimizer is None:
-            self.optimizer = optim.build_optimizer(model or self.model, self._recipe.train)
+            self.optimizer = optim.build_optimizer(self.plain_model, self._recipe.train)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
+
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        """The model itself, without what accelerate, DDP or the compiler wrap around it."""
+        model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
+        return model
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The recipe's learning-rate schedule; names other than ours are built by transformers."""
         if self.lr_scheduler is None:
+            built: Any = optimizer or self.optimizer
             self.lr_scheduler = optim.build_schedule(
-                optimizer or self.optimizer,
+                built,
                 self._recipe.train,
                 steps=self._plan.steps,
                 warmup_steps=self._plan.warmup_steps,
@@ -183,7 +192,7 @@ class CausalTrainer(Trainer):
         self._nats = self._nats.to(nats.device) + nats.detach().double()
         balance = getattr(outputs, "aux_loss", None)
         if balance is not None:
-            weight = self.accelerator.unwrap_model(model).config.get_text_config().router_aux_loss_coef
+            weight = self.plain_model.config.get_text_config().router_aux_loss_coef
             nats = nats + weight * balance * labels.ne(-100).sum()
         loss = nats / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -194,7 +203,7 @@ class CausalTrainer(Trainer):
         return 0
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm: Any = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         self._grad_norm = norm
         if self.args.device.type == "cpu":
             self._check_finite(self.state.global_step + 1)
@@ -217,7 +226,7 @@ class CausalTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse weights that do not fill the model, where transformers only warns; tied ones are saved once."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = dict(self.plain_model.named_parameters(remove_duplicate=False))
         missing = set(load_result.missing_keys)
         loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
         lacking = sorted(name for name in missing if id(parameters.get(name)) not in loaded)
@@ -240,7 +249,7 @@ class CausalTrainer(Trainer):
         # The Trainer comes here once more at the end of its epoch, for the step that it has reported already.
         if self._sampled_at != self.state.global_step and self._schedule.sample_due(self.state.global_step):
             self._sampled_at = self.state.global_step
-            self._sample(self.accelerator.unwrap_model(self.model), self.state.global_step)
+            self._sample(self.plain_model, self.state.global_step)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -295,7 +304,7 @@ class CausalTrainer(Trainer):
         del args, kwargs
         if self._validation is None:
             return {}
-        result = validation_loss(self.accelerator.unwrap_model(self.model), self._validation, self._recipe)
+        result = validation_loss(self.plain_model, self._validation, self._recipe)
         self.validation_result = result
         step = self.state.global_step
         values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
@@ -329,14 +338,12 @@ class CausalTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
         with self.inference_config():
-            save_pretrained(
-                self.accelerator.unwrap_model(self.model), self.processing_class, Path(output_dir), state_dict
-            )
+            save_pretrained(self.plain_model, self._tokenizer, Path(output_dir), state_dict)
 
     @contextmanager
     def inference_config(self) -> Iterator[None]:
         """The model's configuration as users should get it: training turns the key-value cache off."""
-        config = self.accelerator.unwrap_model(self.model).config
+        config = self.plain_model.config
         during = getattr(config, "use_cache", None)
         if self._use_cache is not None:
             config.use_cache = self._use_cache
@@ -346,10 +353,10 @@ class CausalTrainer(Trainer):
             if self._use_cache is not None:
                 config.use_cache = during
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Train to the end, or until the schedule stops it; see transformers.Trainer.train."""
+    def run_from(self, start: Path | None) -> None:
+        """Train to the end, or until the schedule stops it, from a checkpoint or from the first step."""
         self._train_started = time.perf_counter()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.train(resume_from_checkpoint=None if start is None else str(start))
 
     def start_at(self, manifest: dict[str, Any]) -> None:
         """Tell the log lines that training goes on from the checkpoint of a manifest."""

@@ -137,9 +137,7 @@ def test_documents_are_streamed_through_a_bounded_buffer(monkeypatch: pytest.Mon
 
 def test_tokens_of_another_tokenizer_are_an_error_that_names_the_document() -> None:
     with pytest.raises(DataError, match=r"token 300 in document 2, but the model knows 300 tokens"):
-        document_loss(
-            make_model(), [(np.array([5]), 1), (np.array([5, 300]), 2)], prefix_id=0, sequence_length=WINDOW
-        )
+        document_loss(make_model(), [(np.array([5]), 1), (np.array([5, 300]), 2)], prefix_id=0, sequence_length=WINDOW)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(0, None), (8, 0), (8, 9), (8, -1)])

@@ -23,7 +23,20 @@ TINY = "config: {num_hidden_layers: 2, hidden_size: 32, num_attention_heads: 2}"
 
 @pytest.mark.parametrize(
     "model_type",
-    ["llama", "gpt2", "qwen3", "mistral", "gemma3_text", "opt", "gpt_neox", "phi3", "olmo2", "mixtral", "bloom", "falcon"],
+    [
+        "llama",
+        "gpt2",
+        "qwen3",
+        "mistral",
+        "gemma3_text",
+        "opt",
+        "gpt_neox",
+        "phi3",
+        "olmo2",
+        "mixtral",
+        "bloom",
+        "falcon",
+    ],
 )
 def test_any_causal_type_is_built_small_and_counts_its_parameters(tmp_path: Path, model_type: str) -> None:
     loaded = recipe(tmp_path, f"{{type: {model_type}, {TINY}}}")

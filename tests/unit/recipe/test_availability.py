@@ -108,7 +108,6 @@ def test_eval_refuses_metrics_of_later(recipe: str, override: str) -> None:
         "data.validation={tail: 10%}",
         "data.train=[a.txt, b.txt]",
         "data.train=hub:a/b",
-        "tokenize.processes=4",
         "model.trust_remote_code=true",
     ],
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_schedules_rise_to_the_peak_and_end_at_the_minimum(kind: str) -> None:
     assert values[0] == pytest.approx(1 / 11)
     assert values[10] == 1.0
     assert values[-1] == pytest.approx(0.1)
-    assert all(later <= earlier for earlier, later in zip(values[10:], values[11:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(values[10:]))
 
 
 def test_wsd_is_flat_until_the_decay_and_linear_in_it() -> None:

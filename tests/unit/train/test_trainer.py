@@ -124,7 +124,9 @@ def test_evaluating_and_sampling_do_not_change_training(tmp_path: Path) -> None:
     assert losses(often) == losses(never)
 
 
-@pytest.mark.parametrize("overrides", [("train.optimizer=adafactor", "train.lr_scheduler=polynomial"), ("train.optimizer=sgd",)])
+@pytest.mark.parametrize(
+    "overrides", [("train.optimizer=adafactor", "train.lr_scheduler=polynomial"), ("train.optimizer=sgd",)]
+)
 def test_optimizers_and_schedules_of_transformers_work(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     assert all(np.isfinite(losses(run(make_project(tmp_path), "x", *overrides))))
 
