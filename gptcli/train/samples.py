@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gptcli.generation.text import Settings, complete
+from gptcli.generation.text import complete, settings
 from gptcli.runs import metrics
 
 if TYPE_CHECKING:
@@ -19,16 +19,8 @@ class Sampler:
     """Completes the recipe's prompts; the random state of training is left as it was."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: RunFolder, reporter: Reporter) -> None:
-        given = recipe.generate
-        self._prompts = given.prompts
-        self._settings = Settings(
-            max_new_tokens=given.max_new_tokens,
-            temperature=given.temperature,
-            top_p=given.top_p,
-            top_k=given.top_k,
-            stop=tuple(given.stop),
-            seed=recipe.seed,
-        )
+        self._prompts = recipe.generate.prompts
+        self._settings = settings(recipe.generate, {"num_return_sequences": 1}, seed=recipe.seed)
         self._tokenizer = tokenizer
         self._run = run
         self._reporter = reporter
