@@ -8,6 +8,7 @@ drawn by rich. Takes as long as the demo.
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import select
@@ -31,13 +32,14 @@ TARGET = Path(__file__).parent / "run.svg"
 
 
 def main() -> None:
+    """Run the commands, write the picture."""
     screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.ByteStream(screen)
     with tempfile.TemporaryDirectory() as folder:
         for command in COMMANDS:
             stream.feed(b"\x1b[1;32m$\x1b[0m " + " ".join(map(quoted, command)).encode() + b"\r\n")
             run(command, Path(folder), stream)
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w", encoding="utf-8"), force_terminal=True)
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     rows = [row(screen, number) for number in range(LINES)]
     while rows and not rows[-1].plain.strip():
         rows.pop()
@@ -74,6 +76,7 @@ def run(command: list[str], folder: Path, stream: pyte.ByteStream) -> None:
 
 
 def quoted(argument: str) -> str:
+    """An argument as it would be typed."""
     return f'"{argument}"' if " " in argument else argument
 
 
@@ -82,7 +85,9 @@ def row(screen: pyte.Screen, number: int) -> Text:
     text = Text()
     for column in range(COLUMNS):
         cell = screen.buffer[number][column]
-        colour = None if cell.fg == "default" else f"#{cell.fg}" if len(cell.fg) == 6 else cell.fg.replace("brown", "yellow")
+        colour = (
+            None if cell.fg == "default" else f"#{cell.fg}" if len(cell.fg) == 6 else cell.fg.replace("brown", "yellow")
+        )
         text.append(cell.data, Style(color=colour, bold=cell.bold, reverse=cell.reverse))
     text.rstrip()
     return text

@@ -63,7 +63,7 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
         [
             ["device", f"{machine['device']} ({device.type})"],
             ["cores, memory", f"{machine['cores']}, {total_memory(device) / 2**30:.1f} GiB"],
-            ["matrix products", "unknown" if peak is None else f"{peak / 1e12:,.3g} TFLOP/s ({measured})"],
+            ["matrix products", "unknown" if peak is None else f"{peak / 1e9:,.0f} GFLOP/s ({measured})"],
             ["fast bf16", "yes" if machine["fast_bf16"] else "no: train in fp32 here"],
             ["C compiler", str(machine["c_compiler"] or "none: train.compile cannot be used")],
             ["cache", f"{cache_root()} ({free / 2**30:.1f} GiB free)"],

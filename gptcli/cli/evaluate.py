@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptcli.cli.arguments import Debug, Json, Quiet
+from gptcli.cli.arguments import Debug, Json, Quiet, Smoke
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,6 +50,7 @@ def evaluate(
     limit: Limit = None,
     sequence_length: SequenceLength = None,
     precision: Precision = "auto",
+    smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -63,10 +64,19 @@ def evaluate(
         raise UsageError(f"--documents {documents} is not one of file, line, blank-line")
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"--precision {precision} is not one of auto, fp32, bf16")
+    out = console(json=json, quiet=quiet)
     models, recipe, overrides = sort_arguments(arguments or [])
     loaded = _load(recipe, overrides)
+    if smoke:
+        if recipe is None:
+            raise UsageError("--smoke proves a recipe, and none was given", remedy="gptcli eval RECIPE --smoke")
+        from gptcli.train.smoke import smoke_run
+
+        proof = smoke_run(recipe, overrides, "eval", out)
+        if json:
+            out.print_json(proof)
+        return
     folders = _folders(models, recipe)
-    out = console(json=json, quiet=quiet)
     from gptcli.evaluation import corpus
     from gptcli.evaluation.evaluate import Options, run_recipe
     from gptcli.evaluation.evaluate import evaluate as score

@@ -45,9 +45,15 @@ def train_command(
     quiet: bool,
 ) -> None:
     """What `pretrain` and `finetune` share: load, check, train, print the result."""
+    from gptcli.errors import UsageError
+    from gptcli.launch import world_size
     from gptcli.recipe.availability import check_available
     from gptcli.recipe.load import load_recipe
 
+    if world_size() > 1:
+        raise UsageError(
+            f"training on {world_size()} processes is not available yet", remedy=f"Start it once: gptcli {command} ..."
+        )
     loaded = load_recipe(recipe, overrides or ())
     check_available(loaded, command)
     loaded.require(command, "data.train", "model", "train.max_tokens")

@@ -108,7 +108,10 @@ def training_arguments(loaded: LoadedRecipe, plan: Plan, run: Path, device_kind:
         "log_level": "error",
     }
     try:
-        return TrainingArguments(**given, **train.trainer_args)
+        arguments = TrainingArguments(**given, **train.trainer_args)
+        # With several GPUs in sight the Trainer would split each batch over them (DataParallel).
+        arguments._n_gpu = min(1, arguments.n_gpu)
+        return arguments
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(
             f"transformers refuses the settings: {str(error).splitlines()[0][:300]}", where=loaded.where("train")

@@ -59,12 +59,12 @@ class Start:
 
 
 def find_start(run: RunFolder, *, resume: str, overwrite: bool, reporter: Reporter) -> Start:
-    """Decide where to start, say what was passed over, and clean the folder when it is to be overwritten.
+    """Decide where to start, and say what was passed over. Nothing of a run is removed here (see `clear`).
 
     Args:
         run: the run's folder, which may not exist.
         resume: auto, never, or the path of a checkpoint.
-        overwrite: whether a run that is there may be removed.
+        overwrite: whether a run that is there is to be replaced.
         reporter: where what was passed over is said.
 
     Raises:
@@ -73,9 +73,6 @@ def find_start(run: RunFolder, *, resume: str, overwrite: bool, reporter: Report
     """
     used = run.exists() or bool(run.checkpoints())
     if overwrite and used:
-        for path in run.path.iterdir():
-            if path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
         return Start(None, {})
     if not used and run.path.is_dir() and any(path.name != LOCK for path in run.path.iterdir()):
         raise UsageError(
@@ -101,6 +98,13 @@ def find_start(run: RunFolder, *, resume: str, overwrite: bool, reporter: Report
     for path, reason in found.passed_over:
         reporter.warn(f"{path.name} is passed over: {reason}")
     return Start(found.folder, found.manifest)
+
+
+def clear(run: RunFolder) -> None:
+    """Remove what an earlier run left, but its lock: for `--overwrite`, once the new run is known to begin."""
+    for path in run.path.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def check_unchanged(

@@ -19,7 +19,7 @@ from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.train.assemble import Assembly, assemble, decided_recipe, describe
-from gptcli.train.resume import Start, check_unchanged, find_start, locked
+from gptcli.train.resume import Start, check_unchanged, clear, find_start, locked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,6 +87,8 @@ def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, report
     for line in describe(assembly):
         reporter.say(line)
     _check_disk(assembly)
+    if options.overwrite:
+        clear(run)
     _write_start(assembly, options)
     try:
         result = _run_trainer(assembly, options, start, reporter)
@@ -205,17 +207,16 @@ def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Report
 
 
 def _result(assembly: Assembly, trainer: CausalTrainer, step: int, wall_seconds: float) -> dict[str, Any]:
-    plan, validation = assembly.plan, trainer.validation_result
-    tokens = plan.tokens_at(step)
+    # From the file, not from this process: a resume may have had nothing left to do but `final/`.
+    lines = metrics.read(assembly.run.metrics)
+    validation = next((line["validation"] for line in reversed(lines) if "validation" in line), None)
     return {
         "run": str(assembly.run.path),
         "status": "done",
         "step": step,
-        "tokens": tokens,
-        "loss": trainer.last_loss,
-        "validation": None
-        if validation is None
-        else {"loss": validation.loss, "bits_per_byte": validation.bits_per_byte},
+        "tokens": assembly.plan.tokens_at(step),
+        "loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
+        "validation": validation and {key: validation[key] for key in ("loss", "bits_per_byte")},
         "tokens_per_second": trainer.tokens_per_second,
         "wall_seconds": round(wall_seconds, 2),
         "peak_bytes": trainer.peak_bytes,
@@ -272,8 +273,8 @@ def _write_report(run: RunFolder, reporter: Reporter) -> None:
 
     try:
         write_report(run)
-    except OSError as error:
-        reporter.warn(f"no report: {error}")
+    except GptcliError as error:
+        reporter.warn(f"no report: {error.lines()[0]}")
 
 
 def _check_disk(assembly: Assembly) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,3 +146,20 @@ def test_a_changed_recipe_is_refused_with_code_4(undisturbed: Path, run_cli: Cli
     assert "train.learning_rate: 0.003 -> 0.001" in done.err
     assert "--allow-changes train.learning_rate" in done.err
     assert len(done.err.strip().splitlines()) <= 8
+
+
+def test_a_run_killed_before_final_writes_it_and_reports_the_same_result(project: Path, run_cli: Cli) -> None:
+    first = run_cli("pretrain", "tiny.yaml", "--json", cwd=project).json()
+    shutil.rmtree(project / "runs" / "tiny" / "final")
+    done = run_cli("pretrain", "tiny.yaml", "--json", cwd=project)
+    assert done.code == 0, done.err
+    assert (project / "runs" / "tiny" / "final" / "model.safetensors").exists()
+    for key in ("step", "tokens", "loss", "validation"):
+        assert done.json()[key] == first[key]
+
+
+def test_overwrite_with_a_recipe_that_cannot_run_keeps_the_old_run(project: Path, run_cli: Cli) -> None:
+    assert run_cli("pretrain", "tiny.yaml", "--quiet", cwd=project).code == 0
+    done = run_cli("pretrain", "tiny.yaml", "data.train=gone.txt", "--overwrite", cwd=project)
+    assert done.code == 3
+    assert (project / "runs" / "tiny" / "final" / "model.safetensors").exists()

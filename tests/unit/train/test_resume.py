@@ -13,7 +13,7 @@ from gptcli.errors import CheckpointError, UsageError
 from gptcli.reporting import Silent
 from gptcli.runs.folder import RunFolder
 from gptcli.train.checkpoint import committing
-from gptcli.train.resume import Start, check_unchanged, find_start, locked
+from gptcli.train.resume import Start, check_unchanged, clear, find_start, locked
 
 RECIPE: dict[str, Any] = {
     "name": "x",
@@ -105,9 +105,11 @@ def test_never_refuses_a_used_folder(tmp_path: Path) -> None:
         find(used(tmp_path), resume="never")
 
 
-def test_overwrite_empties_the_folder(tmp_path: Path) -> None:
+def test_overwrite_starts_anew_and_empties_the_folder_only_when_told(tmp_path: Path) -> None:
     run = used(tmp_path)
     assert find(run, overwrite=True).checkpoint is None
+    assert run.checkpoint(5).is_dir()
+    clear(run)
     assert list(run.path.iterdir()) == []
 
 
