@@ -1,0 +1,1 @@
+"""A run and its folder: its layout, its metrics, its report."""
