@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-COLUMNS, LINES = 104, 44
+COLUMNS, LINES = 104, 60
 COMMANDS = (
     ["gptcli", "pretrain", "quickstart"],
     ["gptcli", "eval"],
