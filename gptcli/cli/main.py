@@ -1,4 +1,4 @@
-"""The entry point: registers the commands, and turns every error into a few lines and an exit code.
+"""The commands, registered; `main` runs one and turns every error into a few lines and an exit code.
 
 Command modules import torch and everything heavy inside their functions, so that `gptcli --help` stays at a quarter
 of a second.
@@ -7,33 +7,26 @@ of a second.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from gptcli import __version__
-from gptcli.cli import doctor, evaluate, finetune, generate, plan, pretrain, recipes, runs, tokenize
 from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError
 
-app = typer.Typer(
-    name="gptcli",
-    help="Pretrain and fine-tune causal language models from one YAML recipe, on CPU, one GPU or many.",
-    epilog="Start with: gptcli pretrain quickstart",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("tokenize")(tokenize.tokenize)
-app.command("pretrain")(pretrain.pretrain)
-app.command("finetune")(finetune.finetune)
-app.command("generate")(generate.generate)
-app.command("eval")(evaluate.evaluate)
-app.command("plan")(plan.plan)
-app.add_typer(recipes.app, name="recipes")
-app.add_typer(runs.app, name="runs")
-app.command("doctor")(doctor.doctor)
+# In the order of `--help`: the module under gptcli.cli, and the function or group (a typer app) in it.
+COMMANDS = {
+    "tokenize": ("tokenize", "tokenize"),
+    "pretrain": ("pretrain", "pretrain"),
+    "finetune": ("finetune", "finetune"),
+    "generate": ("generate", "generate"),
+    "eval": ("evaluate", "evaluate"),
+    "plan": ("plan", "plan"),
+    "recipes": ("recipes", "app"),
+    "runs": ("runs", "app"),
+    "doctor": ("doctor", "doctor"),
+}
 
 
 def _print_version(value: bool) -> None:
@@ -42,7 +35,6 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
@@ -51,15 +43,34 @@ def _root(
     del version
 
 
-def run() -> None:
-    """Run the command line and leave with the exit code of PRODUCT: see `gptcli.errors`."""
-    sys.exit(main(sys.argv[1:]))
+def build_app(wanted: str | None) -> typer.Typer:
+    """The command line; only the command that is `wanted` when there is one, since each costs start-up time."""
+    app = typer.Typer(
+        name="gptcli",
+        help="Pretrain and fine-tune causal language models from one YAML recipe, on CPU, one GPU or many.",
+        epilog="Start with: gptcli pretrain quickstart",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name in [wanted] if wanted in COMMANDS else COMMANDS:
+        module, attribute = COMMANDS[name]
+        command = getattr(import_module(f"gptcli.cli.{module}"), attribute)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+    return app
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; return its exit code. With `--debug` an error is raised with its traceback."""
     debug = "--debug" in arguments
     try:
+        app = build_app(arguments[0] if arguments else None)
         code = app(args=arguments, standalone_mode=False)
     except GptcliError as error:
         return _report(error, debug)

@@ -93,8 +93,9 @@ class MuonAdamW(Optimizer):
     The groups of both are this optimizer's own groups, so a schedule or a checkpoint sees nothing special.
     """
 
-    def __init__(self, muon: Muon, adamw: AdamW) -> None:
-        self._parts = (muon, adamw)
+    def __init__(self, adamw: AdamW, muon: Muon) -> None:
+        # AdamW first: the rate of the first group is the one that is logged, and it is `train.learning_rate`.
+        self._parts = (adamw, muon)
         super().__init__([{**group} for part in self._parts for group in part.param_groups], {})
         self._share()
 
@@ -142,7 +143,7 @@ def build_optimizer(model: PreTrainedModel, train: Train) -> Optimizer | None:
     if not matrices:
         return adamw
     rate = train.learning_rate if train.muon_learning_rate is None else train.muon_learning_rate
-    return MuonAdamW(Muon(list(matrices.items()), lr=rate, weight_decay=train.weight_decay), adamw)
+    return MuonAdamW(adamw, Muon(list(matrices.items()), lr=rate, weight_decay=train.weight_decay))
 
 
 def build_schedule(
