@@ -6,9 +6,11 @@ raised where the knowledge is and caught once, in `gptcli.cli`. Codes are docume
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class GptcliError(Exception):
-    """Base of every error that a user is meant to read.
+    """Base of every error that a user is meant to read, printed as `label: where: what` and the remedy below.
 
     Args:
         what: what is wrong, one sentence.
@@ -17,6 +19,7 @@ class GptcliError(Exception):
     """
 
     exit_code = 1
+    label = "error"
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
         super().__init__(what)
@@ -73,15 +76,25 @@ class MissingError(GptcliError):
 
 
 class StoppedError(GptcliError):
-    """Stopped by a signal or by `train.max_time`, with work that can be resumed."""
+    """Stopped by a signal or by `train.max_time`, with work that can be resumed.
+
+    Args:
+        result: what `--json` prints of the work so far.
+    """
 
     exit_code = 75
+    label = "stopped"
+
+    def __init__(self, what: str, *, remedy: str | None = None, result: dict[str, Any] | None = None) -> None:
+        super().__init__(what, remedy=remedy)
+        self.result = result
 
 
 class AbortedError(GptcliError):
     """Stopped with nothing to resume, or by a second signal."""
 
     exit_code = 130
+    label = "stopped"
 
 
 def not_available(key: str, what: str, *, where: str | None = None, remedy: str | None = None) -> RecipeError:

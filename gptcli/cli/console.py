@@ -109,7 +109,7 @@ def print_error(error: GptcliError) -> None:
         return
     red, reset = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() else ("", "")
     head, *rest = error.lines()
-    lines = [f"{red}error:{reset} {head}", *(f"  {line}" for line in rest[:7])]
+    lines = [f"{red}{error.label}:{reset} {head}", *(f"  {line}" for line in rest[:7])]
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()
 

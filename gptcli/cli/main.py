@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
     except GptcliError as error:
         return _report(error, debug)
     except KeyboardInterrupt:
-        return _report(AbortedError("stopped; there was nothing to save"), debug)
+        return _report(_aborted(), debug)
     except MemoryError:
         return _report(OutOfMemoryError("this machine has no memory left"), debug)
     except BrokenPipeError:
@@ -84,6 +84,8 @@ def main(arguments: list[str]) -> int:
         return 1
     except Exception as error:
         return _unexpected(error, debug)
+    if code == AbortedError.exit_code:  # what typer makes of Ctrl+C
+        return _report(_aborted(), debug)
     return code if isinstance(code, int) else 0
 
 
@@ -104,11 +106,13 @@ def _unexpected(error: Exception, debug: bool) -> int:
     if show is not None and isinstance(exit_code, int):  # a usage error of the command-line parser
         show()
         return exit_code
-    if type(error).__name__ == "Abort":
-        return 130
     kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     remedy = "This is unexpected. Run again with --debug for the traceback, and report it."
     return _report(GptcliError(f"{kind}: {_first_line(error)}", remedy=remedy), debug)
+
+
+def _aborted() -> AbortedError:
+    return AbortedError("there was nothing to save")
 
 
 def _first_line(error: Exception) -> str:

@@ -45,7 +45,7 @@ def train_command(
     quiet: bool,
 ) -> None:
     """What `pretrain` and `finetune` share: load, check, train, print the result."""
-    from gptcli.errors import UsageError
+    from gptcli.errors import StoppedError, UsageError
     from gptcli.launch import world_size
     from gptcli.recipe.availability import check_available
     from gptcli.recipe.load import load_recipe
@@ -70,6 +70,11 @@ def train_command(
         from gptcli.train.run import Options, allowed_keys, train
 
         options = Options(command, resume, overwrite, allowed_keys(allow_changes))
-        result = train(loaded, options, out)
+        try:
+            result = train(loaded, options, out)
+        except StoppedError as stopped:
+            if json and stopped.result is not None:
+                out.print_json(stopped.result)
+            raise
     if json:
         out.print_json(result)

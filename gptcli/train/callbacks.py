@@ -35,7 +35,7 @@ class StopRequest:
     def due(self, step: int) -> bool:
         """Whether to stop now that `step` steps are finished."""
         if self.reason is None and self._after_step is not None and step >= self._after_step:
-            self.reason = f"as asked, after step {step}"
+            self.reason = f"as asked after step {step}"
         if self.reason is None and self._max_seconds is not None:
             elapsed = time.monotonic() - self._started
             if elapsed >= self._max_seconds:
@@ -49,7 +49,7 @@ class StopRequest:
         def handle(number: int, frame: FrameType | None) -> None:
             del frame
             if self.reason is None:
-                self.reason = f"stopped by {signal.Signals(number).name}"
+                self.reason = f"by {signal.Signals(number).name}"
                 # A signal handler must not take rich's locks: plain bytes to standard error.
                 os.write(2, b"\nstopping after this step; once more leaves at once\n")
                 return

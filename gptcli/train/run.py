@@ -98,7 +98,7 @@ def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, report
         raise
     except KeyboardInterrupt:
         run.update(status="stopped", reason="interrupted before the first step", ended=_now())
-        raise AbortedError("stopped before the first step; nothing was lost") from None
+        raise AbortedError("before the first step; nothing was lost") from None
     except BaseException as error:
         run.update(status="failed", reason=f"{type(error).__name__}: {error}"[:300], ended=_now())
         raise
@@ -129,10 +129,12 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
         step = int(trainer.state.global_step)
         result = _result(assembly, trainer, step, time.monotonic() - began)
         if step < assembly.plan.steps:
-            assembly.run.update(result={**result, "status": "stopped"})
+            result["status"] = "stopped"
+            assembly.run.update(result=result)
             raise StoppedError(
                 f"{stop.reason}; step {step:,} of {assembly.plan.steps:,} is saved",
                 remedy="The same command goes on from there.",
+                result=result,
             )
         _write_final(assembly, trainer, result)
     assembly.run.update(status="done", reason=None, ended=_now(), result=result)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +183,26 @@ def test_doctor_says_what_is_here_and_how_to_get_the_rest(tmp_path: Path, run_cl
     assert done.json()["machine"]["cores"] >= 1
     assert "torch" in done.json()["versions"]
     assert "pip install 'gptcli[" in run_cli("doctor", cwd=tmp_path, COLUMNS="200").out
+
+
+@pytest.mark.parametrize("library", ["pydantic_core", "libtorch_cpu"])
+def test_ctrl_c_before_training_ends_with_130_and_one_line(
+    project: Path, environment: dict[str, str], library: str
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptcli", "pretrain", "tiny.yaml"],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    # While Python still imports: the library is in memory, and what uses it is not there yet.
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and library not in maps.read_text():
+        os.sched_yield()
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors + out
+    assert errors.count("stopped") == 1
