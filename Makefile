@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "gptcli needs Python 3.11 or newer; say which with: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -q gptcli
 	@touch $(STAMP)
 
 ## Train a GPT on text that every Python has, evaluate it, and let it write. Under five minutes on two cores.

@@ -26,7 +26,7 @@ COLUMNS, LINES = 104, 60
 COMMANDS = (
     ["gptcli", "pretrain", "quickstart"],
     ["gptcli", "eval"],
-    ["gptcli", "generate", "--prompt", "Return a new ", "--max-new-tokens", "60", "--seed", "1"],
+    ["gptcli", "generate", "--prompt", "The str.join() method", "--seed", "1"],
 )
 TARGET = Path(__file__).parent / "run.svg"
 
