@@ -136,6 +136,13 @@ def memory_in_use(device: torch.device) -> int:
     return sum(_anonymous_bytes(pid) for pid in _process_tree(os.getpid()))
 
 
+def peak_resident_bytes() -> int:
+    """The highest resident size of this process so far, memory-mapped files included."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _process_tree(pid: int) -> list[int]:
     children: list[int] = []
     with contextlib.suppress(OSError, ValueError):

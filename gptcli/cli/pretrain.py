@@ -56,7 +56,8 @@ def train_command(
         )
     loaded = load_recipe(recipe, overrides or ())
     check_available(loaded, command)
-    loaded.require(command, "data.train", "model", "train.max_tokens")
+    model = "model.from" if command == "finetune" else "model"
+    loaded.require(command, "data.train", model, "train.max_tokens")
 
     from gptcli.cli.console import console
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +35,18 @@ class Assembly:
     fingerprints: dict[str, str]
 
 
-def assemble(loaded: LoadedRecipe, run: RunFolder, reporter: Reporter) -> Assembly:
-    """Data, configuration, device and plan of a recipe; nothing is trained and nothing is written into the run."""
+def assemble(
+    loaded: LoadedRecipe, run: RunFolder, reporter: Reporter, *, decided: Mapping[str, str] | None = None
+) -> Assembly:
+    """Data, configuration, device and plan of a recipe (`decided`: see `make_plan`); nothing is trained or written."""
+    from gptcli.model.build import count_parameters
+
     prepared = prepare(loaded, reporter)
     rows = sum(row_count(len(stream), _length(loaded)) for stream in prepared.train.streams)
     config = model_config(loaded, prepared, reporter)
     device = best_device()
-    plan = plan_for(loaded, config, device, rows_per_epoch=rows)
+    hardware = Hardware(device.type, has_fast_bf16(device), 1, total_memory(device))
+    plan = make_plan(loaded, count_parameters(config), hardware, rows_per_epoch=rows, decided=decided)
     fingerprints = {
         "recipe": fingerprint(loaded.written),
         "data": prepared.fingerprint,
@@ -64,16 +70,6 @@ def model_config(loaded: LoadedRecipe, prepared: Prepared, reporter: Reporter) -
     for note in notes:
         reporter.say(f"model: {note}")
     return config
-
-
-def plan_for(
-    loaded: LoadedRecipe, config: PreTrainedConfig, device: torch.device, *, rows_per_epoch: int | None
-) -> Plan:
-    """The plan of a recipe on this machine."""
-    from gptcli.model.build import count_parameters
-
-    hardware = Hardware(device.type, has_fast_bf16(device), 1, total_memory(device))
-    return make_plan(loaded, count_parameters(config), hardware, rows_per_epoch=rows_per_epoch)
 
 
 def describe(assembly: Assembly) -> list[str]:

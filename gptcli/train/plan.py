@@ -6,6 +6,7 @@ Training reads a `Plan`, `gptcli plan` prints it, and no second place computes t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,14 @@ class Plan:
         return min(step * self.global_batch_size, self.total_rows) * self.sequence_length
 
 
-def make_plan(loaded: LoadedRecipe, counts: Counts, hardware: Hardware, *, rows_per_epoch: int | None) -> Plan:
+def make_plan(
+    loaded: LoadedRecipe,
+    counts: Counts,
+    hardware: Hardware,
+    *,
+    rows_per_epoch: int | None,
+    decided: Mapping[str, str] | None = None,
+) -> Plan:
     """Derive everything.
 
     Args:
@@ -97,6 +105,8 @@ def make_plan(loaded: LoadedRecipe, counts: Counts, hardware: Hardware, *, rows_
         hardware: the device and the number of processes.
         rows_per_epoch: rows of `sequence_length` in the training data; None when the data was not read (then
             `train.epochs` cannot be planned).
+        decided: what `auto` stood for in the checkpoint that the run goes on from: used again, so that a resume on
+            another machine does not change the arithmetic.
 
     Raises:
         RecipeError: no length of training, or batches that do not divide.
@@ -111,7 +121,7 @@ def make_plan(loaded: LoadedRecipe, counts: Counts, hardware: Hardware, *, rows_
     steps, total_rows = _steps(loaded, length, batch, rows_per_epoch, decisions)
     warmup = _count("train.warmup", train.warmup, steps, decisions)
     decay = _count("train.decay", train.decay, steps, decisions) if train.lr_scheduler == "wsd" else 0
-    precision = _precision(train, hardware, decisions)
+    precision = _precision(train, hardware, decided or {}, decisions)
     compiled = train.compile is True
     if train.compile == "auto":
         decisions.append(Decision("train.compile", "off", "not measured to pay yet"))
@@ -266,9 +276,12 @@ def _count(key: str, value: int | float, steps: int, decisions: list[Decision]) 
     return count
 
 
-def _precision(train: Train, hardware: Hardware, decisions: list[Decision]) -> str:
+def _precision(train: Train, hardware: Hardware, decided: Mapping[str, str], decisions: list[Decision]) -> str:
     if train.precision != "auto":
         return train.precision
+    if before := decided.get("train.precision"):
+        decisions.append(Decision("train.precision", before, "as this run began"))
+        return before
     if hardware.kind == "cuda" and hardware.fast_bf16:
         decisions.append(Decision("train.precision", "bf16", "this GPU multiplies bf16 fast"))
         return "bf16"

@@ -65,7 +65,7 @@ def train(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> dict[st
 
 def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
     start = find_start(run, resume=options.resume, overwrite=options.overwrite, reporter=reporter)
-    assembly = assemble(loaded, run, reporter)
+    assembly = assemble(loaded, run, reporter, decided=start.manifest.get("decided"))
     if start.checkpoint is not None:
         harmless = check_unchanged(
             start,
@@ -209,6 +209,8 @@ def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Report
 
 
 def _result(assembly: Assembly, trainer: CausalTrainer, step: int, wall_seconds: float) -> dict[str, Any]:
+    from gptcli.device import peak_resident_bytes
+
     # From the file, not from this process: a resume may have had nothing left to do but `final/`.
     lines = metrics.read(assembly.run.metrics)
     validation = next((line["validation"] for line in reversed(lines) if "validation" in line), None)
@@ -222,6 +224,7 @@ def _result(assembly: Assembly, trainer: CausalTrainer, step: int, wall_seconds:
         "tokens_per_second": trainer.tokens_per_second,
         "wall_seconds": round(wall_seconds, 2),
         "peak_bytes": trainer.peak_bytes,
+        "peak_resident_bytes": peak_resident_bytes(),
     }
 
 

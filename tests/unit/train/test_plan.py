@@ -99,6 +99,11 @@ def test_precision_auto_is_bf16_only_where_it_is_fast(tmp_path: Path) -> None:
     assert plan(recipe(tmp_path, "train.precision=bf16")).precision == "bf16"
 
 
+def test_a_resume_keeps_the_precision_that_auto_stood_for(tmp_path: Path) -> None:
+    made = make_plan(recipe(tmp_path), COUNTS, GPU, rows_per_epoch=10, decided={"train.precision": "fp32"})
+    assert made.precision == "fp32"
+
+
 def test_every_auto_is_a_printed_decision_with_a_reason(tmp_path: Path) -> None:
     made = plan(recipe(tmp_path))
     assert {d.key for d in made.decisions} >= {"train.micro_batch_size", "train.precision", "train.compile"}
