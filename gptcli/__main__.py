@@ -12,6 +12,9 @@ def run() -> None:
     """Run the command line and leave with the exit code of `gptcli.errors`."""
     # A collection every 700 new objects, Python's default, is a tenth of the time until a recipe error is printed.
     gc.set_threshold(50_000)
+    # Read when torch loads its OpenMP: threads that wait sleep instead of spinning. Alone on a machine it costs nothing
+    # that was seen; beside another process on the same cores training was 9 times faster (benchmarks/RESULTS.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from gptcli.cli.main import main
 
