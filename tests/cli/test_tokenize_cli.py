@@ -21,7 +21,7 @@ data:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "GPTCLI_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-c", "from gptcli.cli.main import run; run()", "tokenize", *arguments]
+    command = [sys.executable, "-m", "gptcli", "tokenize", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
