@@ -5,6 +5,7 @@ Kept apart from `gptcli.cli.main` so that Ctrl+C while Python still imports ends
 
 import gc
 import os
+import signal
 import sys
 
 
@@ -15,6 +16,8 @@ def run() -> None:
     # Read when torch loads its OpenMP: threads that wait sleep instead of spinning. Alone on a machine it costs nothing
     # that was seen; beside another process on the same cores training was 9 times faster (benchmarks/RESULTS.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Until training has its own handlers, SIGTERM ends a command as Ctrl+C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         from gptcli.cli.main import main
 

@@ -7,6 +7,7 @@ output, and in a launched process group only rank 0 prints.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,10 +33,17 @@ class Console:
     def __init__(self, *, json_output: bool, quiet: bool) -> None:
         from rich.console import Console as RichConsole
 
+        class Lasting(RichConsole):
+            """Goes on in silence when the reader of a pipe went away; rich would end the training."""
+
+            def on_broken_pipe(self) -> None:
+                self.quiet = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if self.stderr else 1)
+
         self.json_output = json_output
         self.quiet = quiet or not is_main_process()
-        self._info = RichConsole(stderr=json_output, highlight=False)
-        self._errors = RichConsole(stderr=True, highlight=False)
+        self._info = Lasting(stderr=json_output, highlight=False)
+        self._errors = Lasting(stderr=True, highlight=False)
 
     @property
     def is_terminal(self) -> bool:

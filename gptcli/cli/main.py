@@ -106,6 +106,8 @@ def _unexpected(error: Exception, debug: bool) -> int:
     if show is not None and isinstance(exit_code, int):  # a usage error of the command-line parser
         show()
         return exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        return _report(GptcliError(error.strerror or str(error), where=str(error.filename)), debug)
     kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     remedy = "This is unexpected. Run again with --debug for the traceback, and report it."
     return _report(GptcliError(f"{kind}: {_first_line(error)}", remedy=remedy), debug)

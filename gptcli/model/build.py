@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError
-from gptcli.model.load import quiet
+from gptcli.model.load import evaluating, quiet
 from gptcli.recipe.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -112,7 +112,27 @@ def build_model(loaded: LoadedRecipe, config: PreTrainedConfig, *, seed: int, at
         model: PreTrainedModel = _from_config(config, dtype=torch.float32, **options)
     except (ValueError, TypeError, AssertionError, ImportError, KeyError, ZeroDivisionError) as error:
         raise _bad_config(loaded, error) from error
+    if not looks_only_back(model):
+        raise RecipeError(
+            f"model.type: {config.model_type} looks at later tokens, so it would learn to copy them",
+            where=loaded.where("model.type"),
+            remedy="Take a decoder: llama, gpt2, qwen3, mistral, gemma3_text.",
+        )
     return model
+
+
+def looks_only_back(model: PreTrainedModel) -> bool:
+    """Whether no logit changes with a later token: some types of the causal mapping are encoders by default."""
+    import torch
+
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(8, context) if isinstance(context, int) and context > 0 else 8
+    ids = torch.arange(length)[None] % 2
+    changed = ids.clone()
+    changed[0, -1] = 1 - changed[0, -1]
+    with torch.no_grad(), evaluating(model):
+        before, after = (model(input_ids=batch).logits[:, :-1] for batch in (ids, changed))
+    return bool(torch.allclose(before, after, atol=1e-4))
 
 
 def count_parameters(config: PreTrainedConfig) -> Counts:

@@ -44,7 +44,7 @@ class StopRequest:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into a stop at the end of the step; a second one ends the process with 130."""
+        """Turn SIGINT, SIGTERM and SIGHUP into a stop at the end of the step; a second one ends with 130."""
 
         def handle(number: int, frame: FrameType | None) -> None:
             del frame
@@ -57,7 +57,10 @@ class StopRequest:
             sys.stderr.flush()
             os._exit(AbortedError.exit_code)
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield
         finally:

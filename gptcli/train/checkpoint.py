@@ -115,7 +115,10 @@ def prune(run: RunFolder, keep: int | None) -> None:
 
 
 def remove_leftovers(run: RunFolder) -> None:
-    """Remove the temporary folders of saves that a kill interrupted."""
+    """Remove the temporary folders and files of writes that a kill interrupted."""
+    for whole in (run.run_json, run.recipe, run.resolved, run.report):
+        for path in run.path.glob(f".{whole.name}.*"):
+            path.unlink(missing_ok=True)
     for path in run.path.glob(".*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -95,6 +95,8 @@ def find_start(run: RunFolder, *, resume: str, overwrite: bool, reporter: Report
             raise CheckpointError(f"cannot resume: {reason}", where=resume, remedy="Name another checkpoint folder.")
         return Start(folder, read_json(folder / "MANIFEST.json"))
     found = newest_good(run)
+    if run.exists() and found.folder is None:
+        reporter.say(f"{run.name} has no checkpoint: it starts from the first step")
     for path, reason in found.passed_over:
         reporter.warn(f"{path.name} is passed over: {reason}")
     return Start(found.folder, found.manifest)
@@ -142,9 +144,14 @@ def check_unchanged(
         longer = key in _LENGTH_KEYS and steps >= int(start.manifest["steps"])
         fine = _under(key, _HARMLESS) or _under(key, allowed) or longer or (is_path and same_data)
         (harmless if fine else refused).append(line)
-    for part in ("data", "tokenizer"):
-        if then_print[part] != now_print[part] and part not in allowed and not any(r.startswith(part) for r in refused):
-            refused.append(f"{part}: the content is not what this run was trained on")
+    if then_print["tokenizer"] != now_print["tokenizer"]:
+        raise CheckpointError(
+            f"this is not the tokenizer of the run, which is at step {start.step}: its ids mean other texts",
+            where=str(start.checkpoint),
+            remedy="\n".join([*refused[:4], "To train anew: --overwrite, or another name=NAME."]),
+        )
+    if not same_data and "data" not in allowed and not any(line.startswith("data") for line in refused):
+        refused.append("data: the content is not what this run was trained on")
     if refused:
         keys = ",".join(dict.fromkeys(line.split(":", 1)[0] for line in refused))
         shown = refused[:4] + ([f"and {len(refused) - 4} more"] if len(refused) > 4 else [])

@@ -206,3 +206,14 @@ def test_ctrl_c_before_training_ends_with_130_and_one_line(
     assert process.returncode == 130, errors
     assert "Traceback" not in errors + out
     assert errors.count("stopped") == 1
+
+
+def test_a_reader_that_goes_away_does_not_end_the_training(project: Path, environment: dict[str, str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptcli", "pretrain", "tiny.yaml"], cwd=project, stdout=subprocess.PIPE, env=environment
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert (project / "runs" / "tiny" / "final" / "model.safetensors").exists()

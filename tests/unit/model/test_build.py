@@ -86,6 +86,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     ("model", "says"),
     [
         ("{type: lama, preset: 1m}", "Did you mean llama"),
+        ("{type: bert, preset: 1m}", "looks at later tokens"),
         ("{type: t5, preset: 1m}", "not a causal language model"),
         ("{type: llama, config: {hiden_size: 64}}", "Did you mean hidden_size"),
         ("{type: llama, config: {hidden_size: 30, num_attention_heads: 4}}", "does not make a model"),

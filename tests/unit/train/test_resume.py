@@ -145,3 +145,9 @@ def test_a_second_run_in_one_folder_is_refused_with_the_first_ones_pid(tmp_path:
     holder.communicate("", timeout=30)
     with locked(run):
         assert (run.path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_another_tokenizer_is_refused_and_cannot_be_allowed() -> None:
+    with pytest.raises(CheckpointError, match="not the tokenizer") as caught:
+        check({}, prints={**PRINTS, "tokenizer": "other"}, allowed=("tokenizer", "data"))
+    assert "--allow-changes" not in str(caught.value.remedy)
