@@ -10,7 +10,7 @@ from gptcli.device import best_device, device_name, peak_flops, total_memory
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
 from gptcli.train.assemble import assemble
-from gptcli.train.plan import Plan
+from gptcli.train.plan import Plan, mebibytes
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
@@ -58,9 +58,9 @@ class Estimate:
         costs = [
             ["device", f"{self.device}, {plan.precision}"],
             ["time", "unknown" if self.seconds is None else f"about {_duration(self.seconds)} of training steps"],
-            ["memory", f"about {_size(plan.memory_bytes)} of {_size(self.device_memory)}"],
-            *[[f"  {name}", _size(count)] for name, count in plan.memory.items()],
-            ["disk", f"{_size(plan.disk_bytes)} ({_size(plan.checkpoint_bytes)} a checkpoint)"],
+            ["memory", f"about {mebibytes(plan.memory_bytes)} of {mebibytes(self.device_memory)}"],
+            *[[f"  {name}", mebibytes(count)] for name, count in plan.memory.items()],
+            ["disk", f"{mebibytes(plan.disk_bytes)} ({mebibytes(plan.checkpoint_bytes)} a checkpoint)"],
         ]
         tables = [("what will be done", work), ("what it costs", costs)]
         if plan.decisions:
@@ -84,10 +84,6 @@ def estimate(loaded: LoadedRecipe, reporter: Reporter) -> Estimate:
         seconds,
         0 if validation is None else validation.tokens,
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -183,6 +183,11 @@ def memory_estimate(counts: Counts, train: Train, micro_tokens: int) -> dict[str
     }
 
 
+def mebibytes(count: int) -> str:
+    """Bytes as estimates show them: MiB, or GiB from one on."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
 def _global_batch(loaded: LoadedRecipe, length: int, decisions: list[Decision]) -> int:
     train = loaded.recipe.train
     if train.global_batch_tokens is None:

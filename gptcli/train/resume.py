@@ -18,7 +18,7 @@ from typing import Any
 from gptcli.errors import CheckpointError, UsageError
 from gptcli.files import read_json
 from gptcli.reporting import Reporter
-from gptcli.runs.folder import RunFolder
+from gptcli.runs.folder import MANIFEST, RunFolder
 from gptcli.train.checkpoint import newest_good, remove_leftovers, verify
 
 _LENGTH_KEYS = ("train.max_steps", "train.max_tokens", "train.epochs")
@@ -42,6 +42,7 @@ _HARMLESS = (
     "train.max_time",
     "data.workers",
 )
+LOCK = ".lock"
 _PATHS = ("path", "tokens")
 
 
@@ -93,7 +94,7 @@ def find_start(run: RunFolder, *, resume: str, overwrite: bool, reporter: Report
         reason = verify(folder) if folder.is_dir() else "there is no such folder"
         if reason is not None:
             raise CheckpointError(f"cannot resume: {reason}", where=resume, remedy="Name another checkpoint folder.")
-        return Start(folder, read_json(folder / "MANIFEST.json"))
+        return Start(folder, read_json(folder / MANIFEST))
     found = newest_good(run)
     if run.exists() and found.folder is None:
         reporter.say(f"{run.name} has no checkpoint: it starts from the first step")
@@ -167,9 +168,6 @@ def check_unchanged(
             ),
         )
     return harmless
-
-
-LOCK = ".lock"
 
 
 @contextmanager

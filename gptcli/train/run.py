@@ -19,6 +19,7 @@ from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.train.assemble import Assembly, assemble, decided_recipe, describe
+from gptcli.train.plan import mebibytes
 from gptcli.train.resume import Start, check_unchanged, clear, find_start, locked
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ def _check_disk(assembly: Assembly) -> None:
     free, needed = shutil.disk_usage(folder).free, assembly.plan.disk_bytes
     if free < needed:
         raise CheckpointError(
-            f"the run needs about {_size(needed)} of disk and {_size(free)} are free",
+            f"the run needs about {mebibytes(needed)} of disk and {mebibytes(free)} are free",
             where=str(folder),
             remedy="Make room, lower train.save_total_limit, or set output_dir to another disk.",
         )
@@ -305,17 +306,13 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _out_of_memory(assembly: Assembly) -> OutOfMemoryError:
     plan = assembly.plan
     smaller = max(1, plan.micro_batch_size // 2)
-    lines = [f"About {_size(plan.memory_bytes)} are needed on {assembly.device}; change one of:"]
+    lines = [f"About {mebibytes(plan.memory_bytes)} are needed on {assembly.device}; change one of:"]
     if plan.micro_batch_size > 1:
         lines.append(f"train.micro_batch_size={smaller} (now {plan.micro_batch_size}; the global batch stays)")
     if not assembly.loaded.recipe.train.activation_checkpointing:
         lines.append("train.activation_checkpointing=true (slower by about a third)")
     lines.append(f"data.sequence_length={max(1, plan.sequence_length // 2)} (now {plan.sequence_length})")
     return OutOfMemoryError("not enough memory for a training step", remedy="\n".join(lines))
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _now() -> str:

@@ -241,9 +241,9 @@ class CausalTrainer(Trainer):
     # ---- log, evaluate, sample, save ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        self._step_seconds += now - self._step_started
-        self._step_started = 0.0
+        if self._step_started:
+            self._step_seconds += time.perf_counter() - self._step_started
+            self._step_started = 0.0
         if self.control.should_log or self.control.should_save:
             self._check_finite(self.state.global_step)
         # The Trainer comes here once more at the end of its epoch, for the step that it has reported already.
