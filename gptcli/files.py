@@ -7,12 +7,13 @@ Every file that another step depends on goes through `write_atomic` (temporary s
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,28 @@ def committed_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(name: str, on_wait: Callable[[], None], *, shared: bool = False) -> Iterator[None]:
+    """Hold a lock of the cache, so that two processes do not do the same work; `on_wait` is called before waiting.
+
+    `shared`: beside others that share it, and not beside one that does not.
+
+    It ends with the process, however that ends. On a file system without locks there is none.
+    """
+    folder = cache_root() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with (folder / name).open("w") as file:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, kind)
+        except OSError:
+            pass
+        yield
 
 
 def sha256_file(path: Path) -> str:

@@ -19,3 +19,6 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Smoke = Annotated[
     bool, typer.Option("--smoke", help="Prove the recipe in a minute: a toy of it through every stage, on CPU.")
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Read all sources and shards again, also those that seem unchanged.")
+]

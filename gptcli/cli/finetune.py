@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptcli.cli.arguments import Debug, Json, Overrides, Quiet, RecipeArgument, Smoke
+from gptcli.cli.arguments import Debug, Json, Overrides, Quiet, RecipeArgument, Smoke, Verify
 from gptcli.cli.pretrain import AllowChanges, Overwrite, Resume, train_command
 
 
@@ -12,6 +12,7 @@ def finetune(
     resume: Resume = "auto",
     overwrite: Overwrite = False,
     allow_changes: AllowChanges = None,
+    verify: Verify = False,
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -19,4 +20,5 @@ def finetune(
 ) -> None:
     """Fine-tune the model of model.from on new text."""
     del debug
-    train_command("finetune", recipe, overrides, resume, overwrite, allow_changes, smoke=smoke, json=json, quiet=quiet)
+    options = (resume, overwrite, allow_changes, verify)
+    train_command("finetune", recipe, overrides, options, smoke=smoke, json=json, quiet=quiet)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gptcli.cli.arguments import Debug, Json, Overrides, Quiet, RecipeArgument, Smoke
+from gptcli.cli.arguments import Debug, Json, Overrides, Quiet, RecipeArgument, Smoke, Verify
 
 Resume = Annotated[str, typer.Option("--resume", metavar="auto|never|PATH", help="Go on with the run that is there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there and start anew.")]
@@ -22,6 +22,7 @@ def pretrain(
     resume: Resume = "auto",
     overwrite: Overwrite = False,
     allow_changes: AllowChanges = None,
+    verify: Verify = False,
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -29,22 +30,24 @@ def pretrain(
 ) -> None:
     """Train a model from scratch (or on from model.from); tokenizes first when needed, resumes by itself."""
     del debug
-    train_command("pretrain", recipe, overrides, resume, overwrite, allow_changes, smoke=smoke, json=json, quiet=quiet)
+    options = (resume, overwrite, allow_changes, verify)
+    train_command("pretrain", recipe, overrides, options, smoke=smoke, json=json, quiet=quiet)
 
 
 def train_command(
     command: str,
     recipe: str,
     overrides: list[str] | None,
-    resume: str,
-    overwrite: bool,
-    allow_changes: list[str] | None,
+    options: tuple[str, bool, list[str] | None, bool],
     *,
     smoke: bool,
     json: bool,
     quiet: bool,
 ) -> None:
-    """What `pretrain` and `finetune` share: load, check, train, print the result."""
+    """What `pretrain` and `finetune` share: load, check, train, print the result.
+
+    `options` are those of --resume, --overwrite, --allow-changes and --verify.
+    """
     from gptcli.errors import StoppedError, UsageError
     from gptcli.launch import world_size
     from gptcli.recipe.availability import check_available
@@ -70,9 +73,9 @@ def train_command(
     else:
         from gptcli.train.run import Options, allowed_keys, train
 
-        options = Options(command, resume, overwrite, allowed_keys(allow_changes))
+        resume, overwrite, allow_changes, verify = options
         try:
-            result = train(loaded, options, out)
+            result = train(loaded, Options(command, resume, overwrite, allowed_keys(allow_changes), verify), out)
         except StoppedError as stopped:
             if json and stopped.result is not None:
                 out.print_json(stopped.result)

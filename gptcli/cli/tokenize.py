@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from gptcli.cli.arguments import Debug, Json, Overrides, Quiet, RecipeArgument, Smoke
+import typer
+
+from gptcli.cli.arguments import Debug, Json, Overrides, Quiet, RecipeArgument, Smoke, Verify
 
 if TYPE_CHECKING:
     from gptcli.cli.console import Console
+    from gptcli.data.preview import Shown
     from gptcli.data.tokenize import Prepared
+    from gptcli.recipe.load import LoadedRecipe
 
 
 def tokenize(
     recipe: RecipeArgument,
     overrides: Overrides = None,
+    preview: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Show N documents as tokens, in colour, and write nothing.")
+    ] = None,
+    verify: Verify = False,
+    piece: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts only: one task of a job array.")
+    ] = None,
+    finish: Annotated[bool, typer.Option("--finish", help="Put together what all --piece tasks did.")] = False,
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -21,9 +33,14 @@ def tokenize(
 ) -> None:
     """Train the tokenizer if the recipe asks for it, write verified token shards, print the data report."""
     del debug
+    from gptcli.errors import UsageError
     from gptcli.recipe.availability import check_available
     from gptcli.recipe.load import load_recipe
 
+    modes = {"--preview": preview, "--piece": piece, "--finish": finish, "--smoke": smoke}
+    if len(given := [name for name, value in modes.items() if value]) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other")
+    share = _share(piece)
     loaded = load_recipe(recipe, overrides or ())
     check_available(loaded, "tokenize")
     loaded.require("tokenize", "data")
@@ -36,15 +53,86 @@ def tokenize(
         from gptcli.train.smoke import smoke_run
 
         result = smoke_run(recipe, overrides or (), "tokenize", out)
+    elif preview:
+        result = _preview(loaded, preview, out, json=json)
+    elif share is not None:
+        result = _do_share(loaded, share, out)
     else:
-        from gptcli.data.tokenize import prepare
+        from gptcli.data.tokenize import finish_shares, prepare
 
-        prepared = prepare(loaded, out)
+        prepared = finish_shares(loaded, out) if finish else prepare(loaded, out, verify=verify or None)
         result = _result(prepared)
         if not json:
             _print(prepared, out)
     if json:
         out.print_json(result)
+
+
+def _share(piece: str | None) -> tuple[int, int] | None:
+    """The (i, n) of "I/N"."""
+    from gptcli.errors import UsageError
+
+    if piece is None:
+        return None
+    index, slash, count = piece.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UsageError(f"--piece {piece} is not I/N with 1 <= I <= N", remedy="For example: --piece 3/16")
+    return int(index), int(count)
+
+
+def _do_share(loaded: LoadedRecipe, share: tuple[int, int], out: Console) -> dict[str, Any]:
+    from gptcli.data.tokenize import prepare_share
+
+    result = prepare_share(loaded, out, share)
+    done = result["pieces"] - result["missing"]
+    out.say(f"part {result['share']} is done; {done:,} of {result['pieces']:,} pieces are there in all")
+    if not result["missing"]:
+        out.say("all are there: run it once more with --finish")
+    return result
+
+
+def _preview(loaded: LoadedRecipe, count: int, out: Console, *, json: bool) -> dict[str, Any]:
+    from gptcli.data.job import find_job
+    from gptcli.data.preview import preview
+    from gptcli.data.tokenize import find_tokenizer
+
+    job = find_job(loaded, out)
+    tokenizer, _ = find_tokenizer(loaded, job, out)
+    documents = preview(job, tokenizer, count)
+    if not json:
+        for document in documents:
+            _show(document, out)
+    return {
+        "documents": [
+            {
+                "document": document.document,
+                "total": document.total,
+                "tokens": [
+                    {"id": number, "text": text, "special": special} for number, text, special in document.tokens
+                ],
+            }
+            for document in documents
+        ]
+    }
+
+
+def _show(document: Shown, out: Console) -> None:
+    """Print a document, its tokens in turn on two colours; without colours, a bar between them."""
+    from rich.text import Text
+
+    colours = out.rich.color_system is not None
+    line = Text(overflow="fold")
+    for number, (_, text, special) in enumerate(document.tokens):
+        shown = text.replace("\r", "␍").replace("\t", "⇥").replace("\n", "⏎\n")
+        if not colours and number:
+            line.append("|")
+        line.append(shown, style="bold magenta reverse" if special else ("on grey23", "on dark_blue")[number % 2])
+    if (rest := document.total - len(document.tokens)) > 0:
+        line.append(f" ... and {rest:,} more tokens", style="dim")
+    out.say(f"{document.document}: {document.total:,} tokens")
+    if not out.quiet:
+        out.rich.print(line)
+        out.rich.print()
 
 
 def _result(prepared: Prepared) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What is in a file, known without reading it again: its sha256 remembered by path, size, time of change and inode.
 
-The memory is one small SQLite file in the cache folder, safe for several processes. A file that changed less than two
-seconds before it was hashed is not remembered, because a second change within the clock's grain would go unseen.
+The same memory holds which shards were verified (see `gptcli.data.verify`). It is one small SQLite file in the cache
+folder, safe for several processes. A file that changed less than two seconds before it was hashed is not remembered,
+because a second change within the clock's grain would go unseen.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from gptcli.errors import DataError
 from gptcli.files import cache_root, sha256_file
@@ -21,11 +23,25 @@ _TABLES = (
     "CREATE TABLE IF NOT EXISTS files"
     " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, sha256 TEXT)",
     "CREATE TABLE IF NOT EXISTS revisions (name TEXT PRIMARY KEY, commit_hash TEXT)",
+    "CREATE TABLE IF NOT EXISTS verified"
+    " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, blocks TEXT)",
 )
 
 
-def content_hashes(paths: Sequence[Path], *, on_bytes: Callable[[int], None] | None = None) -> list[str]:
-    """The sha256 of each file, read only where its path, size, time of change or inode is new.
+class Verified(NamedTuple):
+    """A file as it was when its checksums were found right: its stat, and the sha256 of those checksums."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+    blocks: str
+
+
+def content_hashes(
+    paths: Sequence[Path], *, again: bool = False, on_bytes: Callable[[int], None] | None = None
+) -> list[str]:
+    """The sha256 of each file, read only where its path, size, time of change or inode is new (`again`: all).
 
     `on_bytes` is told how many bytes are done, remembered ones included. A file that cannot be read is a `DataError`.
     """
@@ -40,14 +56,15 @@ def content_hashes(paths: Sequence[Path], *, on_bytes: Callable[[int], None] | N
                 row = memory.execute(
                     "SELECT size, mtime_ns, inode, sha256 FROM files WHERE path = ?", (name,)
                 ).fetchone()
-                if row is not None and row[:3] == key:
+                if not again and row is not None and row[:3] == key:
                     hashes.append(row[3])
                 else:
                     started = time.time()
                     hashes.append(sha256_file(path))
                     if started - stat.st_mtime > SETTLED_SECONDS:
-                        memory.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", (name, *key, hashes[-1]))
-                        memory.commit()
+                        _write(
+                            memory, "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", [(name, *key, hashes[-1])]
+                        )
             except OSError as error:
                 reason = os.strerror(error.errno) if error.errno else str(error)
                 raise DataError(f"cannot be read: {reason}", where=str(path)) from None
@@ -67,7 +84,30 @@ def remembered_revision(name: str) -> str | None:
 def remember_revision(name: str, commit: str) -> None:
     """Remember the commit of a Hub set and revision."""
     with _memory() as memory:
-        memory.execute("INSERT OR REPLACE INTO revisions VALUES (?, ?)", (name, commit))
+        _write(memory, "INSERT OR REPLACE INTO revisions VALUES (?, ?)", [(name, commit)])
+
+
+def are_verified(files: Sequence[Verified]) -> list[bool]:
+    """Whether each file was verified as it is now. A memory that cannot be read knows none."""
+    query = "SELECT * FROM verified WHERE path = ?"
+    try:
+        with _memory() as memory:
+            return [memory.execute(query, (file.path,)).fetchone() == file for file in files]
+    except sqlite3.DatabaseError:
+        return [False] * len(files)
+
+
+def remember_verified(files: Sequence[Verified]) -> None:
+    """Remember files whose checksums were found right."""
+    if files:
+        with _memory() as memory:
+            _write(memory, "INSERT OR REPLACE INTO verified VALUES (?, ?, ?, ?, ?)", files)
+
+
+def _write(memory: sqlite3.Connection, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
+    """Write rows, or not: without a memory that can be written (read-only, full disk) work is done again, no more."""
+    with contextlib.suppress(sqlite3.DatabaseError):
+        memory.executemany(statement, rows)
         memory.commit()
 
 

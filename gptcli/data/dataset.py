@@ -1,14 +1,18 @@
 """Row k of the run, by arithmetic on the memory-mapped shards: the same on any number of processes.
 
-Row r of a source reads its tokens [r*T, r*T + T + 1); a row never crosses sources. Epoch e is a permutation of the N
-rows keyed by (seed, e), so nothing of the order is stored: row k of the run is row (k mod N) of epoch (k div N).
+Row r of a source reads its tokens [r*T, r*T + T + 1); a row never crosses sources, and `mixing` says whose row k is.
+Epoch e of a source is a permutation of its N rows keyed by (seed, source, e), so nothing of the order is stored: its
+k-th row of the run is row (k mod N) of its epoch (k div N).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
+from gptcli.data.mixing import Mixture, Proportions
 from gptcli.data.permutation import permute
 from gptcli.data.shards import Shards
 from gptcli.errors import DataError
@@ -18,69 +22,112 @@ BLOCKS_KEPT = 4
 
 
 class TrainingRows:
-    """The rows of the training stream. Raises `DataError` when no source has tokens for one row."""
+    """The rows of the training stream: an endless sequence in which a source that runs out begins again.
 
-    def __init__(self, shards: Shards, *, sequence_length: int, seed: int, shuffle: bool) -> None:
+    Args:
+        shards: the tokens, one stream a source.
+        sequence_length: inputs of a row.
+        seed: of the order.
+        shuffle: whether the rows of a source come in another order in each of its epochs; else as they stand.
+        weights: of the sources, positive; None: every row comes once in `rows_per_epoch` rows.
+
+    Raises:
+        DataError: no source has tokens for one row, or one with a weight has none.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        *,
+        sequence_length: int,
+        seed: int,
+        shuffle: bool,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         self.shards = shards
         self.sequence_length = sequence_length
         self.seed = seed
         self.shuffle = shuffle
-        counts = [row_count(len(stream), sequence_length) for stream in shards.streams]
-        self.rows_per_epoch = sum(counts)
-        self._blocks: dict[int, NDArray[np.int64]] = {}
-        self._ends = np.cumsum(np.array(counts, dtype=np.int64))
-        if self.rows_per_epoch == 0:
-            raise too_short([len(stream) for stream in shards.streams], sequence_length)
+        sources = [(stream.name, len(stream)) for stream in shards.streams]
+        self.proportions = proportions(sources, sequence_length, weights)
+        self.rows_per_epoch = sum(self.proportions.rows)
+        self._mixture = Mixture(self.proportions.parts)
+        self._blocks: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def batch(self, ks: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows `ks` of the run: int64 of shape [len(ks), sequence_length + 1]."""
-        ks = np.asarray(ks, dtype=np.int64)
-        rows = self._rows(ks)
+        sources, rows = self._places(np.asarray(ks, dtype=np.int64))
+        begins = rows * self.sequence_length
         if len(self.shards.streams) == 1:
-            return self.shards.streams[0].rows(rows * self.sequence_length, self.sequence_length + 1)
-        sources = np.searchsorted(self._ends, rows, side="right")
-        result = np.empty((len(ks), self.sequence_length + 1), dtype=np.int64)
-        for source in np.unique(sources):
+            return self.shards.streams[0].rows(begins, self.sequence_length + 1)
+        result = np.empty((len(begins), self.sequence_length + 1), dtype=np.int64)
+        for source in np.unique(sources).tolist():
             chosen = np.flatnonzero(sources == source)
-            begins = (rows[chosen] - self._first_row(int(source))) * self.sequence_length
-            result[chosen] = self.shards.streams[source].rows(begins, self.sequence_length + 1)
+            result[chosen] = self.shards.streams[source].rows(begins[chosen], self.sequence_length + 1)
         return result
 
     def row_id(self, k: int) -> str:
-        """What row k is: the epoch, the source and the tokens of its stream."""
-        row = int(self._rows(np.array([k], dtype=np.int64))[0])
-        source = int(np.searchsorted(self._ends, row, side="right"))
-        begin = (row - self._first_row(source)) * self.sequence_length
-        name = self.shards.streams[source].name
-        return f"{name} tokens {begin}-{begin + self.sequence_length} (epoch {k // self.rows_per_epoch})"
+        """What row k is: the source, the tokens of its stream and the source's epoch."""
+        number = np.array([k], dtype=np.int64)
+        source, row = (int(values[0]) for values in self._places(number))
+        epoch = int(self._mixture.locate(number)[1][0]) // self.proportions.rows[source]
+        begin = row * self.sequence_length
+        return f"{self.shards.streams[source].name} tokens {begin}-{begin + self.sequence_length} (epoch {epoch})"
 
-    def _rows(self, ks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the rows `ks` lie in the unshuffled order."""
-        if not self.shuffle:
-            return ks % self.rows_per_epoch
-        blocks = np.unique(ks // BLOCK)
+    def source_epochs(self, rows: int) -> list[float]:
+        """How often each source was gone through after so many rows of the run, to within one row of the source."""
+        return self.proportions.epochs(rows)
+
+    def _places(self, ks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The source of each of the rows `ks`, and which row of that source it is."""
+        homes = ks // BLOCK
+        blocks = np.unique(homes).tolist()
         if len(blocks) > BLOCKS_KEPT:
-            return self._permuted(ks)
-        result = np.empty_like(ks)
-        for block in blocks.tolist():
-            chosen = ks // BLOCK == block
-            result[chosen] = self._block(block)[ks[chosen] - block * BLOCK]
-        return result
+            return self._located(ks)
+        sources, rows = np.empty_like(ks), np.empty_like(ks)
+        for block in blocks:
+            chosen = homes == block
+            inside = ks[chosen] - block * BLOCK
+            sources[chosen], rows[chosen] = (values[inside] for values in self._block(block))
+        return sources, rows
 
-    def _block(self, block: int) -> NDArray[np.int64]:
+    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         # Batches ask for neighbours, and permuting 8,192 numbers costs hardly more than permuting 64.
         if block not in self._blocks:
             if len(self._blocks) >= BLOCKS_KEPT:
                 self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[block] = self._permuted(np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.int64))
+            self._blocks[block] = self._located(np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.int64))
         return self._blocks[block]
 
-    def _permuted(self, ks: NDArray[np.int64]) -> NDArray[np.int64]:
-        epochs, positions = np.divmod(ks, self.rows_per_epoch)
-        return permute(positions, epochs, self.rows_per_epoch, self.seed)
+    def _located(self, ks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        sources, before = self._mixture.locate(ks)
+        rows = np.empty_like(before)
+        for source in np.unique(sources).tolist():
+            chosen = np.flatnonzero(sources == source)
+            size = self.proportions.rows[source]
+            epochs, positions = np.divmod(before[chosen], size)
+            # Seeds of recipes are below 2^32, so each (seed, source) has a key; that of the first source is the seed.
+            rows[chosen] = permute(positions, epochs, size, self.seed + (source << 32)) if self.shuffle else positions
+        return sources, rows
 
-    def _first_row(self, source: int) -> int:
-        return int(self._ends[source - 1]) if source else 0
+
+def proportions(
+    sources: Sequence[tuple[str, int]], sequence_length: int, weights: Sequence[float] | None = None
+) -> Proportions:
+    """How rows are shared out among sources, given as (name, tokens).
+
+    Raises `DataError` when no source has tokens for one row, or one with a weight has none.
+    """
+    rows = [row_count(tokens, sequence_length) for _, tokens in sources]
+    if not any(rows):
+        raise too_short([tokens for _, tokens in sources], sequence_length)
+    if weights is not None and 0 in rows:
+        name, tokens = sources[rows.index(0)]
+        raise DataError(
+            f"{name} has a weight but not one row: {tokens:,} tokens, and a row takes {sequence_length:,} + 1",
+            remedy="Give it more text, take it out of data.train, or set a smaller data.sequence_length.",
+        )
+    return Proportions.of(rows, weights)
 
 
 def row_count(tokens: int, sequence_length: int) -> int:

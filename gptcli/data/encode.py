@@ -1,7 +1,8 @@
 """Texts -> token arrays, as the tokenizer's own `tokenizer.json` gives them: a pure function of a list of texts.
 
-Byte tokens need no tokenizer call at all. Where the pre-tokenizer is one whose word boundaries are known, a long text
-is cut at newlines that no word can cross, so that it is encoded on all cores and in bounded memory.
+Byte tokens need no tokenizer call at all; others come from the fast encoder where that is proven equal. Where the
+pre-tokenizer is one whose word boundaries are known, a long text is cut at newlines that no word can cross, so that it
+is encoded in bounded memory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from gptcli.data.fast import FastTokenizer, compare, fast_tokenizer, is_sure
 from gptcli.data.tokenizer import PATTERNS, Specials, bytes_tokenizer, load_fast, special_ids
 
 BATCH_CHARACTERS = 2_000_000
@@ -40,48 +42,76 @@ class Encoded:
 
 
 EncodePieces: TypeAlias = Callable[[Sequence[str]], list[NDArray[Any]]]
+Check: TypeAlias = Callable[[Sequence[str]], None]
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer made ready: call it with texts to get an `Encoded`."""
+    """A tokenizer made ready: call it with texts to get an `Encoded`.
+
+    Attributes:
+        vocab_size: one more than the largest id.
+        dtype: uint16 below 65,536 entries, else uint32.
+        specials: the special tokens.
+        pieces: the ids of texts, without special tokens at their ends; may raise `Unequal`.
+        cuts: a text as parts whose ids, one after the other, are the text's.
+        check: raises `Unequal` when `pieces` does not give the ids of `tokenizers` for a text.
+        slow_because: why `tokenizers` is used; None with the fast encoder, and where no tokenizer call is needed.
+    """
 
     vocab_size: int
     dtype: np.dtype[Any]
     specials: Specials
     pieces: EncodePieces
     cuts: Callable[[str], list[str]]
+    check: Check
+    slow_because: str | None = None
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         """The tokens of `texts`, each with its EOS, and BOS where the tokenizer adds one."""
-        prefix = [self.specials.bos] if self.specials.adds_bos else []
-        begin = np.array(prefix, dtype=self.dtype)
-        end = np.array([self.specials.eos], dtype=self.dtype)
+        ends: list[NDArray[Any]] = [np.array([self.specials.eos], dtype=self.dtype)]
+        if self.specials.adds_bos:
+            ends.append(np.array([self.specials.bos], dtype=self.dtype))
         cut = [self.cuts(text) for text in texts]
-        encoded = iter(self.pieces([piece for pieces in cut for piece in pieces]))
-        arrays: list[NDArray[Any]] = []
-        lengths = np.empty(len(texts), dtype=np.int64)
-        for index, pieces in enumerate(cut):
-            document = [begin, *(next(encoded) for _ in pieces), end]
-            lengths[index] = sum(map(len, document))
-            arrays += document
-        sizes = np.fromiter((len(text.encode("utf-8")) for text in texts), dtype=np.int64, count=len(texts))
-        tokens = np.concatenate(arrays) if arrays else np.empty(0, dtype=self.dtype)
-        return Encoded(tokens, lengths, sizes)
+        encoded = self.pieces([piece for pieces in cut for piece in pieces])
+        counts = np.fromiter(map(len, cut), dtype=np.int64, count=len(cut))
+        sizes = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+        last = np.cumsum(counts)
+        total = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+        lengths = total[last] - total[last - counts] + len(ends)
+        # EOS stands behind a document's last piece, BOS before its first.
+        parts = [part for pieces in _grouped(encoded, counts) for part in (*ends[1:], *pieces, ends[0])]
+        tokens = np.concatenate(parts, dtype=self.dtype, casting="unsafe") if parts else np.empty(0, dtype=self.dtype)
+        bytes_ = np.fromiter(map(utf8_size, texts), dtype=np.int64, count=len(texts))
+        return Encoded(tokens, lengths, bytes_)
 
 
-def make_encoder(folder: Path) -> Encoder:
-    """The encoder of a tokenizer folder. Token ids are uint16 below 65,536 entries, else uint32."""
+def make_encoder(folder: Path, *, fast: bool = True) -> Encoder:
+    """The encoder of a tokenizer folder: the fast one where it is proven equal, unless `fast` is false."""
     tokenizer = load_fast(folder)
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     dtype = np.dtype(np.uint16 if vocab_size < 65_536 else np.uint32)
     specials = special_ids(folder)
     if _is_bytes(content):
-        return Encoder(vocab_size, dtype, specials, _bytes_pieces(content, dtype), _whole)
+        return Encoder(vocab_size, dtype, specials, _bytes_pieces(content, dtype), _whole, _unchecked)
+    found = fast_tokenizer(folder, tokenizer) if fast else "it is not wanted"
+    cuts = safe_cuts if can_cut(content) else _whole
+    if isinstance(found, str):
+        return Encoder(vocab_size, dtype, specials, _slow_pieces(tokenizer, dtype), cuts, _unchecked, found)
     return Encoder(
-        vocab_size, dtype, specials, _bpe_pieces(tokenizer, dtype), safe_cuts if can_cut(content) else _whole
+        vocab_size,
+        dtype,
+        specials,
+        _fast_pieces(found, tokenizer),
+        cuts,
+        lambda texts: compare(found, tokenizer, texts),
     )
+
+
+def utf8_size(text: str) -> int:
+    """The bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
 def document_tokens(texts: Iterable[str], encoder: Encoder) -> Iterator[tuple[NDArray[np.int64], int]]:
@@ -183,7 +213,7 @@ def _bytes_pieces(content: dict[str, Any], dtype: np.dtype[Any]) -> EncodePieces
     return lambda texts: [ids(text) for text in texts]
 
 
-def _bpe_pieces(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> EncodePieces:
+def _slow_pieces(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> EncodePieces:
     def pieces(texts: Sequence[str]) -> list[NDArray[Any]]:
         arrays: list[NDArray[Any]] = []
         for batch in batches(texts):
@@ -192,6 +222,30 @@ def _bpe_pieces(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> EncodePieces:
         return arrays
 
     return pieces
+
+
+def _fast_pieces(fast: FastTokenizer, slow: Tokenizer) -> EncodePieces:
+    def pieces(texts: Sequence[str]) -> list[NDArray[Any]]:
+        fast.trim()
+        if is_sure("".join(texts)):  # one look instead of one for each of many short texts
+            return [fast(text) for text in texts]
+        return [
+            fast(text) if is_sure(text) else np.array(slow.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+            for text in texts
+        ]
+
+    return pieces
+
+
+def _grouped(arrays: list[NDArray[Any]], counts: NDArray[np.int64]) -> Iterator[list[NDArray[Any]]]:
+    done = 0
+    for count in counts.tolist():
+        yield arrays[done : done + count]
+        done += count
+
+
+def _unchecked(texts: Sequence[str]) -> None:
+    del texts
 
 
 def _whole(text: str) -> list[str]:

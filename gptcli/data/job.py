@@ -7,7 +7,7 @@ under which prepared data is kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from gptcli.data import sources
 from gptcli.data.contents import content_hashes
 from gptcli.data.hub import HubSet
+from gptcli.data.pieces import Chain, Piece, Stream, divide
 from gptcli.data.readers import shown
-from gptcli.data.split import Split, splitter
+from gptcli.data.split import SIDES, Split, split_of
 from gptcli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Part:
     name: str
     where: str
     inputs: list[sources.Input]
+    stream: Stream
     spec: dict[str, Any]
 
 
@@ -51,15 +53,26 @@ class Job:
     validation_where: str
 
     @property
-    def size(self) -> int:
-        """Bytes to read for one pass over everything."""
-        return sum(
-            sources.input_size(part) for side in (self.train, self.validation) for each in side for part in each.inputs
-        )
+    def parts(self) -> list[Part]:
+        """Training sources, then validation sources: the order of the pieces."""
+        return [*self.train, *self.validation]
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The sides that the recipe asks for."""
+        return SIDES[:1] if self.data.validation == 0 else SIDES
+
+    def chains(self) -> list[Chain]:
+        """The pieces into which the input is divided."""
+        return divide([(part.stream, part.inputs) for part in self.parts])
+
+    def pieces(self) -> list[Piece]:
+        """The pieces in the order of their output."""
+        return [piece for chain in self.chains() for piece in chain]
 
 
-def find_job(loaded: LoadedRecipe, reporter: Reporter) -> Job:
-    """Find the inputs of every source and hash their content (as far as it is not remembered)."""
+def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) -> Job:
+    """Find the inputs of every source and hash their content: what is not remembered, or with `verify` all of it."""
     data = loaded.recipe.data
     if data is None:
         raise RecipeError("tokenize needs data, which the recipe does not have", where=loaded.label)
@@ -71,10 +84,21 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter) -> Job:
     ]
     inputs = [sources.find_inputs(source, where=where) for source, where in found]
     _refuse_overlap(inputs[: len(data.train)], inputs[len(data.train) :], loaded.where("data.validation"))
-    hashes = _hashes([part for each in inputs for part in each], reporter)
+    hashes = _hashes([part for each in inputs for part in each], reporter, verify)
     parts = [
-        Part(source, sources.source_name(source), where, each, _source_spec(source, data, each, hashes))
-        for (source, where), each in zip(found, inputs, strict=True)
+        Part(
+            source,
+            sources.source_name(source),
+            where,
+            each,
+            Stream(
+                sources.reading_of(source, data.documents, data.on_bad_row, where=where),
+                source.limit,
+                number >= len(data.train),
+            ),
+            _source_spec(source, data, each, hashes),
+        )
+        for number, ((source, where), each) in enumerate(zip(found, inputs, strict=True))
     ]
     train, validation = parts[: len(data.train)], parts[len(data.train) :]
     rule = (
@@ -86,36 +110,23 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter) -> Job:
         "train": [part.spec for part in train],
         "validation": [part.spec for part in validation] if held_out else rule,
         "on_bad_row": data.on_bad_row,
+        "deduplicate": data.deduplicate,
     }
-    return Job(data, train, validation, splitter(data.validation), spec, loaded.where("data.validation"))
+    return Job(data, train, validation, split_of(data.validation), spec, loaded.where("data.validation"))
 
 
-class Meter:
-    """Turns bytes read, source after source, into progress with a rate."""
+def megabytes(progress: Progress) -> Callable[[int], None]:
+    """A function that is told the bytes done in all, and shows them at most ten times a second, with a rate."""
+    started = shown = time.monotonic()
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._base = 0
-        self._position = 0
-        self._shown = self._started = time.monotonic()
-
-    def update(self, position: int) -> None:
-        """Set the bytes read of the present source."""
-        self._position = position
+    def on_bytes(done: int) -> None:
+        nonlocal shown
         now = time.monotonic()
-        if now - self._shown > 0.1:
-            self._shown = now
-            self._show(now)
+        if now - shown > 0.1:
+            shown = now
+            progress.update(done / MEGA, rate=f"{done / MEGA / max(now - started, 1e-3):.1f} MB/s")
 
-    def end_source(self) -> None:
-        """Count the present source as done."""
-        self._base += self._position
-        self._position = 0
-        self._show(time.monotonic())
-
-    def _show(self, now: float) -> None:
-        done = (self._base + self._position) / MEGA
-        self._progress.update(done, rate=f"{done / max(now - self._started, 1e-3):.1f} MB/s")
+    return on_bytes
 
 
 def _refuse_overlap(train: list[list[sources.Input]], validation: list[list[sources.Input]], where: str) -> None:
@@ -131,14 +142,13 @@ def _identity(part: sources.Input) -> object:
     return part if isinstance(part, HubSet) else part.path.resolve()
 
 
-def _hashes(inputs: Iterable[sources.Input], reporter: Reporter) -> dict[Path, str]:
+def _hashes(inputs: Iterable[sources.Input], reporter: Reporter, verify: bool) -> dict[Path, str]:
     paths = list(dict.fromkeys(part.path for part in inputs if isinstance(part, sources.FileInput)))
     total = sum(path.stat().st_size for path in paths)
     if total < HASH_PROGRESS_BYTES:
-        return dict(zip(paths, content_hashes(paths), strict=True))
+        return dict(zip(paths, content_hashes(paths, again=verify), strict=True))
     with reporter.progress("checking files", total / MEGA, "MB") as progress:
-        meter = Meter(progress)
-        return dict(zip(paths, content_hashes(paths, on_bytes=meter.update), strict=True))
+        return dict(zip(paths, content_hashes(paths, again=verify, on_bytes=megabytes(progress)), strict=True))
 
 
 def _source_spec(source: Source, data: Data, inputs: list[sources.Input], hashes: dict[Path, str]) -> dict[str, Any]:

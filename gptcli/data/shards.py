@@ -1,9 +1,10 @@
-"""The files of tokens: written as a stream, checked before use, readable with numpy alone.
+"""The files of tokens: checked before use, readable with numpy alone.
 
 A folder holds manifest.json and, for every source, shards of at most `shard_tokens` tokens. A shard is three .npy:
 `tokens`; `offsets` (int64: where the documents that begin in it begin, in tokens from the shard's start); `bytes`
 (int64: UTF-8 bytes of each of these documents). A document runs to where the next begins, over the end of its shard if
-need be; the stream of a source is its shards one after the other. Memory when writing: what is handed over.
+need be; the stream of a source is its shards one after the other. The manifest has every file's size, sha256 and the
+checksum of each MiB (see `gptcli.data.verify`).
 """
 
 from __future__ import annotations
@@ -16,136 +17,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptcli.data.encode import Encoded
 from gptcli.data.tokenizer import Specials
+from gptcli.data.verify import BLOCK_BYTES, DIGITS, Expected, broken, check, unreadable
+from gptcli.data.writer import HEADER_BYTES, PARTS, npy_header
 from gptcli.errors import DataError
-from gptcli.files import fingerprint, read_json, sha256_file, write_json
+from gptcli.files import fingerprint, read_json, write_json
 
 FORMAT = "gptcli token shards"
-VERSION = 1
+# 2: a checksum of each MiB beside the sha256.
+VERSION = 2
 MANIFEST = "manifest.json"
-HEADER_BYTES = 128
-PARTS = ("tokens", "offsets", "bytes")
 
 
-class NpyWriter:
-    """A one-dimensional .npy written piece by piece: the header has a fixed size and is completed by `close`."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path = path
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.count = 0
-        self._file = path.open("wb")
-        self._file.write(npy_header(self.dtype, 0))
-
-    def write(self, array: NDArray[Any]) -> None:
-        """Append an array."""
-        self._file.write(np.ascontiguousarray(array, dtype=self.dtype).data)
-        self.count += len(array)
-
-    def abandon(self) -> None:
-        """Close the file as it is, incomplete."""
-        self._file.close()
-
-    def close(self) -> dict[str, Any]:
-        """Complete the file; return its name, size and sha256."""
-        self._file.seek(0)
-        self._file.write(npy_header(self.dtype, self.count))
-        self._file.close()
-        return {"name": self.path.name, "size": self.path.stat().st_size, "sha256": sha256_file(self.path)}
-
-
-def npy_header(dtype: np.dtype[Any], count: int) -> bytes:
-    """The first 128 bytes of a version 1.0 .npy of `count` values (numpy.lib.format)."""
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
-    return (
-        b"\x93NUMPY\x01\x00"
-        + (HEADER_BYTES - 10).to_bytes(2, "little")
-        + text.ljust(HEADER_BYTES - 11).encode()
-        + b"\n"
-    )
-
-
-class ShardWriter:
-    """Writes the sources of one side (training or validation), one after the other, then the manifest.
-
-    As a context manager it leaves no file open, whatever happens.
-    """
-
-    def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.sources: list[dict[str, Any]] = []
-        self._dtype = dtype
-        self._shard_tokens = shard_tokens
-        self._open: list[NpyWriter] = []
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        for writer in self._open:
-            writer.abandon()
-
-    def begin_source(self, name: str) -> None:
-        """Let what follows belong to a source, in shard files of its own."""
-        self._close_shard()
-        self.sources.append({"name": name, "documents": 0, "bytes": 0, "tokens": 0, "shards": []})
-
-    def add(self, encoded: Encoded) -> None:
-        """Append documents to the present source."""
-        source = self.sources[-1]
-        source["documents"] += len(encoded.lengths)
-        source["bytes"] += int(encoded.bytes.sum())
-        source["tokens"] += len(encoded.tokens)
-        begins = np.cumsum(encoded.lengths) - encoded.lengths
-        done = document = 0
-        while done < len(encoded.tokens):
-            tokens, offsets, sizes = self._shard()
-            end = min(len(encoded.tokens), done + self._shard_tokens - tokens.count)
-            until = int(np.searchsorted(begins, end))
-            offsets.write(begins[document:until] - done + tokens.count)
-            sizes.write(encoded.bytes[document:until])
-            tokens.write(encoded.tokens[done:end])
-            done, document = end, until
-
-    def finish(self, **about: Any) -> dict[str, Any]:
-        """Close the files, write and return the manifest, `about` in it."""
-        self._close_shard()
-        totals = {key: sum(source[key] for source in self.sources) for key in ("documents", "bytes", "tokens")}
-        shards = [
-            [shard["files"][part]["sha256"] for part in PARTS] for source in self.sources for shard in source["shards"]
-        ]
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "dtype": self._dtype.name,
-            **about,
-            **totals,
-            "fingerprint": fingerprint(
-                [about.get("tokenizer"), [len(source["shards"]) for source in self.sources], shards]
-            ),
-            "sources": self.sources,
-        }
-        write_json(self.folder / MANIFEST, manifest)
-        return manifest
-
-    def _shard(self) -> list[NpyWriter]:
-        if self._open and self._open[0].count >= self._shard_tokens:
-            self._close_shard()
-        if not self._open:
-            stem = f"source-{len(self.sources) - 1:03}-shard-{len(self.sources[-1]['shards']):05}"
-            dtypes = (self._dtype, np.dtype(np.int64), np.dtype(np.int64))
-            pairs = zip(PARTS, dtypes, strict=True)
-            self._open = [NpyWriter(self.folder / f"{stem}.{part}.npy", dtype) for part, dtype in pairs]
-        return self._open
-
-    def _close_shard(self) -> None:
-        if self._open:
-            counts = {"tokens": self._open[0].count, "documents": self._open[1].count}
-            files = {part: writer.close() for part, writer in zip(PARTS, self._open, strict=True)}
-            self.sources[-1]["shards"].append({**counts, "files": files})
-            self._open = []
+def write_manifest(folder: Path, sources: list[dict[str, Any]], dtype: np.dtype[Any], **about: Any) -> dict[str, Any]:
+    """Write and return the manifest of a folder whose shards are there, `about` in it."""
+    totals = {key: sum(source[key] for source in sources) for key in ("documents", "bytes", "tokens")}
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": dtype.name,
+        **about,
+        **totals,
+        "fingerprint": _fingerprint(about.get("tokenizer"), sources),
+        "sources": sources,
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -199,19 +96,29 @@ class Shards:
         self.streams = [self._stream(source) for source in manifest["sources"]]
 
     @classmethod
-    def open(cls, folder: Path, *, verify: bool = False) -> Shards:
-        """Open a folder of shards; sizes and headers are always checked, every sha256 with `verify`.
+    def open(cls, folder: Path, *, verify: bool | None = None) -> Shards:
+        """Open a folder of shards; the manifest, sizes and headers are always checked.
 
-        Raises `DataError` that names the file which is missing, cut short, changed or of another kind.
+        Args:
+            folder: of one side, with its manifest.
+            verify: True checks every block; None those of a folder of at most 1 GB and of files that changed since
+                their last verification; False none (for what this process has just written).
+
+        Raises:
+            DataError: names the file which is missing, cut short, changed or of another kind, and the bytes.
         """
         manifest = _read_manifest(folder)
-        dtypes = {"tokens": np.dtype(manifest["dtype"]), "offsets": np.dtype(np.int64), "bytes": np.dtype(np.int64)}
-        for source in manifest["sources"]:
-            for shard in source["shards"]:
-                for part in PARTS:
-                    count = shard["tokens" if part == "tokens" else "documents"]
-                    _check_file(folder, shard["files"][part], dtypes[part], count, verify)
-        return cls(folder, manifest)
+        try:
+            if manifest["fingerprint"] != _fingerprint(manifest.get("tokenizer"), manifest["sources"]):
+                raise ValueError("its fingerprint is not that of the files it lists")
+            files = list(_expected(folder, manifest))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _no_manifest(folder, error) from None
+        check(files, verify)
+        try:
+            return cls(folder, manifest)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _no_manifest(folder, error) from None
 
     def evaluation_documents(self) -> Iterator[tuple[NDArray[np.int64], int | None]]:
         """(ids without BOS and EOS, UTF-8 bytes) of each document, in order; memory is one document."""
@@ -244,32 +151,51 @@ class Shards:
         return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
+def _fingerprint(tokenizer: Any, sources: list[dict[str, Any]]) -> str:
+    """What the tokens are, whatever the sources are named."""
+    shards = [[shard["files"][part]["sha256"] for part in PARTS] for source in sources for shard in source["shards"]]
+    return fingerprint([tokenizer, [len(source["shards"]) for source in sources], shards])
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = read_json(path)
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-            raise ValueError(f"written in another format ({manifest['format']}, version {manifest['version']})")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _broken(path, f"is not the manifest of token shards ({error})") from None
+            found = f"{manifest['format']}, version {manifest['version']}"
+            raise broken(
+                path, f"is written in another format ({found}, not {FORMAT}, version {VERSION})", folder.parent
+            )
+    except FileNotFoundError:
+        raise broken(path, "is missing", folder.parent) from None
+    except OSError as error:
+        raise broken(path, unreadable(error), folder.parent) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_manifest(folder, error) from None
     return dict(manifest)
 
 
-def _check_file(folder: Path, entry: dict[str, Any], dtype: np.dtype[Any], count: int, verify: bool) -> None:
-    path = folder / entry["name"]
-    if not path.is_file():
-        raise _broken(path, "is missing")
-    size = path.stat().st_size
-    expected = HEADER_BYTES + count * dtype.itemsize
-    if size != expected:
-        raise _broken(path, f"has {size:,} bytes, not {expected:,}")
-    with path.open("rb") as file:
-        header = file.read(HEADER_BYTES)
-    if header != npy_header(dtype.newbyteorder("<"), count):
-        raise _broken(path, f"does not begin as a .npy of {count:,} {dtype.name}")
-    if verify and sha256_file(path) != entry["sha256"]:
-        raise _broken(path, "has other content than its manifest says")
+def _no_manifest(folder: Path, error: Exception) -> DataError:
+    reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return broken(folder / MANIFEST, f"is not the manifest of token shards ({reason})", folder.parent)
 
 
-def _broken(path: Path, what: str) -> DataError:
-    return DataError(what, where=str(path), remedy=f"Delete the folder and run again: rm -r {path.parent.parent}")
+def _expected(folder: Path, manifest: dict[str, Any]) -> Iterator[Expected]:
+    """What every file should be, by the manifest alone.
+
+    Raises:
+        ValueError, KeyError, TypeError or AttributeError: the manifest is damaged.
+    """
+    dtypes = {"tokens": np.dtype(manifest["dtype"]), "offsets": np.dtype(np.int64), "bytes": np.dtype(np.int64)}
+    for source in manifest["sources"]:
+        for shard in source["shards"]:
+            for part in PARTS:
+                entry, dtype = shard["files"][part], dtypes[part].newbyteorder("<")
+                count = int(shard["tokens" if part == "tokens" else "documents"])
+                size = HEADER_BYTES + count * dtype.itemsize
+                if Path(entry["name"]).name != entry["name"]:
+                    raise ValueError(f"{entry['name']} is not a name of a file in its folder")
+                if len(entry["blocks"]) != DIGITS * -(-size // BLOCK_BYTES):
+                    raise ValueError(f"not a checksum for each MiB of {entry['name']}")
+                kind = f"{count:,} {dtype.name}"
+                yield Expected(folder / entry["name"], kind, npy_header(dtype, count), size, entry["blocks"])

@@ -12,19 +12,22 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from gptcli.data import hub
 from gptcli.data.builtin import builtin_file
 from gptcli.data.readers import (
     BadRow,
     Layout,
+    Row,
     Rows,
+    Span,
     builtin_rows,
     is_readable,
+    lines_before,
     read_rows,
     readable_suffixes,
     shown,
@@ -37,39 +40,68 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin:"
 MAX_EXAMPLES = 5
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document. `id` is "file:row" (the line on which it begins), or the built-in corpus's own name for it."""
-
-    id: str
-    text: str
+_MEND = "Mend it, or leave such rows out: data.on_bad_row: skip (they are counted in the report)."
 
 
 @dataclass(frozen=True)
 class FileInput:
-    """A file on this machine; `builtin` marks the extracted text of a built-in corpus."""
+    """A file on this machine, or the `span` of it; `builtin` marks the extracted text of a built-in corpus."""
 
     path: Path
     builtin: bool = False
+    span: Span | None = None
 
 
 Input: TypeAlias = FileInput | hub.HubSet
 
 
+class Mark(NamedTuple):
+    """Where a row stands, without the reading that a line number may need: `place` makes a text of it.
+
+    `part` counts the inputs, `number` the rows of the part; `member` is that of an archive and `identity` the name that
+    a built-in corpus has for its row, "" without.
+    """
+
+    part: int
+    number: int
+    member: str
+    identity: str
+
+
+class Document(NamedTuple):
+    """One document, the row that it was, and which of the inputs that stands in."""
+
+    text: str
+    row: Row
+    part: int
+
+    @property
+    def mark(self) -> Mark:
+        """Where it stands."""
+        return _mark(self.part, self.row)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a source become documents; plain values, so that it can be sent to another process."""
+
+    layout: Layout
+    on_bad_row: str
+    where: str | None
+
+
 @dataclass
 class Tally:
-    """What reading a source left out, for the report: counts by reason and the first few places."""
+    """What reading inputs left out, for the report: counts by reason, and where the first few stood."""
 
     dropped: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
+    examples: list[tuple[Mark, str]] = field(default_factory=list)
 
-    def drop(self, reason: str, place: str) -> None:
+    def drop(self, reason: str, mark: Mark) -> None:
         """Count one document that was left out."""
         self.dropped[reason] += 1
         if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(f"{place}: {reason}")
+            self.examples.append((mark, reason))
 
 
 def find_inputs(source: Source, *, where: str | None = None) -> list[Input]:
@@ -110,47 +142,72 @@ def find_files(pattern: str, *, split: str | None = None, where: str | None = No
     raise DataError(f"there is no file {shown(path)}", where=where, remedy=_nearest(path))
 
 
+def reading_of(source: Source, documents: str, on_bad_row: str, *, where: str | None = None) -> Reading:
+    """How a source is read; `documents` (file | line | blank-line) where the source itself does not say it."""
+    columns = tuple(source.columns) if source.columns else None
+    return Reading(Layout(source.documents or documents, source.text, columns), on_bad_row, where)
+
+
 def read_documents(
-    source: Source,
-    documents: str = "file",
+    inputs: Iterable[Input],
+    reading: Reading,
     *,
-    on_bad_row: str = "error",
-    inputs: Sequence[Input] | None = None,
+    limit: int | None = None,
     tally: Tally | None = None,
     on_bytes: Callable[[int], None] | None = None,
-    where: str | None = None,
 ) -> Iterator[Document]:
-    """The documents of a source, in order, at most `source.limit` of them.
+    """The documents of inputs, in order, at most `limit` of them.
 
-    `documents` (file | line | blank-line) says how plain text is cut, where the source itself does not. `on_bytes` is
-    told how many bytes of the files have been read. A bad row is a `DataError` naming file and row, or is counted in
-    `tally`.
+    `on_bytes` is told how many bytes of the files have been read. A bad row is a `DataError` naming file and row, or is
+    counted in `tally`.
     """
     tally = tally if tally is not None else Tally()
-    columns = tuple(source.columns) if source.columns else None
-    layout = Layout(source.documents or documents, source.text, columns)
-    found = inputs if inputs is not None else find_inputs(source, where=where)
-    left = source.limit
     done = 0
-    for part in found:
-        position: Callable[[int], None] | None = None
-        if on_bytes is not None:
-            position = _shifted(on_bytes, done)
-        for document in _input_documents(part, layout, on_bad_row, tally, position, where):
-            if left is not None:
-                if left == 0:
-                    return
-                left -= 1
-            yield document
-        if isinstance(part, FileInput):
-            done += part.path.stat().st_size
+    left = limit
+    for index, part in enumerate(inputs):
+        for row in _rows(part, reading, _shifted(on_bytes, done) if on_bytes is not None else None):
+            if isinstance(row, BadRow):
+                if reading.on_bad_row == "error":
+                    raise DataError(row.reason, where=place(part, _mark(index, row), reading.layout), remedy=_MEND)
+                tally.drop(row.kind, _mark(index, row))
+            elif not row.text or row.text.isspace():
+                tally.drop("empty", _mark(index, row))
+            else:
+                if left is not None:
+                    if left == 0:
+                        return
+                    left -= 1
+                yield Document(row.text, row, index)
+        done += input_size(part)
         if on_bytes is not None:
             on_bytes(done)
 
 
+def place(part: Input, mark: Mark, layout: Layout) -> str:
+    """A mark as a text: "file:line", "archive!member:line", or the built-in corpus's own name.
+
+    In a span of a file, the lines before it are counted now: this is for messages, not for every row.
+    """
+    if mark.identity:
+        return mark.identity
+    if isinstance(part, hub.HubSet):
+        return f"hub:{part.name}:{mark.number}"
+    name = f"{shown(part.path)}!{mark.member}" if mark.member else shown(part.path)
+    return f"{name}:{mark.number + lines_before(part.path, part.span, layout)}"
+
+
+def _mark(part: int, row: Row | BadRow) -> Mark:
+    return Mark(part, row.number, row.member or "", (row.identity or "") if isinstance(row, Row) else "")
+
+
 def input_size(part: Input) -> int:
     """The bytes of an input on disk; 0 for a Hub set, which is not known."""
-    return part.path.stat().st_size if isinstance(part, FileInput) else 0
+    if isinstance(part, hub.HubSet):
+        return 0
+    size = part.path.stat().st_size
+    if part.span is None or split_suffix(part.path.name)[0] == ".parquet":
+        return size
+    return min(part.span.end, size) - part.span.begin
 
 
 def source_name(source: Source) -> str:
@@ -168,38 +225,12 @@ def input_format(part: Input) -> str:
     return "".join(split_suffix(part.path.name)) if isinstance(part, FileInput) else "hub"
 
 
-def _input_documents(
-    part: Input,
-    layout: Layout,
-    on_bad_row: str,
-    tally: Tally,
-    on_position: Callable[[int], None] | None,
-    where: str | None,
-) -> Iterator[Document]:
-    name, rows = _rows(part, layout, on_position, where)
-    for row in rows:
-        if isinstance(row, BadRow):
-            if on_bad_row == "error":
-                raise DataError(
-                    row.reason,
-                    where=f"{name}:{row.number}",
-                    remedy="Mend it, or leave such rows out: data.on_bad_row: skip (they are counted in the report).",
-                )
-            tally.drop(row.kind, f"{name}:{row.number}")
-        elif not row.text or row.text.isspace():
-            tally.drop("empty", row.identity or f"{name}:{row.number}")
-        else:
-            yield Document(row.identity or f"{name}:{row.number}", row.text)
-
-
-def _rows(
-    part: Input, layout: Layout, on_position: Callable[[int], None] | None, where: str | None
-) -> tuple[str, Rows]:
+def _rows(part: Input, reading: Reading, on_position: Callable[[int], None] | None) -> Rows:
     if isinstance(part, hub.HubSet):
-        return f"hub:{part.name}", hub.rows(part, layout.text, where=where)
+        return hub.rows(part, reading.layout.text, where=reading.where)
     if part.builtin:
-        return shown(part.path), builtin_rows(part.path)
-    return shown(part.path), read_rows(part.path, layout, on_position=on_position)
+        return builtin_rows(part.path)
+    return read_rows(part.path, reading.layout, span=part.span, on_position=on_position)
 
 
 def _shifted(on_bytes: Callable[[int], None], offset: int) -> Callable[[int], None]:

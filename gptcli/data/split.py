@@ -1,66 +1,78 @@
 """Which text is held out for validation, and which texts a tokenizer is trained on: both chosen by a hash of the text.
 
 A hash of the text alone makes the choice independent of seed, order and number of processes, and puts equal documents
-on the same side.
+on the same side. One BLAKE2b of 128 bits a document serves all: its first half splits, its second half samples, the
+whole tells duplicates.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from gptcli.recipe.schema import Source, Tail
 
+SIDES = ("train", "validation")
 SAMPLE_BYTES = 200_000_000
+SAMPLE_BUCKETS = 1 << 16
+DIGEST_BYTES = 16
 
-Split: TypeAlias = Callable[[str], tuple[str | None, str | None]]
+
+@dataclass(frozen=True)
+class Split:
+    """The rule by which training texts are held out: a `share` of the documents, or the `tail` of each; 0: neither."""
+
+    share: float = 0.0
+    tail: float = 0.0
+
+    def __call__(self, text: str, digest: bytes) -> tuple[str | None, str | None]:
+        """A text's (training part, validation part); None for a part that it does not have."""
+        if self.tail:
+            at = self.cut(len(text))
+            return text[:at] or None, text[at:] or None
+        return (None, text) if self.holds_out(digest) else (text, None)
+
+    def holds_out(self, digest: bytes) -> bool:
+        """Whether `share` holds out the document of this digest."""
+        return int.from_bytes(digest[:8], "big") < int(self.share * 2**64)
+
+    def cut(self, length: int) -> int:
+        """Where `tail` cuts a text of `length` characters: nanoGPT's prepare.py has the same rule."""
+        return int(length * (1 - self.tail))
 
 
-def splitter(validation: float | Tail | list[Source]) -> Split:
-    """The function that gives a training text's (training part, validation part), None for a part it does not have."""
+def split_of(validation: float | Tail | list[Source]) -> Split:
+    """The rule of `data.validation`; a list of sources holds nothing out of the training texts."""
     if isinstance(validation, int | float):
-        threshold = int(validation * 2**64)
-        return lambda text: (None, text) if text_hash(text, b"validation") < threshold else (text, None)
-    if isinstance(validation, list):
-        return lambda text: (text, None)
-    share = validation.tail
-    return lambda text: split_tail(text, share)
+        return Split(share=validation)
+    return Split() if isinstance(validation, list) else Split(tail=validation.tail)
 
 
-def split_tail(text: str, share: float) -> tuple[str | None, str | None]:
-    """Cut a text at `int(n * (1 - share))` characters, as nanoGPT's prepare.py does; an empty part is None."""
-    at = int(len(text) * (1 - share))
-    return text[:at] or None, text[at:] or None
+def digest_of(raw: bytes) -> bytes:
+    """The 16 bytes that stand for a document, from its UTF-8 bytes."""
+    return hashlib.blake2b(raw, digest_size=DIGEST_BYTES).digest()
 
 
-def text_hash(text: str, purpose: bytes) -> int:
-    """64 bits of BLAKE2b of the UTF-8 text, another function for every `purpose`."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=purpose).digest(), "big")
+def sample_bucket(digest: bytes) -> int:
+    """Which of `SAMPLE_BUCKETS` a document falls in: a sample takes the first so many buckets."""
+    return int.from_bytes(digest[8:10], "big")
 
 
-def sample(texts: Iterable[str], budget: int = SAMPLE_BYTES) -> list[str]:
-    """The texts with the smallest hashes that together hold at most `budget` UTF-8 bytes, in their order.
+def sample_buckets(sizes: Iterable[tuple[NDArray[np.uint16], NDArray[np.int64]]], budget: int = SAMPLE_BYTES) -> int:
+    """How many buckets hold at most `budget` bytes (at least one that holds any), given (bucket, bytes) of documents.
 
-    Memory is the budget. Which texts are chosen does not depend on their order. A sole text over the budget is cut.
+    Memory is a number a bucket. Which documents are chosen does not depend on their order.
     """
-    heap: list[tuple[int, int, int, str]] = []
-    total = 0
-    limit = 2**64
-    for index, text in enumerate(texts):
-        size = len(text.encode("utf-8"))
-        if size > budget:
-            text = text.encode("utf-8")[:budget].decode("utf-8", "ignore")
-            size = len(text.encode("utf-8"))
-        key = text_hash(text, b"sample")
-        if key >= limit:
-            continue
-        heapq.heappush(heap, (-key, -index, size, text))
-        total += size
-        while total > budget:
-            negative, _, dropped, _ = heapq.heappop(heap)
-            limit = -negative
-            total -= dropped
-    return [text for _, _, _, text in sorted(heap, key=lambda item: -item[1])]
+    totals = np.zeros(SAMPLE_BUCKETS, dtype=np.int64)
+    for buckets, bytes_ in sizes:
+        totals += np.bincount(buckets, weights=bytes_, minlength=SAMPLE_BUCKETS).astype(np.int64)
+    if not totals.any():
+        return SAMPLE_BUCKETS
+    filled = int(np.searchsorted(np.cumsum(totals), budget, side="right"))
+    return max(filled, int(np.flatnonzero(totals)[0]) + 1)

@@ -24,13 +24,14 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 TRAINING_BATCH = 1000
 UNLIMITED_LENGTH = int(1e30)  # transformers' own VERY_LARGE_INTEGER
 
-# How text is cut into words, inside which BPE merges. Sources: gpt2: github.com/openai/gpt-2, src/encoder.py;
+# How text is cut into words, inside which BPE merges, in the spellings that the fast encoder knows (gpt2 and gpt4 cut
+# where the originals do). Sources: gpt2: github.com/openai/gpt-2, src/encoder.py;
 # gpt4: github.com/openai/tiktoken, tiktoken_ext/openai_public.py (cl100k_base); llama3: github.com/meta-llama/llama3,
 # llama/tokenizer.py; qwen2: github.com/huggingface/transformers, models/qwen2/tokenization_qwen2.py.
 PATTERNS = {
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "gpt4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -94,6 +95,14 @@ def byte_characters() -> list[str]:
     others = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
     return [table[byte] for byte in range(256)]
+
+
+def bytes_of(entry: str) -> bytes | None:
+    """The bytes that an entry of a byte-level vocabulary stands for; None when it is not written byte by byte."""
+    try:
+        return bytes(_BYTE_OF[character] for character in entry)
+    except KeyError:
+        return None
 
 
 def load_fast(folder: Path) -> Tokenizer:
@@ -199,3 +208,6 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             yield batch
             batch = []
     yield batch
+
+
+_BYTE_OF = {character: byte for byte, character in enumerate(byte_characters())}

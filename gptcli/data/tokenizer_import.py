@@ -11,9 +11,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
 from gptcli.data.tokenizer import FILES, load_fast, named_specials, tokenizer_fingerprint, write_config
 from gptcli.errors import DataError, MissingError
-from gptcli.files import cache_root, committed_folder, read_json
+from gptcli.files import cache_root, committed_folder, fingerprint, read_json, sha256_file, write_atomic
+
+FORMAT = 1
 
 # Specials of published tokenizers, for a tokenizer.json that comes without a configuration.
 KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -28,6 +32,9 @@ def import_tokenizer(origin: str, *, revision: str | None = None, where: str | N
     Raises `MissingError` when there is none, and `DataError` when it has no token that ends a text.
     """
     source = _locate(origin, revision, where)
+    known = cache_root() / "tokenizers" / "imported" / fingerprint([FORMAT, _content(source)])
+    if known.is_file() and (target := known.parent.parent / known.read_text(encoding="utf-8")).is_dir():
+        return target
     with tempfile.TemporaryDirectory(prefix="gptcli-tokenizer-") as name:
         work = Path(name)
         if source.is_file():
@@ -44,7 +51,14 @@ def import_tokenizer(origin: str, *, revision: str | None = None, where: str | N
             with committed_folder(target) as commit:
                 for path in work.iterdir():
                     shutil.copyfile(path, commit / path.name)
+    write_atomic(known, target.name)
     return target
+
+
+def _content(source: Path) -> dict[str, str]:
+    """The hash of each file that an import reads: a conversion takes seconds, so the same content is not done twice."""
+    paths = [source] if source.is_file() else [source / name for name in (*_HUB_FILES, "added_tokens.json")]
+    return {path.name: sha256_file(path) for path in paths if path.is_file()}
 
 
 def _locate(origin: str, revision: str | None, where: str | None) -> Path:
@@ -83,7 +97,7 @@ def _download(name: str, revision: str | None, where: str | None) -> Path:
 
 
 def _convert(source: Path, target: Path, origin: str, where: str | None) -> None:
-    """Write tokenizer.json from the files of GPT-2's kind of tokenizer, through transformers."""
+    """Write tokenizer.json from GPT-2's kind of files; by transformers where a configuration names a class."""
     names = next((names for names in SLOW_NAMES if all((source / name).is_file() for name in names)), None)
     if names is None:
         raise MissingError(
@@ -97,16 +111,28 @@ def _convert(source: Path, target: Path, origin: str, where: str | None) -> None
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    from transformers import AutoTokenizer, GPT2Tokenizer
-
     try:
-        tokenizer = (AutoTokenizer if configured else GPT2Tokenizer).from_pretrained(str(target))
-        tokenizer.save_pretrained(str(target))
+        if configured:
+            from transformers import AutoTokenizer
+
+            AutoTokenizer.from_pretrained(str(target)).save_pretrained(str(target))
+        else:
+            _gpt2(target).save(str(target / "tokenizer.json"))
     except Exception as error:  # whatever the conversion raises, the files are not a tokenizer that can be used
         raise DataError(f"the tokenizer of {origin} cannot be converted: {error}", where=where) from None
     for path in target.iterdir():
         if path.name not in FILES:
             path.unlink()
+
+
+def _gpt2(folder: Path) -> Tokenizer:
+    """GPT-2's tokenizer from vocab.json and merges.txt, as transformers builds it with 2 s of imports."""
+    vocabulary, merges = (str(folder / name) for name in SLOW_NAMES[0])
+    tokenizer = Tokenizer(models.BPE.from_file(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([text for text in KNOWN_ENDS if tokenizer.token_to_id(text) is not None])
+    return tokenizer
 
 
 def _normalise(folder: Path, origin: str, where: str | None) -> None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from gptcli.data.encode import document_tokens, make_encoder
 from gptcli.data.job import find_job
-from gptcli.data.sources import find_inputs, input_size, read_documents, source_name
+from gptcli.data.sources import find_inputs, input_size, read_documents, reading_of, source_name
+from gptcli.data.split import digest_of
 from gptcli.data.tokenize import prepare
 from gptcli.data.tokenizer import load_fast, special_ids
 from gptcli.data.tokenizer_import import import_tokenizer
@@ -146,9 +147,8 @@ def _texts(corpus: Corpus) -> tuple[Iterator[str], int]:
 
     def texts() -> Iterator[str]:
         for source, inputs, where in found:
-            for document in read_documents(
-                source, corpus.documents, on_bad_row=corpus.on_bad_row, inputs=inputs, where=where
-            ):
+            reading = reading_of(source, corpus.documents, corpus.on_bad_row, where=where)
+            for document in read_documents(inputs, reading, limit=source.limit):
                 yield document.text
 
     return texts(), sum(input_size(part) for _, inputs, _ in found for part in inputs)
@@ -157,13 +157,16 @@ def _texts(corpus: Corpus) -> tuple[Iterator[str], int]:
 def _held_out_texts(loaded: LoadedRecipe, reporter: Reporter) -> Iterator[str]:
     """The texts that a recipe's shards of validation data were made of, in the same order."""
     job = find_job(loaded, reporter)
+    seen: set[bytes] = set()
     for part in job.validation or job.train:
-        for document in read_documents(
-            part.source, job.data.documents, on_bad_row=job.data.on_bad_row, inputs=part.inputs, where=part.where
-        ):
-            kept = document.text if job.validation else job.split(document.text)[1]
-            if kept is not None:
-                yield kept
+        for document in read_documents(part.inputs, part.stream.reading, limit=part.stream.limit):
+            digest = digest_of(document.text.encode("utf-8"))
+            kept = document.text if job.validation else job.split(document.text, digest)[1]
+            if kept is None or digest in seen:
+                continue
+            if job.data.deduplicate == "exact":
+                seen.add(digest)
+            yield kept
 
 
 def _prefix(tokenizer: Path) -> int:

@@ -38,7 +38,6 @@ class Row:
 def _source_rows(place: str) -> tuple[Row, ...]:
     return (
         Row(f"{place}.*.tokens", feature="a source of tokens made before"),
-        Row(f"{place}.*.weight", feature="mixing by weight"),
         Row(f"{place}.*.map", feature="mapping a column's values"),
         Row(f"{place}.*.path", feature="a source of parallel line files", mapping_only=True),
     )
@@ -92,7 +91,6 @@ TABLE: tuple[Row, ...] = (
     Row("launch.fsdp", feature="FSDP"),
     Row("launch.deepspeed", feature="DeepSpeed"),
     Row("tokenize.executor", ("local",)),
-    Row("tokenize.processes", ("auto",)),
     Row("eval.references", feature="comparing with references"),
     Row("eval.metrics", ("perplexity",)),
     Row("eval.labels", feature="classification by labels"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from gptcli.recipe import units
 from gptcli.recipe.fields import SHARE, AutoOrCountOrZero, Count, Positive, Section, Texts, accepts
@@ -90,7 +90,9 @@ class Source(Section):
     )
     split: str | None = Field(default=None, description="The split of a Hub set or of a folder of splits.")
     weight: Positive | None = Field(
-        default=None, description="Share of the rows, normalised over the sources; none given: in proportion to size."
+        default=None,
+        description="Share of the rows, normalised over the sources; none given: in proportion to size. "
+        "A source that runs out begins again. For `data.train` alone.",
     )
     text: str = Field(default="text", description="The column that holds the text (jsonl, csv, parquet, hub).")
     limit: Count | None = Field(default=None, description="At most this many rows.")
@@ -167,7 +169,17 @@ class _TextOrKeys:
         return {"anyOf": [{"type": "string"}, handler(core)]}
 
 
+def _unweighted(source: Source) -> Source:
+    if source.weight is not None:
+        raise ValueError("weight belongs to data.train; remove it")
+    return source
+
+
 Sources: TypeAlias = Annotated[list[Source], BeforeValidator(as_sources), _OneOrMany()]
+# Texts that are measured, each once: nothing is mixed.
+MeasuredSources: TypeAlias = Annotated[
+    list[Annotated[Source, AfterValidator(_unweighted)]], BeforeValidator(as_sources), _OneOrMany()
+]
 ValidationShare: TypeAlias = Annotated[
     float,
     BeforeValidator(_validation_share),
@@ -176,7 +188,9 @@ ValidationShare: TypeAlias = Annotated[
 
 
 Validation: TypeAlias = Annotated[
-    Annotated[ValidationShare, Tag("<share>")] | Annotated[Tail, Tag("<tail>")] | Annotated[Sources, Tag("<sources>")],
+    Annotated[ValidationShare, Tag("<share>")]
+    | Annotated[Tail, Tag("<tail>")]
+    | Annotated[MeasuredSources, Tag("<sources>")],
     Discriminator(_validation_kind),
 ]
 
@@ -245,6 +259,12 @@ class Data(Section):
     deduplicate: Literal["none", "exact"] = Field(
         default="none", description="Drop documents whose text was seen before."
     )
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The weight of each source of `train`; None: in proportion to size."""
+        given = [source.weight for source in self.train if source.weight is not None]
+        return given or None
 
     @model_validator(mode="before")
     @classmethod

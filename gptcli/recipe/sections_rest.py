@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from gptcli.recipe.fields import AutoOrCount, Count, CountOrZero, NotNegative, Positive, Ratio, Section, Texts
-from gptcli.recipe.sections_data import Sources
+from gptcli.recipe.sections_data import MeasuredSources
 
 
 class Parallel(Section):
@@ -65,7 +65,9 @@ class Generate(Section):
 class Eval(Section):
     """What `gptcli eval` measures."""
 
-    data: Sources | None = Field(default=None, description="A source or a list; none: the recipe's validation data.")
+    data: MeasuredSources | None = Field(
+        default=None, description="A source or a list; none: the recipe's validation data."
+    )
     references: str | None = Field(default=None, description="The column that holds the reference or a list of them.")
     limit: Count | None = Field(default=None, description="At most this many documents.")
     stride: Count | None = Field(default=None, description="How far a window moves; none: by its length.")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.data.dataset import row_count
+from gptcli.data.dataset import proportions
+from gptcli.data.report import mixing_text
 from gptcli.data.tokenize import Prepared, prepare
 from gptcli.device import best_device, device_name, has_fast_bf16, total_memory
 from gptcli.errors import RecipeError
@@ -20,6 +21,8 @@ from gptcli.train.plan import Hardware, Plan, make_plan
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
+
+    from gptcli.data.mixing import Proportions
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,18 @@ class Assembly:
 
 
 def assemble(
-    loaded: LoadedRecipe, run: RunFolder, reporter: Reporter, *, decided: Mapping[str, str] | None = None
+    loaded: LoadedRecipe,
+    run: RunFolder,
+    reporter: Reporter,
+    *,
+    decided: Mapping[str, str] | None = None,
+    verify: bool = False,
 ) -> Assembly:
-    """Data, configuration, device and plan of a recipe (`decided`: see `make_plan`); nothing is trained or written."""
+    """Data, configuration, device and plan of a recipe (`decided`: see `make_plan`; `verify`: see `prepare`)."""
     from gptcli.model.build import count_parameters
 
-    prepared = prepare(loaded, reporter)
-    rows = sum(row_count(len(stream), _length(loaded)) for stream in prepared.train.streams)
+    prepared = prepare(loaded, reporter, verify=verify or None)
+    rows = sum(_proportions(loaded, prepared).rows)
     config = model_config(loaded, prepared, reporter)
     device = best_device()
     hardware = Hardware(device.type, has_fast_bf16(device), 1, total_memory(device))
@@ -50,6 +58,9 @@ def assemble(
     fingerprints = {
         "recipe": fingerprint(loaded.written),
         "data": prepared.fingerprint,
+        # The key of the cache: the sources' content and how they are made into tokens. As long as it is the same,
+        # another `data` means that the prepared files were replaced.
+        "prepared": prepared.train.folder.parent.name,
         "tokenizer": prepared.tokenizer_fingerprint,
     }
     return Assembly(loaded, prepared, config, plan, device, run, fingerprints)
@@ -73,7 +84,7 @@ def model_config(loaded: LoadedRecipe, prepared: Prepared, reporter: Reporter) -
 
 
 def describe(assembly: Assembly) -> list[str]:
-    """What will happen, in a few lines: model, data, batch, steps, device, and each decision with its reason."""
+    """What will happen, in a few lines: model, data, batch, steps, mixing, device, each decision with its reason."""
     plan, loaded = assembly.plan, assembly.loaded
     assert loaded.recipe.model is not None
     kind = loaded.recipe.model.type or str(assembly.config.model_type)
@@ -83,6 +94,7 @@ def describe(assembly: Assembly) -> list[str]:
     lines = [
         f"model: {kind}, {plan.parameters / 1e6:.2f} M parameters",
         f"train: {plan.steps:,} steps of {batch} ({parts} at once), {plan.total_tokens:,} tokens{epochs}",
+        *_mixing_lines(assembly),
         f"device: {device_name(assembly.device)}, {plan.precision}",
     ]
     lines += [f"auto: {d.key} = {d.value} ({d.reason})" for d in plan.decisions]
@@ -100,6 +112,22 @@ def decided_recipe(loaded: LoadedRecipe, plan: Plan) -> dict[str, Any]:
     if recipe["data"].get("workers") == "auto":
         recipe["data"]["workers"] = 0
     return recipe
+
+
+def _mixing_lines(assembly: Assembly) -> list[str]:
+    """What each of several sources gives to the planned run, and how often it is gone through."""
+    streams = assembly.prepared.train.streams
+    if len(streams) == 1:
+        return []
+    mixed = _proportions(assembly.loaded, assembly.prepared)
+    pairs = zip(streams, mixed.shares, mixed.epochs(assembly.plan.total_rows), strict=True)
+    return [f"mixing: {stream.name}: {mixing_text(share, epochs)}" for stream, share, epochs in pairs]
+
+
+def _proportions(loaded: LoadedRecipe, prepared: Prepared) -> Proportions:
+    assert loaded.recipe.data is not None
+    sources = [(stream.name, len(stream)) for stream in prepared.train.streams]
+    return proportions(sources, _length(loaded), loaded.recipe.data.weights)
 
 
 def _config_of(loaded: LoadedRecipe, prepared: Prepared) -> PreTrainedConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptcli.errors import CheckpointError, UsageError
+from gptcli.errors import CheckpointError, DataError, UsageError
 from gptcli.files import read_json
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import MANIFEST, RunFolder
@@ -117,21 +118,24 @@ def check_unchanged(
     fingerprints: dict[str, str],
     steps: int,
     allowed: Sequence[str],
+    prepared: Path,
 ) -> list[str]:
     """Compare a recipe with the one that a checkpoint was trained with.
 
     Args:
         start: the checkpoint.
         recipe: the whole recipe with defaults, `auto` undecided.
-        fingerprints: of data and tokenizer now.
+        fingerprints: of data, prepared (what the data is made from) and tokenizer now.
         steps: of the whole run, as planned now.
         allowed: keys that may differ (`--allow-changes`).
+        prepared: the folder of the prepared data, for the message.
 
     Returns:
         The harmless differences, one line each.
 
     Raises:
         CheckpointError: something that changes what is learnt is different; lists what.
+        DataError: the recipe and the sources are the same, and the data prepared from them is not.
     """
     then_print, now_print = start.manifest["fingerprints"], fingerprints
     same_data = then_print["data"] == now_print["data"]
@@ -152,6 +156,8 @@ def check_unchanged(
             remedy="\n".join([*refused[:4], "To train anew: --overwrite, or another name=NAME."]),
         )
     if not same_data and "data" not in allowed and not any(line.startswith("data") for line in refused):
+        if not refused and then_print.get("prepared") == now_print.get("prepared") is not None:
+            raise _replaced(start, now_print["data"], prepared)
         refused.append("data: the content is not what this run was trained on")
     if refused:
         keys = ",".join(dict.fromkeys(line.split(":", 1)[0] for line in refused))
@@ -168,6 +174,19 @@ def check_unchanged(
             ),
         )
     return harmless
+
+
+def _replaced(start: Start, found: str, prepared: Path) -> DataError:
+    """The error for prepared data that is whole, and made from these sources by its name, but is not the run's."""
+    expected = start.manifest["fingerprints"]["data"]
+    return DataError(
+        f"the data's fingerprint is {found}, and that of {start.checkpoint and start.checkpoint.name} is {expected}: "
+        "the prepared data was replaced (the recipe and its sources are the same)",
+        where=str(prepared),
+        remedy=f"Delete the folder and run again: rm -r {shlex.quote(str(prepared))}\n"
+        "To go on with this data all the same: --allow-changes data\n"
+        "To train anew: --overwrite, or another name=NAME.",
+    )
 
 
 @contextmanager

@@ -37,6 +37,7 @@ class Options:
         resume: auto, never, or the path of a checkpoint.
         overwrite: remove a run that is there.
         allow_changes: keys that may differ from the run's recipe.
+        verify: read all sources and shards again before the first step.
         stop_after: stop (with code 75) after this many steps; for `--smoke`.
     """
 
@@ -44,6 +45,7 @@ class Options:
     resume: str = "auto"
     overwrite: bool = False
     allow_changes: tuple[str, ...] = ()
+    verify: bool = False
     stop_after: int | None = None
 
 
@@ -66,7 +68,7 @@ def train(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> dict[st
 
 def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
     start = find_start(run, resume=options.resume, overwrite=options.overwrite, reporter=reporter)
-    assembly = assemble(loaded, run, reporter, decided=start.manifest.get("decided"))
+    assembly = assemble(loaded, run, reporter, decided=start.manifest.get("decided"), verify=options.verify)
     if start.checkpoint is not None:
         harmless = check_unchanged(
             start,
@@ -74,6 +76,7 @@ def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, report
             fingerprints=assembly.fingerprints,
             steps=assembly.plan.steps,
             allowed=options.allow_changes,
+            prepared=assembly.prepared.train.folder.parent,
         )
         if start.step >= assembly.plan.steps and run.final.is_dir():
             reporter.say(f"{run.name} is finished: {start.step:,} steps, {run.final}")
@@ -191,6 +194,7 @@ def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Report
                 sequence_length=plan.sequence_length,
                 seed=recipe.seed,
                 shuffle=recipe.data.shuffle,
+                weights=recipe.data.weights,
             ),
             validation=assembly.prepared.validation,
             tokenizer=tokenizer,

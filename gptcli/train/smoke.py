@@ -153,7 +153,8 @@ def _cut_source(source: Source, folder: Path, name: str, reporter: Reporter) -> 
     path = folder / f"{name}.jsonl"
     reporter.say(f"smoke: {source.path} is not read; {ROWS} synthetic rows stand in for it")
     path.write_text("".join(_synthetic_row(source.text, seed) for seed in range(ROWS)), encoding="utf-8")
-    return {"path": str(path), "text": source.text}
+    weight = {} if source.weight is None else {"weight": source.weight}
+    return {"path": str(path), "text": source.text, **weight}
 
 
 def _synthetic_row(column: str, seed: int) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from numpy.typing import NDArray
 
 from gptcli.data.dataset import TrainingRows, row_count
 from gptcli.data.encode import Encoded
+from gptcli.data.mixing import Mixture
 from gptcli.data.permutation import permute
-from gptcli.data.shards import Shards, ShardWriter
+from gptcli.data.shards import Shards
 from gptcli.errors import DataError
+from tests.shards import write_side
 
 EOS = 999
 
@@ -21,15 +24,17 @@ def write_shards(
     folder: Path, sources: list[list[NDArray[np.int64]]], shard_tokens: int, *, batch: int = 3, bos: bool = False
 ) -> Shards:
     """Shards of documents given as ids with BOS and EOS; bytes are made up as ten times the length."""
-    writer = ShardWriter(folder, np.dtype(np.uint16), shard_tokens)
-    for index, documents in enumerate(sources):
-        writer.begin_source(f"source{index}")
-        for start in range(0, len(documents), batch):
-            part = documents[start : start + batch]
-            lengths = np.array([len(document) for document in part], dtype=np.int64)
-            writer.add(Encoded(np.concatenate(part).astype(np.uint16), lengths, lengths * 10))
+
+    def encoded(part: list[NDArray[np.int64]]) -> Encoded:
+        lengths = np.array([len(document) for document in part], dtype=np.int64)
+        return Encoded(np.concatenate(part).astype(np.uint16), lengths, lengths * 10)
+
+    batches = [
+        (f"source{index}", [encoded(documents[start : start + batch]) for start in range(0, len(documents), batch)])
+        for index, documents in enumerate(sources)
+    ]
     specials = {"bos": EOS, "eos": EOS, "pad": None, "adds_bos": bos}
-    writer.finish(tokenizer="t", vocab_size=1000, specials=specials)
+    write_side(folder, np.dtype(np.uint16), shard_tokens, batches, tokenizer="t", vocab_size=1000, specials=specials)
     return Shards.open(folder, verify=True)
 
 
@@ -85,9 +90,8 @@ def test_a_damaged_file_is_named_and_never_used(tmp_path: Path, part: str) -> No
         assert caught.value.where == str(path)
         assert "Delete the folder" in str(caught.value.remedy)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    Shards.open(tmp_path)
-    with pytest.raises(DataError, match="other content"):
-        Shards.open(tmp_path, verify=True)
+    with pytest.raises(DataError, match=r"bytes 0 to .* are not what was written"):
+        Shards.open(tmp_path)
     path.unlink()
     with pytest.raises(DataError, match="missing"):
         Shards.open(tmp_path)
@@ -140,12 +144,93 @@ def test_rows_equal_a_plain_loop_over_the_streams(tmp_path: Path, length: int, s
     sources = [make_documents(6, seed) for seed in range(count)]
     shards = write_shards(tmp_path, sources, shard_tokens)
     plain = TrainingRows(shards, sequence_length=length, seed=1, shuffle=False)
+    counts = [row_count(sum(map(len, documents)), length) for documents in sources]
     rows = plain.rows_per_epoch
-    assert rows == sum(row_count(sum(map(len, documents)), length) for documents in sources)
+    assert rows == sum(counts)
     ks = np.arange(2 * rows, dtype=np.int64)[::-1]
     batch = plain.batch(ks)
     assert batch.dtype == np.int64 and batch.shape == (2 * rows, length + 1)
-    assert batch.tolist() == [naive_row(sources, int(k) % rows, length) for k in ks]
+    had = [0] * count
+    expected = []
+    for source in Mixture(counts).locate(ks[::-1])[0].tolist():
+        expected.append(naive_row([sources[source]], had[source] % counts[source], length))
+        had[source] += 1
+    assert batch[::-1].tolist() == expected
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_order_of_a_sole_source_is_keyed_by_seed_and_epoch_alone(tmp_path: Path, shuffle: bool) -> None:
+    rows = TrainingRows(write_marked(tmp_path, [11]), sequence_length=1, seed=7, shuffle=shuffle, weights=[3.0])
+    ks = np.arange(30, dtype=np.int64)
+    expected = permute(ks % 11, ks // 11, 11, 7) if shuffle else ks % 11
+    assert marks(rows, ks) == [(0, int(row)) for row in expected]
+
+
+MARK = 10_000
+
+
+def write_marked(folder: Path, counts: list[int]) -> Shards:
+    """Sources of so many rows of length 1; a row's first token says which row of which source it is."""
+    streams = [
+        np.arange(count + 1) + MARK * source if count else np.array([EOS]) for source, count in enumerate(counts)
+    ]
+    return write_shards(folder, [[stream] for stream in streams], 50)
+
+
+def marks(rows: TrainingRows, ks: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """(source, row of the source) of each row of the run."""
+    return [divmod(int(token), MARK) for token in rows.batch(ks)[:, 0]]
+
+
+def test_without_weights_every_row_of_every_source_comes_once_an_epoch_evenly_mixed(tmp_path: Path) -> None:
+    counts = [40, 0, 25]
+    rows = TrainingRows(write_marked(tmp_path, counts), sequence_length=1, seed=7, shuffle=True)
+    assert rows.rows_per_epoch == 65
+    every = [(source, row) for source, count in enumerate(counts) for row in range(count)]
+    for epoch in range(3):
+        found = marks(rows, np.arange(65) + 65 * epoch)
+        assert sorted(found) == every
+        for end in range(66):
+            assert abs(sum(source == 0 for source, _ in found[:end]) - end * 40 / 65) < 1
+    assert rows.source_epochs(130) == [2.0, 0.0, 2.0]
+
+
+def test_weights_give_each_source_its_share_and_a_small_one_begins_again_in_another_order(tmp_path: Path) -> None:
+    rows = TrainingRows(write_marked(tmp_path, [12, 500]), sequence_length=1, seed=7, shuffle=True, weights=[0.7, 0.3])
+    assert rows.rows_per_epoch == 512
+    found = marks(rows, np.arange(512))
+    for end in range(513):
+        small = sum(source == 0 for source, _ in found[:end])
+        assert int(end * 7 // 10) <= small <= -(-end * 7 // 10)
+    places = [row for source, row in found if source == 0]
+    first, second = places[:12], places[12:24]
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second
+    assert rows.source_epochs(1000) == pytest.approx([700 / 12, 300 / 500])
+    last = [k for k, (source, _) in enumerate(found) if source == 0][12]
+    assert rows.row_id(last) == f"source0 tokens {second[0]}-{second[0] + 1} (epoch 1)"
+
+
+def test_sources_of_one_size_are_shuffled_apart_and_stay_in_order_without_shuffling(tmp_path: Path) -> None:
+    shards = write_marked(tmp_path, [30, 30])
+    for shuffle in (True, False):
+        rows = TrainingRows(shards, sequence_length=1, seed=7, shuffle=shuffle, weights=[1.0, 1.0])
+        found = marks(rows, np.arange(60))
+        one, other = ([row for source, row in found if source == wanted] for wanted in (0, 1))
+        assert (one != other) == shuffle
+        assert (one == list(range(30))) != shuffle
+
+
+def test_rows_are_the_same_in_any_batch_far_from_each_other_too(tmp_path: Path) -> None:
+    shards = write_marked(tmp_path, [12, 500, 77])
+    make = functools.partial(TrainingRows, shards, sequence_length=1, seed=7, shuffle=True, weights=[0.5, 0.3, 0.2])
+    far = np.array([3, 9000, 20_000, 100_000, 40_000, 65_535, 65_536, 10**12], dtype=np.int64)
+    assert marks(make(), far) == [marks(make(), np.array([k]))[0] for k in far]
+
+
+def test_a_source_with_a_weight_but_no_row_is_named(tmp_path: Path) -> None:
+    shards = write_marked(tmp_path, [12, 0])
+    with pytest.raises(DataError, match="source1 has a weight but not one row"):
+        TrainingRows(shards, sequence_length=1, seed=7, shuffle=True, weights=[0.5, 0.5])
 
 
 def test_shuffled_epochs_hold_every_row_once_and_one_row_is_the_same_in_any_batch(tmp_path: Path) -> None:
@@ -165,8 +250,8 @@ def test_shuffled_epochs_hold_every_row_once_and_one_row_is_the_same_in_any_batc
 def test_a_row_is_named_by_source_place_and_epoch(tmp_path: Path) -> None:
     sources = [make_documents(4, 1), make_documents(4, 2)]
     rows = TrainingRows(write_shards(tmp_path, sources, 50), sequence_length=8, seed=7, shuffle=False)
-    first = row_count(sum(map(len, sources[0])), 8)
-    assert rows.row_id(rows.rows_per_epoch + first + 1) == "source1 tokens 8-16 (epoch 1)"
+    second = np.flatnonzero(rows._mixture.locate(np.arange(rows.rows_per_epoch))[0] == 1)
+    assert rows.row_id(rows.rows_per_epoch + int(second[1])) == "source1 tokens 8-16 (epoch 1)"
 
 
 def test_a_corpus_shorter_than_a_row_proposes_a_length_that_fits(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from gptcli.data.sources import Tally, find_files, read_documents, source_name
+from gptcli.data.sources import (
+    Document,
+    Tally,
+    find_files,
+    find_inputs,
+    place,
+    read_documents,
+    reading_of,
+    source_name,
+)
 from gptcli.errors import DataError, MissingError
 from gptcli.recipe.schema import Source
 
@@ -22,9 +32,21 @@ TEXTS = ['one, "two"\nthree', "中文 文本", "emoji 🙂\0nul", "x" * 200_000]
 
 
 def documents(path: object, cut: str = "file", **options: Any) -> list[str]:
-    reading = {key: options.pop(key) for key in ("on_bad_row", "tally") if key in options}
+    return [document.text for document in read(path, cut, **options)]
+
+
+def read(path: object, cut: str = "file", **options: Any) -> Iterator[Document]:
+    own = {key: options.pop(key) for key in ("tally", "on_bytes") if key in options}
+    on_bad_row = options.pop("on_bad_row", "error")
     source = Source.model_validate({"path": str(path), **options})
-    return [document.text for document in read_documents(source, cut, **reading)]
+    reading = reading_of(source, cut, on_bad_row)
+    return read_documents(find_inputs(source), reading, limit=source.limit, **own)
+
+
+def places(path: object, cut: str = "file", **options: Any) -> list[str]:
+    source = Source.model_validate({"path": str(path), **options})
+    inputs, layout = find_inputs(source), reading_of(source, cut, "error").layout
+    return [place(inputs[document.part], document.mark, layout) for document in read(path, cut, **options)]
 
 
 def compress(raw: bytes, suffix: str) -> bytes:
@@ -70,8 +92,7 @@ def test_plain_text_is_a_file_its_lines_or_its_paragraphs(tmp_path: Path) -> Non
     assert documents(path, "blank-line") == ["one\ntwo", "three"]
     assert documents(path, "file", documents="line") == ["one", "two", "three"]
     assert dict(tally.dropped) == {"empty": 2}
-    source = Source(path=str(path))
-    assert [d.id.rpartition(":")[2] for d in read_documents(source, "blank-line")] == ["1", "5"]
+    assert [at.rpartition(":")[2] for at in places(path, "blank-line")] == ["1", "5"]
 
 
 def test_a_bom_is_dropped_from_tables_too(tmp_path: Path) -> None:
@@ -195,8 +216,7 @@ def test_progress_reaches_the_bytes_of_the_files(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt.gz"):
         (tmp_path / name).write_bytes(compress(b"line\n" * 1000, Path(name).suffix))
     seen: list[int] = []
-    source = Source(path=str(tmp_path))
-    for _ in read_documents(source, "line", on_bytes=seen.append):
+    for _ in read(tmp_path, "line", on_bytes=seen.append):
         pass
     assert seen == sorted(seen)
     assert seen[-1] == sum(path.stat().st_size for path in tmp_path.iterdir())

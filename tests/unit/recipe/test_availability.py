@@ -30,7 +30,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     [
         "tokenizer.chat_template=chatml",
         "data.train={tokens: train.bin, dtype: uint16}",
-        "data.train=[{path: a, weight: 1}, {path: b, weight: 2}]",
         "data.train.map={label: {0: no}}",
         "data.train.path={en: a, de: b}",
         "data.validation=[{path: {en: a, de: b}}]",
@@ -107,6 +106,7 @@ def test_eval_refuses_metrics_of_later(recipe: str, override: str) -> None:
         "tracking.to=[wandb]",
         "data.validation={tail: 10%}",
         "data.train=[a.txt, b.txt]",
+        "data.train=[{path: a, weight: 1}, {path: b, weight: 2}]",
         "data.train=hub:a/b",
         "model.trust_remote_code=true",
     ],

@@ -272,6 +272,15 @@ def test_validation_may_be_a_source(here: Path, override: str) -> None:
     assert [source.path for source in sources(data.validation)] == [str(here / "held.txt")]
 
 
+def test_weights_of_the_sources_of_train() -> None:
+    data = load_recipe("base.yaml", ["data.train=[{path: a, weight: 7}, {path: b, weight: 0.5}]"]).recipe.data
+    assert data is not None
+    assert data.weights == [7.0, 0.5]
+    data = load_recipe("base.yaml", ["data.train=[a, b]"]).recipe.data
+    assert data is not None
+    assert data.weights is None
+
+
 def test_a_tail_over_a_source_replaces_it() -> None:
     write("far.yaml", "data: {train: a.txt, validation: {path: b.txt}}\n")
     data = load_recipe("far.yaml", ["data.validation.tail=10%"]).recipe.data
@@ -409,6 +418,12 @@ def test_a_wrong_override_is_named() -> None:
         ("data: {train: a.txt, validation: {tail: 2}}", "expected a share below 100%"),
         ("data: {train: a.txt, validation: ./a.txt}", "is in both train and validation"),
         ("data: {train: [{path: a, weight: 1}, b]}", "some sources of train have a weight"),
+        ("data: {train: {path: a, weight: 0}}", "data.train.weight: expected more than 0, got 0"),
+        ("data: {train: {path: a, weight: .inf}}", "data.train.weight: expected a finite number"),
+        ("data: {train: {path: a, weight: .nan}}", "data.train.weight: expected a finite number"),
+        ("data: {train: a, validation: {path: b, weight: 1}}", "weight belongs to data.train\nremove it"),
+        ("data: {train: a, validation: [b, {path: c, weight: 1}]}", "data.validation.1: weight belongs to data.train"),
+        ("eval: {data: {path: b, weight: 1}}", "eval.data: weight belongs to data.train"),
         ("tokenizer: {}", "needs one of from, train"),
         ("tokenizer: {train: {vocab_size: 100}}", "at least 258"),
         ("tokenizer: {train: {algorithm: bytes, vocab_size: 300}}", "always has vocab_size 258"),

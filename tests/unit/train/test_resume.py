@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gptcli.errors import CheckpointError, UsageError
+from gptcli.errors import CheckpointError, DataError, UsageError
 from gptcli.reporting import Silent
 from gptcli.runs.folder import RunFolder
 from gptcli.train.checkpoint import committing
@@ -31,7 +31,14 @@ def check(
         section, field = key.split(".")
         recipe[section][field] = value
     start = Start(Path("run/checkpoint-50"), {"step": 50, "steps": 100, "recipe": RECIPE, "fingerprints": PRINTS})
-    return check_unchanged(start, recipe=recipe, fingerprints=prints or PRINTS, steps=steps, allowed=allowed)
+    return check_unchanged(
+        start,
+        recipe=recipe,
+        fingerprints=prints or PRINTS,
+        steps=steps,
+        allowed=allowed,
+        prepared=Path("cache/data/key"),
+    )
 
 
 def test_the_same_recipe_goes_on() -> None:
@@ -76,6 +83,26 @@ def test_data_that_moved_goes_on_and_data_that_changed_does_not() -> None:
         check({}, prints={**PRINTS, "data": "other"})
     assert "--allow-changes data" in str(caught.value.remedy)
     assert check({}, prints={**PRINTS, "data": "other"}, allowed=("data",)) == []
+
+
+def test_prepared_data_that_was_replaced_is_told_from_sources_that_changed() -> None:
+    prints = {**PRINTS, "prepared": "k"}
+    start = Start(Path("run/checkpoint-50"), {"step": 50, "steps": 100, "recipe": RECIPE, "fingerprints": prints})
+
+    def now(changed: dict[str, str], recipe: dict[str, Any] = RECIPE, allowed: tuple[str, ...] = ()) -> list[str]:
+        found, folder = {**prints, **changed}, Path("cache/data/k")
+        return check_unchanged(start, recipe=recipe, fingerprints=found, steps=100, allowed=allowed, prepared=folder)
+
+    with pytest.raises(DataError, match="the data's fingerprint is other, and that of checkpoint-50 is d") as caught:
+        now({"data": "other"})
+    assert "rm -r cache/data/k" in str(caught.value.remedy) and "--allow-changes data" in str(caught.value.remedy)
+    assert now({"data": "other"}, allowed=("data",)) == []
+    for changed, recipe in (
+        ({"data": "other", "prepared": "l"}, RECIPE),
+        ({"data": "other"}, {**RECIPE, "train": {**RECIPE["train"], "learning_rate": 1.0}}),
+    ):
+        with pytest.raises(CheckpointError, match="not the recipe or the data"):
+            now(changed, recipe)
 
 
 def find(run: RunFolder, resume: str = "auto", overwrite: bool = False) -> Start:

@@ -76,6 +76,32 @@ def test_accumulation_does_not_change_the_result(tmp_path: Path) -> None:
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
 
 
+def test_weights_of_the_recipe_reach_the_rows_and_are_told_with_the_epochs(tmp_path: Path) -> None:
+    folder = make_project(tmp_path)
+    (folder / "more.txt").write_text("One more sentence stands here. " * 300, encoding="utf-8")
+    said: list[str] = []
+
+    class Lines(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    def weighted(name: str, sources: str) -> list[float]:
+        overrides = [f"output_dir={folder}/runs", f"name={name}", "train.log_every=1", "train.max_steps=3"]
+        train(load_recipe(str(folder / "tiny.yaml"), [*overrides, sources]), Options("pretrain"), Lines())
+        return losses(folder / "runs" / name)
+
+    text = "{path: %s, weight: %s}"
+    one, other = ((text % (folder / "text.txt", a), text % (folder / "more.txt", b)) for a, b in ((7, 3), (0.7, 0.3)))
+    first = weighted("a", f"data.train=[{', '.join(one)}]")
+    lines = [line for line in said if line.startswith("mixing: ")]
+    assert [line.split(",")[0] for line in lines] == [
+        "mixing: text.txt: 70% of the rows",
+        "mixing: more.txt: 30% of the rows",
+    ]
+    assert weighted("b", f"data.train=[{', '.join(other)}]") == first
+    assert weighted("c", f"data.train=[{folder}/text.txt, {folder}/more.txt]") != first
+
+
 def test_epochs_end_with_a_smaller_token_weighted_step(tmp_path: Path) -> None:
     folder = make_project(tmp_path)
     done = run(folder, "epoch", "train.max_steps=null", "train.epochs=0.05", "train.micro_batch_size=2")

@@ -1,0 +1,156 @@
+"""Columnar files: parquet and Arrow, the latter as a file or as a stream (what `datasets.save_to_disk` writes).
+
+Only the column of the text is read, a batch at a time. Both kinds are read from their end, so one that is compressed
+or stands in an archive is first written to a temporary file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+from gptcli.data.row import Layout, Part, Row, Rows, not_utf8_row, require_column, value_row
+from gptcli.data.streams import BLOCK, FAULTS, DamagedError
+from gptcli.errors import DataError
+
+BATCH = 256
+_ARROW_FILE = b"ARROW1"
+
+
+def parquet_rows(part: Part, layout: Layout) -> Rows:
+    """The rows of a parquet file, or of its row groups `part.groups`; numbers are those of the whole file."""
+    import pyarrow.parquet as pq
+
+    with _seekable(part) as source, _arrow_faults("parquet") as numbered, pq.ParquetFile(source) as file:
+        _require_text(file.schema_arrow, layout.text, part.place)
+        groups = range(file.num_row_groups) if part.groups is None else part.groups
+        rows = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+        begin = numbered.number = sum(rows[: groups.start]) + 1
+        size = part.path.stat().st_size if part.path is not None and part.on_position is not None else None
+        for batch in file.iter_batches(batch_size=BATCH, columns=[layout.text], row_groups=list(groups)):
+            yield from _column_rows(numbered.number, batch.column(0), layout.text)
+            numbered.number += len(batch)
+            if size is not None and part.on_position is not None:
+                part.on_position(size * (numbered.number - begin) // sum(rows))
+
+
+def arrow_rows(part: Part, layout: Layout) -> Rows:
+    """The rows of an Arrow IPC file or stream, which is told from its first bytes."""
+    import pyarrow as pa
+
+    if part.path is not None and not part.path.stat().st_size:
+        return
+    with _seekable(part) as source, _arrow_faults("arrow") as numbered, contextlib.ExitStack() as stack:
+        file = stack.enter_context(pa.OSFile(source) if isinstance(source, str) else pa.PythonFile(source, "r"))
+        is_file = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+        open_ipc = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        file.seek(0)
+        schema = stack.enter_context(open_ipc(file)).schema
+        _require_text(schema, layout.text, part.place)
+        file.seek(0)
+        options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(layout.text)])
+        reader = stack.enter_context(open_ipc(file, options=options))
+        for batch in (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else reader:
+            whole = _checked(batch.column(0))
+            for start in range(0, len(batch), BATCH):
+                column = whole.slice(start, BATCH)
+                yield from _column_rows(numbered.number, column, layout.text)
+                numbered.number += len(column)
+            if part.path is not None and part.on_position is not None:
+                part.on_position(file.tell())
+
+
+class _Numbered:
+    number = 1
+
+
+@contextlib.contextmanager
+def _arrow_faults(what: str) -> Iterator[_Numbered]:
+    import pyarrow as pa
+
+    numbered = _Numbered()
+    try:
+        yield numbered
+    except (pa.ArrowException, OSError, *FAULTS) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        damaged = DamagedError(f"the {what} file is damaged or truncated ({reason})")
+        damaged.number = numbered.number
+        raise damaged from None
+
+
+@contextlib.contextmanager
+def _seekable(part: Part) -> Iterator[str | IO[bytes]]:
+    if part.path is not None:
+        yield str(part.path)
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        while block := part.stream.read(BLOCK):
+            unpacked.write(block)
+        unpacked.seek(0)
+        yield unpacked
+
+
+def _require_text(schema: Any, column: str, place: str) -> None:
+    import pyarrow as pa
+
+    require_column(column, schema.names, place, "the file")
+    if schema.get_field_index(column) < 0:
+        raise DataError(f"the file has more than one column {column!r}", where=place)
+    kind = schema.field(column).type
+    value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
+        raise DataError(f"column {column!r} holds {kind}, not text", where=place)
+
+
+def _checked(column: Any) -> Any:
+    """The column, once its offsets are known to lie in its buffers: Arrow would follow wrong ones out of the memory."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column.validate(full=True)
+    else:  # as bytes, since a text that is not UTF-8 is a fault of its row only
+        column.view(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()).validate(full=True)
+    return column
+
+
+def _column_rows(first: int, column: Any, name: str) -> Rows:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        texts = column.to_pylist()
+    except UnicodeDecodeError:  # Arrow does not check what its writers say to be UTF-8
+        texts = column.cast(pa.large_binary()).to_pylist()
+    else:
+        if not column.null_count:
+            yield from map(Row, count(first), texts)
+            return
+    for number, text in enumerate(texts, first):
+        if text is None:
+            yield value_row(number, None, name)
+        elif isinstance(text, bytes):
+            try:
+                yield Row(number, text.decode())
+            except UnicodeDecodeError as error:
+                yield not_utf8_row(number, error)
+        else:
+            yield Row(number, text)
+
+
+def row_groups(path: Path) -> list[int]:
+    """The bytes of each row group of a parquet file, in proportion to its uncompressed ones; [] if it is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(str(path)) as file:
+            # Not the exact bytes of its columns: a damaged description of a column ends the process in pyarrow 26.
+            sizes = [file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups)]
+    except (pa.ArrowException, OSError, *FAULTS):
+        return []
+    return [max(1, path.stat().st_size * size // max(1, sum(sizes))) for size in sizes]

@@ -1,0 +1,129 @@
+"""From the pieces' folders to the prepared data: the shards under their final names, two manifests and the report.
+
+The files are linked, not copied (copied where the file system has no links), so a job that is killed here has lost
+nothing and does this part again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gptcli.data.counts import Counts
+from gptcli.data.duplicates import repeated
+from gptcli.data.encode import Encoder
+from gptcli.data.job import Job
+from gptcli.data.pieces import Piece
+from gptcli.data.report import make_report
+from gptcli.data.shards import write_manifest
+from gptcli.data.sources import Mark, place
+from gptcli.data.work import RESULT
+from gptcli.errors import DataError
+from gptcli.files import read_json, write_json
+
+EXAMPLES = 10
+
+
+def finish(job: Job, pieces: Sequence[Piece], work: Path, target: Path, encoder: Encoder, tokenizer: str) -> None:
+    """Write both sides and report.json into `target` from the results under `work`; `tokenizer` is its fingerprint.
+
+    Raises `DataError` when a side that the recipe asks for has no document.
+    """
+    results = [(piece, read_json(work / piece.name / RESULT)) for piece in pieces if (work / piece.name).is_dir()]
+    dropped = sum((Counter(result["dropped"]) for _, result in results), Counter[str]())
+    manifests, counts = {}, {}
+    for side in job.sides:
+        parts = job.validation if side == "validation" and job.validation else job.train
+        sources: list[dict[str, Any]] = [
+            {"name": part.name, "documents": 0, "bytes": 0, "tokens": 0, "shards": []} for part in parts
+        ]
+        counts[side] = [Counts() for _ in parts]
+        (target / side).mkdir()
+        for piece, result in results:
+            if job.validation and piece.stream.held_out != (side == "validation"):
+                continue
+            _add(sources[piece.source], result["sides"][side], piece, work / piece.name, target / side)
+            counts[side][piece.source].merge(Counts.from_json(result["sides"][side], piece.index))
+        manifests[side] = sources
+    documents = {side: sum(source["documents"] for source in manifests[side]) for side in job.sides}
+    check_sides(job, documents["train"], documents.get("validation"), dropped)
+    about = {"tokenizer": tokenizer, "vocab_size": encoder.vocab_size, "specials": vars(encoder.specials)}
+    written = {
+        side: write_manifest(target / side, manifests[side], encoder.dtype, **about, recipe=job.spec)
+        for side in job.sides
+    }
+    by_index = {piece.index: piece for piece in pieces}
+
+    def named(mark: Sequence[Any]) -> str:
+        return _place(by_index[mark[0]], mark[1:])
+
+    examples = [([piece.index, *mark], reason) for piece, result in results for mark, reason in result["examples"]]
+    again = sum(int(found.sum()) for found in repeated([work / piece.name / "digests.npy" for piece, _ in results]))
+    report = make_report(written, counts, named)
+    write_json(
+        target / "report.json",
+        {
+            **report,
+            "duplicates": again + dropped["duplicate"],
+            "dropped": dict(sorted(dropped.items())),
+            "dropped_examples": [f"{named(mark)}: {reason}" for mark, reason in examples[:EXAMPLES]],
+        },
+    )
+
+
+def check_sides(job: Job, train: int, validation: int | None, dropped: Counter[str]) -> None:
+    """Raise `DataError` when a side that the recipe asks for has no document; None: the side is not looked at."""
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+    why = f" (dropped: {left_out})" if left_out else ""
+    where = job.train[0].where
+    rule = job.data.validation
+    if train + (validation or 0) == 0 or (train == 0 and job.validation):
+        names = ", ".join(part.name for part in job.train)
+        remedy = "Check that the files hold text, and the keys data.documents and text: (the column)."
+        raise DataError(f"data.train has no documents: {names}{why}", where=where, remedy=remedy)
+    if rule == 0 or validation is None:
+        return
+    if job.validation and validation == 0:
+        raise DataError(
+            f"data.validation has no documents{why}", where=job.validation[0].where, remedy="Give a file with text."
+        )
+    if train == 0 or validation == 0:
+        side = "training" if train == 0 else "validation"
+        share = f"a share of {rule:.4g}" if isinstance(rule, int | float) else "tail"
+        count = train if train else validation
+        raise DataError(
+            f"data.validation: {share} of {count:,} document{'s' if count != 1 else ''} leaves none for {side}",
+            where=job.validation_where,
+            remedy="Hold out the end of each text instead: data.validation: {tail: 10%}\n"
+            "(or a larger share, or smaller documents by data.documents: line | blank-line, or 0 for none).",
+        )
+
+
+def _add(source: dict[str, Any], result: dict[str, Any], piece: Piece, folder: Path, target: Path) -> None:
+    """Count a piece's part of a source, and link its files under the numbers that follow."""
+    for key in ("documents", "bytes", "tokens"):
+        source[key] += result[key]
+    for shard in result["shards"]:
+        stem = f"source-{piece.source:03}-shard-{len(source['shards']):05}"
+        files = {}
+        for part, entry in shard["files"].items():
+            name = f"{stem}.{part}.npy"
+            _link(folder / entry["name"], target / name)
+            files[part] = {**entry, "name": name}
+        source["shards"].append({**shard, "files": files})
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _place(piece: Piece, mark: Sequence[Any]) -> str:
+    found = Mark(*mark)
+    return place(piece.inputs[found.part], found, piece.stream.reading.layout)

@@ -1,0 +1,108 @@
+"""Tables a line a row: JSON lines, CSV and TSV. A bad row costs that row only, the ones after it are read.
+
+A missing column is an error of the file where a header says so, and of the row in JSON, whose rows name their own.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from gptcli.data.row import BadRow, Layout, Part, Row, Rows, kind_of, listed, object_row, require_column, value_row
+from gptcli.data.streams import raw_lines, text_lines
+
+_raw_decode = json.JSONDecoder().raw_decode
+
+
+def jsonl_rows(part: Part, layout: Layout) -> Rows:
+    """The rows of JSON lines; lines of nothing but white space are left out."""
+    column = layout.text
+    for first, lines, _ in text_lines(part):
+        for number, line in enumerate(lines, first):
+            if isinstance(line, BadRow):
+                yield line
+            elif line and not line.isspace():
+                # json.loads takes twice as long for a short line, all of it around the parser.
+                try:
+                    value, end = _raw_decode(line)
+                except (ValueError, RecursionError):
+                    yield _json_row(number, line, column)
+                    continue
+                if end != len(line):
+                    yield _json_row(number, line, column)
+                elif value.__class__ is dict and (text := value.get(column)).__class__ is str and text.isascii():
+                    yield Row(number, text)
+                else:
+                    yield _value_row(number, value, column)
+
+
+def _json_row(number: int, line: str, column: str) -> Row | BadRow:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRow(number, "not JSON", f"is not a JSON object ({error})")
+    return _value_row(number, value, column)
+
+
+def _value_row(number: int, value: Any, column: str) -> Row | BadRow:
+    if not isinstance(value, dict):
+        return BadRow(number, "not JSON", f"is not a JSON object but {kind_of(value)}")
+    return object_row(number, value, column)
+
+
+def tsv_rows(part: Part, layout: Layout) -> Rows:
+    """The rows of tab-separated values without quoting, as they are written in practice."""
+
+    def records() -> Iterator[tuple[int, list[str]]]:
+        for number, line in enumerate(raw_lines(part), start=1):
+            text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "surrogateescape")
+            if text:
+                yield number, text.split("\t")
+
+    return _table(records(), layout, part.place)
+
+
+def csv_rows(part: Part, layout: Layout) -> Rows:
+    """The rows of CSV, in which a quoted field may hold line ends."""
+    csv.field_size_limit(2**31 - 1)
+    # Bytes that are no UTF-8 pass as lone surrogates, so that one bad row does not end the reading of the file.
+    lines = (line.decode("utf-8", "surrogateescape") for line in raw_lines(part))
+    reader = csv.reader(lines, strict=True)
+
+    def records() -> Iterator[tuple[int, list[str] | str]]:
+        while True:
+            number = reader.line_num + 1
+            try:
+                record = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, str(error)
+                continue
+            if record:
+                yield number, record
+
+    return _table(records(), layout, part.place)
+
+
+def _table(records: Iterator[tuple[int, Any]], layout: Layout, place: str) -> Rows:
+    columns: list[str] | None = None
+    chosen = 0
+    if layout.columns is not None:
+        columns = list(layout.columns)
+        require_column(layout.text, columns, place, "columns:")
+        chosen = columns.index(layout.text)
+    for number, record in records:
+        if isinstance(record, str):
+            yield BadRow(number, "wrong columns", f"is not a row of CSV ({record})")
+        elif columns is None:
+            columns = list(record)
+            require_column(layout.text, columns, place, "the header")
+            chosen = columns.index(layout.text)
+        elif len(record) != len(columns):
+            reason = f"has {len(record)} fields where the columns are {len(columns)} ({listed(columns)})"
+            yield BadRow(number, "wrong columns", reason)
+        else:
+            yield value_row(number, record[chosen], layout.text)

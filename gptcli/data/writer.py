@@ -1,0 +1,117 @@
+"""Writes the shards of one source, as a stream: memory is what is handed over.
+
+The files of a shard are .npy whose header has a fixed size, so that it can be completed at the end. What is in them
+says `gptcli.data.shards`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptcli.data.encode import Encoded
+from gptcli.data.verify import file_hashes
+
+HEADER_BYTES = 128
+PARTS = ("tokens", "offsets", "bytes")
+
+
+class NpyWriter:
+    """A one-dimensional .npy written piece by piece: the header has a fixed size and is completed by `close`."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path = path
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.count = 0
+        self._file = path.open("wb")
+        self._file.write(npy_header(self.dtype, 0))
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Append an array."""
+        self._file.write(np.ascontiguousarray(array, dtype=self.dtype).data)
+        self.count += len(array)
+
+    def abandon(self) -> None:
+        """Close the file as it is, incomplete."""
+        self._file.close()
+
+    def close(self) -> dict[str, Any]:
+        """Complete the file; return its name, size, sha256 and the checksum of each MiB."""
+        self._file.seek(0)
+        self._file.write(npy_header(self.dtype, self.count))
+        self._file.close()
+        sha256, blocks = file_hashes(self.path)
+        return {"name": self.path.name, "size": self.path.stat().st_size, "sha256": sha256, "blocks": blocks}
+
+
+def npy_header(dtype: np.dtype[Any], count: int) -> bytes:
+    """The first 128 bytes of a version 1.0 .npy of `count` values (numpy.lib.format)."""
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
+    return (
+        b"\x93NUMPY\x01\x00"
+        + (HEADER_BYTES - 10).to_bytes(2, "little")
+        + text.ljust(HEADER_BYTES - 11).encode()
+        + b"\n"
+    )
+
+
+class ShardWriter:
+    """Writes `stem`-00000.tokens.npy and so on into a folder, a shard of at most `shard_tokens` after the other.
+
+    As a context manager it completes the last shard, or after an error leaves no file open; `written` then has the
+    documents, bytes, tokens and shards for the manifest.
+    """
+
+    def __init__(self, folder: Path, stem: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self.written: dict[str, Any] = {"documents": 0, "bytes": 0, "tokens": 0, "shards": []}
+        self._folder = folder
+        self._stem = stem
+        self._dtype = dtype
+        self._shard_tokens = shard_tokens
+        self._open: list[NpyWriter] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, *others: object) -> None:
+        if kind is None:
+            self._close_shard()
+        else:
+            for writer in self._open:
+                writer.abandon()
+
+    def add(self, encoded: Encoded) -> None:
+        """Append documents."""
+        self.written["documents"] += len(encoded.lengths)
+        self.written["bytes"] += int(encoded.bytes.sum())
+        self.written["tokens"] += len(encoded.tokens)
+        begins = np.cumsum(encoded.lengths) - encoded.lengths
+        done = document = 0
+        while done < len(encoded.tokens):
+            tokens, offsets, sizes = self._shard()
+            end = min(len(encoded.tokens), done + self._shard_tokens - tokens.count)
+            until = int(np.searchsorted(begins, end))
+            offsets.write(begins[document:until] - done + tokens.count)
+            sizes.write(encoded.bytes[document:until])
+            tokens.write(encoded.tokens[done:end])
+            done, document = end, until
+
+    def _shard(self) -> list[NpyWriter]:
+        if self._open and self._open[0].count >= self._shard_tokens:
+            self._close_shard()
+        if not self._open:
+            stem = f"{self._stem}-{len(self.written['shards']):05}"
+            dtypes = (self._dtype, np.dtype(np.int64), np.dtype(np.int64))
+            pairs = zip(PARTS, dtypes, strict=True)
+            self._open = [NpyWriter(self._folder / f"{stem}.{part}.npy", dtype) for part, dtype in pairs]
+        return self._open
+
+    def _close_shard(self) -> None:
+        if self._open:
+            counts = {"tokens": self._open[0].count, "documents": self._open[1].count}
+            files = {part: writer.close() for part, writer in zip(PARTS, self._open, strict=True)}
+            self.written["shards"].append({**counts, "files": files})
+            self._open = []
