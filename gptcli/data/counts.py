@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gptcli.data.encode import Encoded
-from gptcli.data.sources import Mark
+from gptcli.data.reading.row import Mark
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 NOTABLE = 5

@@ -26,8 +26,9 @@ def repeated(files: Sequence[Path]) -> list[NDArray[np.bool_]]:
     for number in range(passes):
         rows, indices = [], []
         for part, start in zip(digests, starts.tolist(), strict=False):
-            # The last byte chooses the pass: the first ones choose the side and the sample.
-            chosen = np.flatnonzero(np.asarray(part[:, 15]) % passes == number) if passes > 1 else np.arange(len(part))
+            # The last two bytes choose the pass: the first ones choose the side and the sample.
+            last = np.ascontiguousarray(part[:, 14:]).view(np.uint16)[:, 0].astype(np.int64)
+            chosen = np.flatnonzero(last % passes == number) if passes > 1 else np.arange(len(part))
             rows.append(np.ascontiguousarray(part[chosen]).view(np.uint64))
             indices.append(chosen + start)
         keys = np.concatenate(rows) if rows else np.empty((0, 2), dtype=np.uint64)

@@ -69,12 +69,16 @@ class Encoder:
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         """The tokens of `texts`, each with its EOS, and BOS where the tokenizer adds one."""
-        ends: list[NDArray[Any]] = [np.array([self.specials.eos], dtype=self.dtype)]
-        if self.specials.adds_bos:
-            ends.append(np.array([self.specials.bos], dtype=self.dtype))
         cut = [self.cuts(text) for text in texts]
         encoded = self.pieces([piece for pieces in cut for piece in pieces])
         counts = np.fromiter(map(len, cut), dtype=np.int64, count=len(cut))
+        return self.joined(encoded, counts, np.fromiter(map(utf8_size, texts), dtype=np.int64, count=len(texts)))
+
+    def joined(self, encoded: list[NDArray[Any]], counts: NDArray[np.int64], utf8_bytes: NDArray[np.int64]) -> Encoded:
+        """Documents from their parts' ids: `counts` parts each, with `utf8_bytes` bytes of text."""
+        ends: list[NDArray[Any]] = [np.array([self.specials.eos], dtype=self.dtype)]
+        if self.specials.adds_bos:
+            ends.append(np.array([self.specials.bos], dtype=self.dtype))
         sizes = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         last = np.cumsum(counts)
         total = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
@@ -82,8 +86,7 @@ class Encoder:
         # EOS stands behind a document's last piece, BOS before its first.
         parts = [part for pieces in _grouped(encoded, counts) for part in (*ends[1:], *pieces, ends[0])]
         tokens = np.concatenate(parts, dtype=self.dtype, casting="unsafe") if parts else np.empty(0, dtype=self.dtype)
-        bytes_ = np.fromiter(map(utf8_size, texts), dtype=np.int64, count=len(texts))
-        return Encoded(tokens, lengths, bytes_)
+        return Encoded(tokens, lengths, utf8_bytes)
 
 
 def make_encoder(folder: Path, *, fast: bool = True) -> Encoder:
@@ -140,6 +143,8 @@ def batches(texts: Iterable[str], characters: int = BATCH_CHARACTERS) -> Iterato
 
 def safe_cuts(text: str, characters: int = CUT_CHARACTERS) -> list[str]:
     """Cut a long text behind newlines at which every one of PATTERNS ends a word; the pieces join to the text."""
+    if len(text) <= characters:
+        return [text]
     pieces: list[str] = []
     start = 0
     while len(text) - start > characters and (match := SAFE_CUT.search(text, start + characters)):

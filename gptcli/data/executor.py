@@ -10,19 +10,23 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from gptcli.data.pieces import Chain, Piece
 from gptcli.data.work import OnBytes, Task, Work
 from gptcli.errors import MissingError, OutOfMemoryError
+from gptcli.files import cache_root
 
 PROGRESS_SECONDS = 0.2
-# A process takes half a second to start: so much is done meanwhile by the fast encoder, and by `tokenizers`.
-FAST_BYTES = 64_000_000
+# Below this a process more is not worth the half second that it takes to start. The fast encoder breaks even at ten
+# times as much, but that is a second in all, and a job's memory should not depend on its size.
+FAST_BYTES = 8_000_000
 SLOW_BYTES = 2_000_000
 
 
@@ -112,15 +116,17 @@ def _in_processes(
         for _ in range(processes):
             ours, theirs = context.Pipe()
             process = context.Process(target=_worker, args=(theirs, work, task), daemon=True)
-            process.start()
+            with _interrupts_held():
+                process.start()
+                workers[ours] = process
             theirs.close()
-            workers[ours] = process
         while len(queue):
             for connection in workers:
                 if connection not in busy and queue.has_next:
                     piece, left = queue.next()
                     busy[connection] = (piece, 0)
-                    connection.send((piece, left))
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: met again below
+                        connection.send((piece, left))
             ready = set(wait(list(busy)))
             for connection in [each for each in busy if each in ready]:
                 piece = busy[connection][0]
@@ -148,6 +154,7 @@ def _in_processes(
 def _worker(connection: Connection, work: Work, task: Task) -> None:
     """Work on what comes over the pipe until it is closed; Ctrl+C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are divided among the processes already
     shown = time.monotonic()
 
@@ -171,6 +178,17 @@ def _worker(connection: Connection, work: Work, task: Task) -> None:
                 connection.send(("error", error))
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let a Ctrl+C wait, here and in a process that is started inside, in which it would be a traceback."""
+    resource_tracker.ensure_running()  # else started by the first process, and it lets the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _died(process: Any) -> Exception:
     process.join(5)
     code = process.exitcode
@@ -192,10 +210,14 @@ def _on_ray(work: Work, queue: _Queue, task: Task, on_bytes: OnBytes) -> Iterato
         ) from None
     started = not ray.is_initialized()
     if started:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here reports to nobody
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="ERROR")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's own prints its stack and exits
     try:
         remote = ray.remote(max_retries=3)(_ray_task)
-        settings = ray.put((work, task, os.environ.get("GPTCLI_CACHE")))
+        settings = ray.put((work, task, str(cache_root()), os.getcwd()))
         running: dict[Any, Piece] = {}
         room = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
         while len(queue):
@@ -215,9 +237,10 @@ def _on_ray(work: Work, queue: _Queue, task: Task, on_bytes: OnBytes) -> Iterato
             ray.shutdown()
 
 
-def _ray_task(settings: tuple[Work, Task, str | None], piece: Piece, left: int | None) -> Any:
-    work, task, cache = settings
+def _ray_task(settings: tuple[Work, Task, str, str], piece: Piece, left: int | None) -> Any:
+    work, task, cache, folder = settings
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if cache is not None:
-        os.environ["GPTCLI_CACHE"] = cache
+    os.environ["GPTCLI_CACHE"] = cache
+    with contextlib.suppress(OSError):
+        os.chdir(folder)  # messages name files from there
     return work(piece, task, left, lambda done: None)

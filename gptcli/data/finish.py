@@ -18,9 +18,10 @@ from gptcli.data.duplicates import repeated
 from gptcli.data.encode import Encoder
 from gptcli.data.job import Job
 from gptcli.data.pieces import Piece
+from gptcli.data.reading.row import Mark
 from gptcli.data.report import make_report
 from gptcli.data.shards import write_manifest
-from gptcli.data.sources import Mark, place
+from gptcli.data.sources import place
 from gptcli.data.work import RESULT
 from gptcli.errors import DataError
 from gptcli.files import read_json, write_json
@@ -33,22 +34,28 @@ def finish(job: Job, pieces: Sequence[Piece], work: Path, target: Path, encoder:
 
     Raises `DataError` when a side that the recipe asks for has no document.
     """
-    results = [(piece, read_json(work / piece.name / RESULT)) for piece in pieces if (work / piece.name).is_dir()]
-    dropped = sum((Counter(result["dropped"]) for _, result in results), Counter[str]())
-    manifests, counts = {}, {}
+    dropped: Counter[str] = Counter()
+    examples: list[tuple[list[Any], str]] = []
+    digests: list[Path] = []
+    manifests: dict[str, list[dict[str, Any]]] = {}
+    counts: dict[str, list[Counts]] = {}
     for side in job.sides:
         parts = job.validation if side == "validation" and job.validation else job.train
-        sources: list[dict[str, Any]] = [
-            {"name": part.name, "documents": 0, "bytes": 0, "tokens": 0, "shards": []} for part in parts
-        ]
+        manifests[side] = [{"name": part.name, "documents": 0, "bytes": 0, "tokens": 0, "shards": []} for part in parts]
         counts[side] = [Counts() for _ in parts]
         (target / side).mkdir()
-        for piece, result in results:
-            if job.validation and piece.stream.held_out != (side == "validation"):
-                continue
-            _add(sources[piece.source], result["sides"][side], piece, work / piece.name, target / side)
-            counts[side][piece.source].merge(Counts.from_json(result["sides"][side], piece.index))
-        manifests[side] = sources
+    for piece in pieces:
+        folder = work / piece.name
+        if not folder.is_dir():  # behind the limit of its source
+            continue
+        result = read_json(folder / RESULT)
+        dropped.update(result["dropped"])
+        examples += [([piece.index, *mark], reason) for mark, reason in result["examples"]][: EXAMPLES - len(examples)]
+        digests.append(folder / "digests.npy")
+        for side in job.sides:
+            if not job.validation or piece.stream.held_out == (side == "validation"):
+                _add(manifests[side][piece.source], result["sides"][side], piece, folder, target / side)
+                counts[side][piece.source].merge(Counts.from_json(result["sides"][side], piece.index))
     documents = {side: sum(source["documents"] for source in manifests[side]) for side in job.sides}
     check_sides(job, documents["train"], documents.get("validation"), dropped)
     about = {"tokenizer": tokenizer, "vocab_size": encoder.vocab_size, "specials": vars(encoder.specials)}
@@ -61,8 +68,7 @@ def finish(job: Job, pieces: Sequence[Piece], work: Path, target: Path, encoder:
     def named(mark: Sequence[Any]) -> str:
         return _place(by_index[mark[0]], mark[1:])
 
-    examples = [([piece.index, *mark], reason) for piece, result in results for mark, reason in result["examples"]]
-    again = sum(int(found.sum()) for found in repeated([work / piece.name / "digests.npy" for piece, _ in results]))
+    again = sum(int(found.sum()) for found in repeated(digests))
     report = make_report(written, counts, named)
     write_json(
         target / "report.json",
@@ -70,7 +76,7 @@ def finish(job: Job, pieces: Sequence[Piece], work: Path, target: Path, encoder:
             **report,
             "duplicates": again + dropped["duplicate"],
             "dropped": dict(sorted(dropped.items())),
-            "dropped_examples": [f"{named(mark)}: {reason}" for mark, reason in examples[:EXAMPLES]],
+            "dropped_examples": [f"{named(mark)}: {reason}" for mark, reason in examples],
         },
     )
 

@@ -6,10 +6,11 @@ network still finds what it prepared before.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gptcli.data.contents import remember_revision, remembered_revision
@@ -24,12 +25,13 @@ PREFIX = "hub:"
 
 @dataclass(frozen=True)
 class HubSet:
-    """One split of a Hub data set at one commit."""
+    """One split of a Hub data set at one commit, or one of its files: `shard` is (which, of how many)."""
 
     name: str
     config: str | None
     split: str
     commit: str
+    shard: tuple[int, int] | None = None
 
 
 def find(source: Source, *, where: str | None = None) -> HubSet:
@@ -44,6 +46,12 @@ def find(source: Source, *, where: str | None = None) -> HubSet:
     return HubSet(name, source.config, source.split or "train", commit)
 
 
+def divide(hub_set: HubSet, *, where: str | None = None) -> list[HubSet]:
+    """A set as its files, one after the other."""
+    count = int(getattr(_open(hub_set, where), "num_shards", 1))
+    return [replace(hub_set, shard=(number, count)) for number in range(count)] if count > 1 else [hub_set]
+
+
 def rows(hub_set: HubSet, column: str, *, where: str | None = None) -> Rows:
     """The texts of a set, in the set's order, one row at a time."""
     for number, values in enumerate(_stream(hub_set, where), start=1):
@@ -55,13 +63,28 @@ def rows(hub_set: HubSet, column: str, *, where: str | None = None) -> Rows:
 
 
 def _stream(hub_set: HubSet, where: str | None) -> Iterator[dict[str, Any]]:
+    stream = _open(hub_set, where)
+    if hub_set.shard is not None:
+        number, count = hub_set.shard
+        stream = stream.shard(num_shards=count, index=number)
+    with _understood(hub_set, where):
+        yield from stream
+
+
+def _open(hub_set: HubSet, where: str | None) -> Any:
     import datasets
 
-    try:
-        stream = datasets.load_dataset(
+    with _understood(hub_set, where):
+        return datasets.load_dataset(
             hub_set.name, name=hub_set.config, split=hub_set.split, revision=hub_set.commit, streaming=True
         )
-        yield from stream
+
+
+@contextlib.contextmanager
+def _understood(hub_set: HubSet, where: str | None) -> Iterator[None]:
+    """Turn the errors of `datasets` into ours."""
+    try:
+        yield
     except (ValueError, FileNotFoundError) as error:  # a wrong config or split, or a set without data files
         raise DataError(
             f"hub:{hub_set.name} cannot be read: {_first_line(error)}",

@@ -6,6 +6,8 @@ under which prepared data is kept.
 
 from __future__ import annotations
 
+import functools
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from gptcli.data.hub import HubSet
 from gptcli.data.pieces import Chain, Piece, Stream, divide
 from gptcli.data.readers import shown
 from gptcli.data.split import SIDES, Split, split_of
+from gptcli.data.tokens import TokensInput
 from gptcli.errors import RecipeError
+from gptcli.files import fingerprint
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
@@ -62,13 +66,20 @@ class Job:
         """The sides that the recipe asks for."""
         return SIDES[:1] if self.data.validation == 0 else SIDES
 
+    @functools.cached_property
     def chains(self) -> list[Chain]:
         """The pieces into which the input is divided."""
         return divide([(part.stream, part.inputs) for part in self.parts])
 
+    @property
     def pieces(self) -> list[Piece]:
         """The pieces in the order of their output."""
-        return [piece for chain in self.chains() for piece in chain]
+        return [piece for chain in self.chains for piece in chain]
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether a source is tokens made before, whose tokenizer has to be known."""
+        return any(isinstance(part, TokensInput) for each in self.parts for part in each.inputs)
 
 
 def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) -> Job:
@@ -84,11 +95,12 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
     ]
     inputs = [sources.find_inputs(source, where=where) for source, where in found]
     _refuse_overlap(inputs[: len(data.train)], inputs[len(data.train) :], loaded.where("data.validation"))
+    names = _names([source for source, _ in found])
     hashes = _hashes([part for each in inputs for part in each], reporter, verify)
     parts = [
         Part(
             source,
-            sources.source_name(source),
+            names[number],
             where,
             each,
             Stream(
@@ -129,7 +141,21 @@ def megabytes(progress: Progress) -> Callable[[int], None]:
     return on_bytes
 
 
+def _names(listed: list[Source]) -> list[str]:
+    """What sources are called: as short as tells them apart, so that no more of this machine's folders is shown."""
+    names = [sources.source_name(source) for source in listed]
+    for number, source in enumerate(listed):
+        parts = Path(str(source.path or source.tokens)).parts
+        depth = len(Path(names[number]).parts)
+        while names.count(names[number]) > 1 and depth < len(parts):
+            depth += 1
+            names[number] = "/".join(parts[-depth:])
+    return names
+
+
 def _refuse_overlap(train: list[list[sources.Input]], validation: list[list[sources.Input]], where: str) -> None:
+    if not validation:
+        return
     trained = {_identity(part) for each in train for part in each}
     for part in (part for each in validation for part in each):
         if _identity(part) in trained:
@@ -142,25 +168,31 @@ def _identity(part: sources.Input) -> object:
     return part if isinstance(part, HubSet) else part.path.resolve()
 
 
-def _hashes(inputs: Iterable[sources.Input], reporter: Reporter, verify: bool) -> dict[Path, str]:
-    paths = list(dict.fromkeys(part.path for part in inputs if isinstance(part, sources.FileInput)))
-    total = sum(path.stat().st_size for path in paths)
+def _hashes(inputs: Iterable[sources.Input], reporter: Reporter, verify: bool) -> dict[str, str]:
+    paths = list(dict.fromkeys(path for part in inputs for path in _files(part)))
+    total = sum(map(os.path.getsize, paths))
     if total < HASH_PROGRESS_BYTES:
         return dict(zip(paths, content_hashes(paths, again=verify), strict=True))
     with reporter.progress("checking files", total / MEGA, "MB") as progress:
         return dict(zip(paths, content_hashes(paths, again=verify, on_bytes=megabytes(progress)), strict=True))
 
 
-def _source_spec(source: Source, data: Data, inputs: list[sources.Input], hashes: dict[Path, str]) -> dict[str, Any]:
+def _files(part: sources.Input) -> tuple[str, ...]:
+    if isinstance(part, HubSet):
+        return ()
+    return tuple(map(str, part.files)) if isinstance(part, TokensInput) else (part.name,)
+
+
+def _source_spec(source: Source, data: Data, inputs: list[sources.Input], hashes: dict[str, str]) -> dict[str, Any]:
     content = [
         [part.name, part.config, part.split, part.commit]
         if isinstance(part, HubSet)
-        else [sources.input_format(part), hashes[part.path]]
+        else [sources.input_format(part), *(hashes[path] for path in _files(part))]
         for part in inputs
     ]
     return {
         "name": sources.source_name(source) if str(source.path).startswith((sources.BUILTIN, "hub:")) else "files",
-        "content": content,
+        "content": fingerprint(content),
         "documents": source.documents or data.documents,
         "text": source.text,
         "columns": source.columns,

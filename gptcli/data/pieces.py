@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from gptcli.data.hub import HubSet
+from gptcli.data.hub import divide as divide_hub
 from gptcli.data.readers import spans
-from gptcli.data.sources import Input, Reading, input_size
+from gptcli.data.sources import FileInput, Input, Reading, input_size
 
 SMALLEST = 8_000_000
 LARGEST = 256_000_000
@@ -69,8 +70,10 @@ def divide(sources: Sequence[tuple[Stream, Sequence[Input]]]) -> list[Chain]:
 
 
 def _divided(part: Input, reading: Reading, target: int) -> list[tuple[Input, int]]:
+    if isinstance(part, HubSet):  # how large its files are is not known: each is a piece
+        return [(each, target) for each in divide_hub(part, where=reading.where)]
     size = input_size(part)
-    if isinstance(part, HubSet) or part.builtin or size <= target:
+    if not isinstance(part, FileInput) or part.builtin or size <= target:
         return [(part, size)]
     found = spans(part.path, reading.layout, target)
     if len(found) == 1:
@@ -81,9 +84,9 @@ def _divided(part: Input, reading: Reading, target: int) -> list[tuple[Input, in
 
 def _groups(parts: list[tuple[Input, int]], target: int) -> list[list[tuple[Input, int]]]:
     groups: list[list[tuple[Input, int]]] = []
-    filled = target
+    filled = 0
     for part, size in parts:
-        if filled + size // 2 > target:
+        if not groups or filled + size // 2 > target:
             groups.append([])
             filled = 0
         groups[-1].append((part, size))

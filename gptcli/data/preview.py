@@ -52,7 +52,7 @@ def _in_turn(job: Job) -> Iterator[tuple[str, str]]:
                 readers.remove(reader)
             else:
                 layout = part.stream.reading.layout
-                yield place(part.inputs[document.part], document.mark, layout), document.text
+                yield place(part.inputs[document.part], document.mark(), layout), document.text
 
 
 def _text(entry: str | None) -> str:

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from gptcli.data.archives import ARCHIVES, tar_rows, zip_rows
-from gptcli.data.columnar import arrow_rows, parquet_rows
-from gptcli.data.jsonfile import json_rows
-from gptcli.data.plain import plain_rows
-from gptcli.data.row import BadRow, Layout, Part, Row, Rows, shown, value_row
-from gptcli.data.spans import Span, byte_range, byte_spans, count_lines, group_spans
-from gptcli.data.streams import COMPRESSIONS, DamagedError, FileRange, buffered, decompressed
-from gptcli.data.tables import csv_rows, jsonl_rows, tsv_rows
+from gptcli.data.reading.archives import ARCHIVES, tar_rows, zip_rows
+from gptcli.data.reading.columnar import arrow_rows, parquet_rows
+from gptcli.data.reading.jsonfile import json_rows
+from gptcli.data.reading.plain import plain_rows
+from gptcli.data.reading.row import BadRow, Layout, Part, Row, Rows, shown, value_row
+from gptcli.data.reading.spans import Span, byte_range, byte_spans, count_lines, group_spans
+from gptcli.data.reading.streams import COMPRESSIONS, DamagedError, FileRange, buffered, decompressed
+from gptcli.data.reading.tables import csv_rows, jsonl_rows, tsv_rows
 from gptcli.errors import DataError
 
 __all__ = [

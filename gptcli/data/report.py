@@ -48,6 +48,7 @@ def with_rows(report: dict[str, Any], sequence_length: int, weights: Sequence[fl
         "rows": total,
         "rows_by_source": list(mixed.rows),
         "unused_tail_tokens": report["train"]["tokens"] - used,
+        "padding": 0.0,  # rows of one stream are full
     }
 
 
@@ -70,6 +71,13 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if report["dropped"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
         lines.append(f"dropped: {reasons}; first: {report['dropped_examples'][0]}")
+    if report["duplicates"]:
+        kept = "" if report["dropped"].get("duplicate") else " (kept; data.deduplicate: exact leaves them out)"
+        lines.append(f"duplicates: {report['duplicates']:,} documents repeat the text of another{kept}")
+    for name, unit in (("longest", "tokens"), ("strangest", "tokens_per_byte")):
+        if found := report["train"][name]:
+            shown = ", ".join(f"{each['document']} ({each[unit]:,g})" for each in found)
+            lines.append(f"{name} documents ({unit.replace('_', ' ')}): {shown}")
     for key, text in (
         ("with_nul", "documents hold NUL characters"),
         ("specials_in_text", "special tokens stand in texts"),

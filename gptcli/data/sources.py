@@ -8,6 +8,7 @@ or with `data.on_bad_row: skip` are counted too.
 from __future__ import annotations
 
 import difflib
+import functools
 import glob
 import os
 import re
@@ -33,6 +34,8 @@ from gptcli.data.readers import (
     shown,
     split_suffix,
 )
+from gptcli.data.reading.row import Mark
+from gptcli.data.tokens import TokensInput, find_tokens, size_of
 from gptcli.errors import DataError, not_available
 
 if TYPE_CHECKING:
@@ -43,29 +46,24 @@ MAX_EXAMPLES = 5
 _MEND = "Mend it, or leave such rows out: data.on_bad_row: skip (they are counted in the report)."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileInput:
-    """A file on this machine, or the `span` of it; `builtin` marks the extracted text of a built-in corpus."""
+    """A file on this machine, or the `span` of it; `builtin` marks the extracted text of a built-in corpus.
 
-    path: Path
+    It holds the name, not a Path, since a corpus may be a million files and a Path takes a kilobyte.
+    """
+
+    name: str
     builtin: bool = False
     span: Span | None = None
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self.name)
 
-Input: TypeAlias = FileInput | hub.HubSet
 
-
-class Mark(NamedTuple):
-    """Where a row stands, without the reading that a line number may need: `place` makes a text of it.
-
-    `part` counts the inputs, `number` the rows of the part; `member` is that of an archive and `identity` the name that
-    a built-in corpus has for its row, "" without.
-    """
-
-    part: int
-    number: int
-    member: str
-    identity: str
+Input: TypeAlias = FileInput | hub.HubSet | TokensInput
 
 
 class Document(NamedTuple):
@@ -75,10 +73,14 @@ class Document(NamedTuple):
     row: Row
     part: int
 
-    @property
     def mark(self) -> Mark:
         """Where it stands."""
         return _mark(self.part, self.row)
+
+    @property
+    def raw(self) -> bytes:
+        """What tells equal documents: the text in UTF-8."""
+        return self.text.encode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -97,30 +99,32 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     examples: list[tuple[Mark, str]] = field(default_factory=list)
 
-    def drop(self, reason: str, mark: Mark) -> None:
-        """Count one document that was left out."""
+    def drop(self, reason: str, mark: Callable[[], Mark]) -> None:
+        """Count one document that was left out; `mark` tells where it stood."""
         self.dropped[reason] += 1
         if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append((mark, reason))
+            self.examples.append((mark(), reason))
 
 
 def find_inputs(source: Source, *, where: str | None = None) -> list[Input]:
     """What a source consists of, in the order of reading. Raises `DataError` when there is nothing to read."""
+    if source.tokens is not None:
+        return [*find_tokens(source, where=where)]
     if not isinstance(source.path, str):
         raise not_available("data", "a source without a single path", where=where)
     if source.path.startswith(hub.PREFIX):
         return [hub.find(source, where=where)]
     if source.path.startswith(BUILTIN):
-        return [FileInput(builtin_file(source.path.removeprefix(BUILTIN), where=where), builtin=True)]
+        return [FileInput(str(builtin_file(source.path.removeprefix(BUILTIN), where=where)), builtin=True)]
     files = find_files(source.path, split=source.split, where=where)
-    if broken := [path for path in files if not path.is_file()]:
-        what = f"{shown(broken[0])} is a link to a file that is not there, or no regular file"
+    if broken := next((name for name in files if not os.path.isfile(name)), None):
+        what = f"{shown(Path(broken))} is a link to a file that is not there, or no regular file"
         raise DataError(what, where=where, remedy="Remove it, or put the file there.")
-    return [FileInput(path) for path in files]
+    return [FileInput(name) for name in files]
 
 
-def find_files(pattern: str, *, split: str | None = None, where: str | None = None) -> list[Path]:
-    """The files of a path, a glob (`**` too) or a folder (recursive), sorted; hidden files are left out.
+def find_files(pattern: str, *, split: str | None = None, where: str | None = None) -> list[str]:
+    """The names of the files of a path, a glob (`**` too) or a folder (recursive), sorted; hidden files are left out.
 
     `split` chooses in a folder of splits: its subfolder of that name, or the files whose names begin with it.
     """
@@ -130,13 +134,14 @@ def find_files(pattern: str, *, split: str | None = None, where: str | None = No
     if path.exists():
         if not is_readable(path.name):
             raise _unreadable(f"{shown(path)} has a suffix that is not read", where)
-        return [path]
+        return [str(path)]
     if glob.has_magic(pattern):
-        matches = [Path(name) for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
-        files = [match for match in matches if match.is_file()]
+        files = [
+            name for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if os.path.isfile(name)
+        ]
         if not files:
             raise DataError(f"no file matches {pattern}", where=where, remedy="Check the pattern; ** matches folders.")
-        if not (readable := [file for file in files if is_readable(file.name)]):
+        if not (readable := [name for name in files if is_readable(os.path.basename(name))]):
             raise _unreadable(f"none of the {len(files)} files that match {pattern} can be read", where)
         return readable
     raise DataError(f"there is no file {shown(path)}", where=where, remedy=_nearest(path))
@@ -169,9 +174,9 @@ def read_documents(
             if isinstance(row, BadRow):
                 if reading.on_bad_row == "error":
                     raise DataError(row.reason, where=place(part, _mark(index, row), reading.layout), remedy=_MEND)
-                tally.drop(row.kind, _mark(index, row))
+                tally.drop(row.kind, functools.partial(_mark, index, row))
             elif not row.text or row.text.isspace():
-                tally.drop("empty", _mark(index, row))
+                tally.drop("empty", functools.partial(_mark, index, row))
             else:
                 if left is not None:
                     if left == 0:
@@ -191,7 +196,9 @@ def place(part: Input, mark: Mark, layout: Layout) -> str:
     if mark.identity:
         return mark.identity
     if isinstance(part, hub.HubSet):
-        return f"hub:{part.name}:{mark.number}"
+        return f"hub:{part.name}{f' (file {part.shard[0] + 1})' if part.shard else ''}:{mark.number}"
+    if isinstance(part, TokensInput):
+        return f"{shown(part.path)}:{mark.number}"
     name = f"{shown(part.path)}!{mark.member}" if mark.member else shown(part.path)
     return f"{name}:{mark.number + lines_before(part.path, part.span, layout)}"
 
@@ -204,15 +211,17 @@ def input_size(part: Input) -> int:
     """The bytes of an input on disk; 0 for a Hub set, which is not known."""
     if isinstance(part, hub.HubSet):
         return 0
-    size = part.path.stat().st_size
-    if part.span is None or split_suffix(part.path.name)[0] == ".parquet":
+    if isinstance(part, TokensInput):
+        return size_of(part)
+    size = os.path.getsize(part.name)
+    if part.span is None or split_suffix(os.path.basename(part.name))[0] == ".parquet":
         return size
     return min(part.span.end, size) - part.span.begin
 
 
 def source_name(source: Source) -> str:
     """What a source is called in reports and manifests: short, and without the folders of this machine."""
-    path = str(source.path)
+    path = str(source.path or source.tokens)
     if path.startswith((BUILTIN, hub.PREFIX)):
         return path
     parts = Path(path).parts
@@ -222,12 +231,16 @@ def source_name(source: Source) -> str:
 
 def input_format(part: Input) -> str:
     """The suffixes that decide how an input is read."""
-    return "".join(split_suffix(part.path.name)) if isinstance(part, FileInput) else "hub"
+    if isinstance(part, TokensInput):
+        return f"tokens {part.dtype}"
+    return "".join(split_suffix(os.path.basename(part.name))) if isinstance(part, FileInput) else "hub"
 
 
 def _rows(part: Input, reading: Reading, on_position: Callable[[int], None] | None) -> Rows:
     if isinstance(part, hub.HubSet):
         return hub.rows(part, reading.layout.text, where=reading.where)
+    if isinstance(part, TokensInput):
+        raise DataError("these are tokens, and the texts are needed", where=reading.where or str(part.path))
     if part.builtin:
         return builtin_rows(part.path)
     return read_rows(part.path, reading.layout, span=part.span, on_position=on_position)
@@ -237,20 +250,24 @@ def _shifted(on_bytes: Callable[[int], None], offset: int) -> Callable[[int], No
     return lambda position: on_bytes(offset + position)
 
 
-def _folder_files(folder: Path, split: str | None, where: str | None) -> list[Path]:
+def _folder_files(folder: Path, split: str | None, where: str | None) -> list[str]:
     if split is not None and (folder / split).is_dir():
         folder, split = folder / split, None
-    files: list[Path] = []
+    readable: list[str] = []
+    others = 0
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent) / name for name in names if not name.startswith(".")]
-    files.sort(key=lambda path: path.relative_to(folder).as_posix())
-    readable = [path for path in files if is_readable(path.name)]
+        for name in names:
+            if not name.startswith(".") and is_readable(name):
+                readable.append(os.path.join(parent, name))
+            else:
+                others += not name.startswith(".")
     if not readable:
-        raise _unreadable(f"the folder {shown(folder)} holds no file that can be read ({len(files)} others)", where)
+        raise _unreadable(f"the folder {shown(folder)} holds no file that can be read ({others} others)", where)
+    readable.sort()
     if split is None:
         return readable
-    of_split = [path for path in readable if re.match(re.escape(split) + r"[-_.]", path.name)]
+    of_split = [name for name in readable if re.match(re.escape(split) + r"[-_.]", os.path.basename(name))]
     if not of_split:
         raise DataError(
             f"the folder {shown(folder)} has no split {split!r}",

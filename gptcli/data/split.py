@@ -1,12 +1,12 @@
 """Which text is held out for validation, and which texts a tokenizer is trained on: both chosen by a hash of the text.
 
 A hash of the text alone makes the choice independent of seed, order and number of processes, and puts equal documents
-on the same side. One BLAKE2b of 128 bits a document serves all: its first half splits, its second half samples, the
-whole tells duplicates.
+on the same side. A second hash of 128 bits chooses a sample and tells duplicates.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,16 +31,22 @@ class Split:
     share: float = 0.0
     tail: float = 0.0
 
-    def __call__(self, text: str, digest: bytes) -> tuple[str | None, str | None]:
-        """A text's (training part, validation part); None for a part that it does not have."""
+    def __call__(self, text: str, raw: bytes) -> tuple[str | None, str | None]:
+        """A text's (training part, validation part), `raw` being its UTF-8; None for a part that it does not have."""
         if self.tail:
             at = self.cut(len(text))
             return text[:at] or None, text[at:] or None
-        return (None, text) if self.holds_out(digest) else (text, None)
+        return (None, text) if self.holds_out(raw) else (text, None)
 
-    def holds_out(self, digest: bytes) -> bool:
-        """Whether `share` holds out the document of this digest."""
-        return int.from_bytes(digest[:8], "big") < int(self.share * 2**64)
+    def holds_out(self, raw: bytes) -> bool:
+        """Whether `share` holds out the document of these bytes: by 64 bits of BLAKE2b."""
+        if not self.share:
+            return False
+        return hashlib.blake2b(raw, digest_size=8, person=b"validation").digest() < self._threshold
+
+    @functools.cached_property
+    def _threshold(self) -> bytes:
+        return int(self.share * 2**64).to_bytes(8, "big")
 
     def cut(self, length: int) -> int:
         """Where `tail` cuts a text of `length` characters: nanoGPT's prepare.py has the same rule."""

@@ -10,40 +10,32 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from gptcli.data import report as reports
+from gptcli.data.chat_template import find_template, with_template
 from gptcli.data.dataset import row_count, too_short
-from gptcli.data.duplicates import repeated
-from gptcli.data.encode import parallel_tokenizers, safe_cuts, utf8_size
-from gptcli.data.executor import process_count, run
 from gptcli.data.fast import Unequal, distrust
-from gptcli.data.finish import check_sides, finish
-from gptcli.data.job import MEGA, Job, find_job, megabytes
-from gptcli.data.pieces import Chain, Piece
+from gptcli.data.finish import finish
+from gptcli.data.job import Job, find_job
+from gptcli.data.pieces import Piece
+from gptcli.data.readers import shown
 from gptcli.data.shards import Shards
-from gptcli.data.split import SAMPLE_BUCKETS, SAMPLE_BYTES, sample_buckets
-from gptcli.data.tokenizer import save_bytes_tokenizer, tokenizer_fingerprint, train_bpe
+from gptcli.data.stages import FORMAT, repeated_marks, run_stage, survey_folder, waiting
+from gptcli.data.tokenizer import tokenizer_fingerprint
 from gptcli.data.tokenizer_import import import_tokenizer
-from gptcli.data.work import RESULT, Task, Work, encode, encoder_of, sample, survey
-from gptcli.errors import DataError, RecipeError, StoppedError
+from gptcli.data.tokenizer_training import trained_tokenizer
+from gptcli.data.tokens import TokensInput
+from gptcli.data.work import RESULT, Task, encode, encoder_of
+from gptcli.errors import DataError, RecipeError
 from gptcli.files import cache_root, committed_folder, fingerprint, locked, read_json
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
-    from gptcli.recipe.schema import TokenizerTraining
     from gptcli.reporting import Reporter
-
-# 2: pieces, digests of 128 bits.
-FORMAT = 2
-TOKENIZER_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -103,7 +95,7 @@ def prepare_share(loaded: LoadedRecipe, reporter: Reporter, share: tuple[int, in
         with locked(folder.name, waiting(reporter), shared=True):
             encode_pieces(loaded, job, tokenizer, folder, reporter, share=share)
     missing = missing_pieces(job, folder)
-    return {"share": f"{share[0]}/{share[1]}", "pieces": len(job.pieces()), "missing": len(missing)}
+    return {"share": f"{share[0]}/{share[1]}", "pieces": len(job.pieces), "missing": len(missing)}
 
 
 def finish_shares(loaded: LoadedRecipe, reporter: Reporter) -> Prepared:
@@ -113,7 +105,7 @@ def finish_shares(loaded: LoadedRecipe, reporter: Reporter) -> Prepared:
     folder = data_folder(loaded, job, tokenizer)
     if missing := missing_pieces(job, folder):
         raise DataError(
-            f"{len(missing):,} of {len(job.pieces()):,} pieces are not done (the first: {missing[0].name})",
+            f"{len(missing):,} of {len(job.pieces):,} pieces are not done (the first: {missing[0].name})",
             where=str(work_folder(folder)),
             remedy="Run the missing --piece I/N again, or tokenize without --finish: it does what is missing here.",
         )
@@ -126,7 +118,7 @@ def missing_pieces(job: Job, folder: Path) -> list[Piece]:
     if folder.is_dir():
         return []
     missing: list[Piece] = []
-    for chain in job.chains():
+    for chain in job.chains:
         left = chain[0].stream.limit
         for piece in chain:
             result = work / piece.name / RESULT
@@ -147,17 +139,21 @@ def data_folder(loaded: LoadedRecipe, job: Job, tokenizer: Path) -> Path:
 
 def find_tokenizer(loaded: LoadedRecipe, job: Job, reporter: Reporter) -> tuple[Path, bool]:
     """(folder of the recipe's tokenizer, whether it was trained now). Without a section: that of `model.from`."""
-    recipe = loaded.recipe
-    section = recipe.tokenizer
+    section, model = loaded.recipe.tokenizer, loaded.recipe.model
+    trained = False
+    template = None
+    if section is not None and section.chat_template is not None:
+        template = find_template(section.chat_template, where=loaded.where("tokenizer.chat_template"))
     if section is not None and section.train is not None:
-        return _trained(section.train, loaded, job, reporter)
-    if section is not None and section.from_ is not None:
-        return import_tokenizer(section.from_, where=loaded.where("tokenizer.from")), False
-    if recipe.model is not None and recipe.model.from_ is not None:
-        revision = recipe.model.revision
-        return import_tokenizer(recipe.model.from_, revision=revision, where=loaded.where("model.from")), False
-    loaded.require("tokenize", "tokenizer")
-    raise RecipeError("tokenizer is empty", where=loaded.where("tokenizer"))
+        folder, trained = trained_tokenizer(section.train, template, loaded, job, reporter)
+    elif section is not None and section.from_ is not None:
+        folder = import_tokenizer(section.from_, where=loaded.where("tokenizer.from"))
+    elif model is not None and model.from_ is not None:
+        folder = import_tokenizer(model.from_, revision=model.revision, where=loaded.where("model.from"))
+    else:
+        loaded.require("tokenize", "tokenizer")
+        raise RecipeError("tokenizer is empty", where=loaded.where("tokenizer"))
+    return folder if template is None else with_template(folder, template), trained
 
 
 def encode_pieces(
@@ -174,28 +170,42 @@ def encode_pieces(
     if encoder.specials.eos is None:
         raise DataError("the tokenizer names no token that ends a text", where=str(tokenizer))
     work = work_folder(folder)
-    repeated = _repeated(loaded, job, reporter) if job.data.deduplicate == "exact" else None
-    chains = job.chains()[share[0] - 1 :: share[1]]
+    check_tokens(job, tokenizer)
+    repeated = repeated_marks(loaded, job, reporter, tokenizer) if job.data.deduplicate == "exact" else None
+    chains = job.chains[share[0] - 1 :: share[1]]
     task = Task(work, job.split, repeated, tokenizer, encoder.slow_because is None, loaded.recipe.tokenize.shard_tokens)
     if encoder.slow_because is not None:
         reporter.say(f"encoding with tokenizers, some 20 times slower than the fast encoder: {encoder.slow_because}")
     try:
-        _run(encode, chains, task, loaded, reporter, "tokenizing")
+        run_stage(encode, chains, task, loaded, reporter, "tokenizing")
     except Unequal as error:
         distrust(tokenizer, str(error))
         encoder_of.cache_clear()
         reporter.warn(f"{error}: everything is encoded again with tokenizers")
         shutil.rmtree(work, ignore_errors=True)
-        _run(encode, chains, replace(task, fast=False), loaded, reporter, "tokenizing")
+        run_stage(encode, chains, replace(task, fast=False), loaded, reporter, "tokenizing")
+
+
+def check_tokens(job: Job, tokenizer: Path) -> None:
+    """Raise `DataError` when shards that are a source were made by another tokenizer."""
+    expected = tokenizer_fingerprint(tokenizer)
+    for part in job.parts:
+        for each in part.inputs:
+            if isinstance(each, TokensInput) and each.tokenizer not in ("", expected):
+                raise DataError(
+                    f"{shown(each.path)} was made by another tokenizer than the recipe's",
+                    where=part.where,
+                    remedy="Name the tokenizer that made it: tokenizer: {from: ...}",
+                )
 
 
 def commit(job: Job, tokenizer: Path, folder: Path) -> None:
     """Make the prepared data of the pieces, all of which have to be there, and remove them."""
     work = work_folder(folder)
     with committed_folder(folder) as target:
-        finish(job, job.pieces(), work, target, encoder_of(tokenizer, True), tokenizer_fingerprint(tokenizer))
+        finish(job, job.pieces, work, target, encoder_of(tokenizer, True), tokenizer_fingerprint(tokenizer))
     shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(_survey_folder(job), ignore_errors=True)
+    shutil.rmtree(survey_folder(job), ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -204,7 +214,7 @@ def unfinished_removed(job: Job, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except DataError:
-        shutil.rmtree(_survey_folder(job), ignore_errors=True)
+        shutil.rmtree(survey_folder(job), ignore_errors=True)
         if folder is not None:
             shutil.rmtree(work_folder(folder), ignore_errors=True)
         raise
@@ -213,119 +223,6 @@ def unfinished_removed(job: Job, folder: Path | None = None) -> Iterator[None]:
 def work_folder(folder: Path) -> Path:
     """Where the pieces of prepared data are kept while they are made."""
     return folder.parent / f".{folder.name}.pieces"
-
-
-def waiting(reporter: Reporter) -> Callable[[], None]:
-    """What to do before waiting for a lock: say so."""
-    return lambda: reporter.say("another process is preparing this data: waiting for it")
-
-
-def _trained(spec: TokenizerTraining, loaded: LoadedRecipe, job: Job, reporter: Reporter) -> tuple[Path, bool]:
-    if spec.algorithm == "bytes":
-        folder = cache_root() / "tokenizers" / fingerprint([TOKENIZER_FORMAT, "bytes"])
-        if not folder.is_dir():
-            with committed_folder(folder) as work:
-                save_bytes_tokenizer(work)
-        return folder, False
-    key = [TOKENIZER_FORMAT, spec.algorithm, spec.vocab_size, spec.pattern, SAMPLE_BYTES, job.spec]
-    folder = cache_root() / "tokenizers" / fingerprint(key)
-    if folder.is_dir():
-        return folder, False
-    with locked(folder.name, waiting(reporter)):
-        if folder.is_dir():
-            return folder, False
-        texts = _training_sample(loaded, job, reporter)
-        size = sum(map(utf8_size, texts))
-        reporter.say(f"training a tokenizer of {spec.vocab_size:,} entries on {size / MEGA:,.1f} MB of text")
-        started = time.monotonic()
-        with parallel_tokenizers(), committed_folder(folder) as work:
-            pieces = (piece for text in texts for piece in safe_cuts(text))
-            entries = train_bpe(pieces, work, vocab_size=spec.vocab_size, pattern=spec.pattern)
-    if entries < spec.vocab_size:
-        reporter.say(
-            f"the text gave a tokenizer of {entries:,} entries, not {spec.vocab_size:,}: "
-            "no further pair of tokens occurs twice (the model's vocabulary follows)"
-        )
-    reporter.say(f"trained the tokenizer in {time.monotonic() - started:.1f} s")
-    return folder, True
-
-
-def _training_sample(loaded: LoadedRecipe, job: Job, reporter: Reporter) -> list[str]:
-    """The sample of the training side, in the order of the sources; at most `SAMPLE_BYTES` of text."""
-    folder, results = _survey(loaded, job, reporter)
-    dropped = sum((Counter(result["dropped"]) for result in results.values()), Counter[str]())
-    chains = [chain for chain in job.chains() if not chain[0].stream.held_out]
-    pieces = [piece for chain in chains for piece in chain if piece.index in results]
-    sides = {"train": 0, "validation": 0}
-    buckets = SAMPLE_BUCKETS
-    if pieces:
-        surveyed = [(np.load(folder / piece.name / "digests.npy"), piece) for piece in pieces]
-        held_out = sum(job.split.holds_out(digest.tobytes()) for digests, _ in surveyed for digest in digests)
-        documents = sum(len(digests) for digests, _ in surveyed)
-        sides = {"train": documents - held_out, "validation": documents if job.split.tail else held_out}
-        buckets = sample_buckets(
-            (digests[:, 8:10].copy().view(">u2")[:, 0], np.load(folder / piece.name / "bytes.npy"))
-            for digests, piece in surveyed
-        )
-    check_sides(job, sides["train"], None if job.validation else sides["validation"], dropped)
-    repeated = _repeated(loaded, job, reporter) if job.data.deduplicate == "exact" else None
-    task = Task(folder, job.split, repeated, buckets=buckets)
-    found = dict(_run(sample, chains, task, loaded, reporter, "sampling"))
-    texts = [text for index in sorted(found) for text in found[index]["texts"]]
-    return [texts[0].encode("utf-8")[:SAMPLE_BYTES].decode("utf-8", "ignore")] if len(texts) == 1 else texts
-
-
-def _repeated(loaded: LoadedRecipe, job: Job, reporter: Reporter) -> Path:
-    """The folder that marks repeated documents; what is in the validation sources counts as seen before training."""
-    marks = _survey_folder(job) / "repeated"
-    with locked(_survey_folder(job).name, waiting(reporter)):
-        if not marks.is_dir():
-            folder, results = _survey(loaded, job, reporter)
-            pieces = [piece for piece in job.pieces() if piece.index in results]
-            pieces.sort(key=lambda piece: (not piece.stream.held_out, piece.index))
-            with committed_folder(marks) as work:
-                found = repeated([folder / piece.name / "digests.npy" for piece in pieces])
-                for piece, again in zip(pieces, found, strict=True):
-                    np.save(work / f"{piece.name}.npy", again)
-    return marks
-
-
-def _survey(loaded: LoadedRecipe, job: Job, reporter: Reporter) -> tuple[Path, dict[int, dict[str, Any]]]:
-    folder = _survey_folder(job)
-    return folder, dict(_run(survey, job.chains(), Task(folder, job.split), loaded, reporter, "reading"))
-
-
-def _survey_folder(job: Job) -> Path:
-    return cache_root() / "data" / f".{fingerprint([FORMAT, job.spec])}.survey"
-
-
-def _run(
-    work: Work, chains: list[Chain], task: Task, loaded: LoadedRecipe, reporter: Reporter, name: str
-) -> list[tuple[int, dict[str, Any]]]:
-    """Run work on pieces with progress; an interruption tells what is kept."""
-    section = loaded.recipe.tokenize
-    processes = process_count(section.processes, chains, fast=task.fast)
-    total = sum(piece.size for chain in chains for piece in chain)
-    done: list[tuple[int, dict[str, Any]]] = []
-    try:
-        with contextlib.ExitStack() as stack:
-            if processes == 1 and section.executor == "local":
-                stack.enter_context(parallel_tokenizers())
-            progress = stack.enter_context(reporter.progress(name, total / MEGA, "MB"))
-            results = run(
-                work, chains, task, processes=processes, executor=section.executor, on_bytes=megabytes(progress)
-            )
-            for piece, result in results:
-                done.append((piece.index, result))
-    except KeyboardInterrupt:
-        if not done:
-            raise
-        count = sum(len(chain) for chain in chains)
-        raise StoppedError(
-            f"{name} was stopped; {len(done):,} of {count:,} pieces are done and kept",
-            remedy="Run the same command again to go on.",
-        ) from None
-    return done
 
 
 def _opened(

@@ -8,7 +8,7 @@ transformers. Every string of valid Unicode round-trips.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,13 @@ class Specials:
     adds_bos: bool
 
 
-def train_bpe(texts: Iterable[str], folder: Path, *, vocab_size: int, pattern: str) -> int:
+def train_bpe(
+    texts: Iterable[str], folder: Path, *, vocab_size: int, pattern: str, special_tokens: Sequence[str] = ()
+) -> int:
     """Train byte-level BPE on `texts`, save it in `folder`, return its true size (smaller if the text gave no more).
 
-    The same texts give the same bytes. `vocab_size` includes the two specials, which are the ids 0 and 1.
+    The same texts give the same bytes. `vocab_size` includes the two specials, which are the ids 0 and 1, and the
+    `special_tokens` that follow them.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -65,12 +68,14 @@ def train_bpe(texts: Iterable[str], folder: Path, *, vocab_size: int, pattern: s
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[AddedToken(text, special=True, normalized=False) for text in (END_OF_TEXT, PAD)],
+        special_tokens=[
+            AddedToken(text, special=True, normalized=False) for text in (END_OF_TEXT, PAD, *special_tokens)
+        ],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_batches(texts), trainer=trainer)
-    _save(tokenizer, folder)
+    _save(tokenizer, folder, special_tokens)
     return int(tokenizer.get_vocab_size(with_added_tokens=True))
 
 
@@ -172,12 +177,13 @@ def write_config(folder: Path, specials: dict[str, str], **others: Any) -> None:
     write_json(folder / "tokenizer_config.json", config)
 
 
-def _save(tokenizer: Tokenizer, folder: Path) -> None:
+def _save(tokenizer: Tokenizer, folder: Path, special_tokens: Sequence[str] = ()) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     specials = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": PAD}
-    write_config(folder, specials)
-    write_json(folder / "special_tokens_map.json", specials)
+    others = {"additional_special_tokens": list(special_tokens)} if special_tokens else {}
+    write_config(folder, specials, **others)
+    write_json(folder / "special_tokens_map.json", {**specials, **others})
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcli.data.counts import Counts
-from gptcli.data.encode import Encoder, make_encoder
+from gptcli.data.encode import Encoded, Encoder, make_encoder
 from gptcli.data.pieces import Piece
 from gptcli.data.sources import Document, Tally, read_documents
 from gptcli.data.split import DIGEST_BYTES, SIDES, Split, digest_of, sample_bucket
+from gptcli.data.tokenizer import load_fast
+from gptcli.data.tokens import TokenDocument, TokensInput, check_ids, read_tokens, size_of, token_bytes
 from gptcli.data.writer import ShardWriter
 from gptcli.files import committed_folder, read_json, write_json
 
@@ -54,6 +56,13 @@ class Task:
     shard_tokens: int = 0
     buckets: int = 0
 
+    @property
+    def encoder(self) -> tuple[Path, bool]:
+        """What `encoder_of` makes the encoder from."""
+        if self.tokenizer is None:
+            raise ValueError("this work needs a tokenizer")
+        return self.tokenizer, self.fast
+
 
 Work = Callable[[Piece, Task, int | None, OnBytes], Any]
 
@@ -65,14 +74,17 @@ def survey(piece: Piece, task: Task, left: int | None, on_bytes: OnBytes) -> dic
         return dict(read_json(target / RESULT))
     digests = bytearray()
     sizes: list[int] = []
+    held_out: list[bool] = []
     tally = Tally()
-    for document in read_documents(piece.inputs, piece.stream.reading, limit=left, tally=tally, on_bytes=on_bytes):
-        raw = document.text.encode("utf-8")
+    for document in _read(piece, task, left, tally, on_bytes):
+        raw = document.raw
         digests += digest_of(raw)
         sizes.append(len(raw))
+        held_out.append(piece.stream.held_out or task.split.holds_out(raw))
     with committed_folder(target) as work:
         np.save(work / "digests.npy", np.frombuffer(bytes(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES))
         np.save(work / "bytes.npy", np.array(sizes, dtype=np.int64))
+        np.save(work / "held_out.npy", np.array(held_out, dtype=np.bool_))
         result = {"documents": len(sizes), "dropped": dict(tally.dropped)}
         write_json(work / RESULT, result)
     return result
@@ -84,51 +96,40 @@ def sample(piece: Piece, task: Task, left: int | None, on_bytes: OnBytes) -> dic
     count = 0
     for document in _documents(piece, task, left, Tally(), on_bytes):
         count += 1
-        digest = digest_of(document.text.encode("utf-8"))
-        if sample_bucket(digest) < task.buckets:
-            text = document.text if piece.stream.held_out else task.split(document.text, digest)[0]
+        assert isinstance(document, Document)  # a tokenizer is not trained on tokens
+        raw = document.raw
+        if sample_bucket(digest_of(raw)) < task.buckets:
+            text = document.text if piece.stream.held_out else task.split(document.text, raw)[0]
             if text is not None:
                 texts.append(text)
     return {"documents": count, "texts": texts}
 
 
 def encode(piece: Piece, task: Task, left: int | None, on_bytes: OnBytes) -> dict[str, Any]:
-    """Write the piece's shards of both sides, its digests and `RESULT`; return the latter.
+    """Write the piece's shards of both sides, its digests and `RESULT`; return how many documents it has.
 
     Raises `gptcli.data.fast.Unequal` when the fast encoder differs from `tokenizers` on a sampled text.
     """
     target = task.folder / piece.name
     if (target / RESULT).is_file():
-        return dict(read_json(target / RESULT))
-    if task.tokenizer is None:
-        raise ValueError("encoding needs a tokenizer")
-    encoder = encoder_of(task.tokenizer, task.fast)
+        return {"documents": read_json(target / RESULT)["documents"]}
+    encoder = encoder_of(*task.encoder)
     tally = Tally()
     digests = bytearray()
-    documents = 0
     with committed_folder(target) as work:
         with contextlib.ExitStack() as stack:
-            sides = [
-                _Side(stack.enter_context(ShardWriter(work, side, encoder.dtype, task.shard_tokens)), encoder, Counts())
-                for side in SIDES
-            ]
+            writers = [stack.enter_context(ShardWriter(work, side, encoder.dtype, task.shard_tokens)) for side in SIDES]
+            sides = [_Side(writer, encoder, Counts()) for writer in writers]
             for batch in _batches(_documents(piece, task, left, tally, on_bytes)):
-                texts = [document.text for document in batch]
-                keys = [digest_of(text.encode("utf-8")) for text in texts]
-                # The fast encoder was proven for its tokenizer; that it holds for these texts is seen again here.
-                encoder.check([texts[keys.index(min(keys))][:CHECKED_CHARACTERS]])
-                documents += len(texts)
-                digests += b"".join(keys)
-                if piece.stream.held_out:
-                    sides[1].add(texts, batch)
-                    continue
-                parts = [task.split(text, key) for text, key in zip(texts, keys, strict=True)]
-                for number, side in enumerate(sides):
-                    kept = [(text, at) for part, at in zip(parts, batch, strict=True) if (text := part[number])]
-                    side.add([text for text, _ in kept], [at for _, at in kept])
+                raws = [document.raw for document in batch]
+                digests += b"".join(map(digest_of, raws))
+                if isinstance(batch[0], TokenDocument):
+                    _add_tokens(piece, task, sides, batch, raws)
+                else:
+                    _add_texts(piece, task, sides, batch, raws)
         np.save(work / "digests.npy", np.frombuffer(bytes(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES))
         result = {
-            "documents": documents,
+            "documents": len(digests) // DIGEST_BYTES + tally.dropped["duplicate"],
             "dropped": dict(tally.dropped),
             "examples": [[list(mark), reason] for mark, reason in tally.examples],
             "sides": {
@@ -136,7 +137,7 @@ def encode(piece: Piece, task: Task, left: int | None, on_bytes: OnBytes) -> dic
             },
         }
         write_json(work / RESULT, result)
-    return result
+    return {"documents": result["documents"]}
 
 
 @dataclass
@@ -147,20 +148,64 @@ class _Side:
     encoder: Encoder
     counts: Counts
 
-    def add(self, texts: list[str], documents: list[Document]) -> None:
-        if not texts:
-            return
-        encoded = self.encoder(texts)
+    def add(self, texts: Sequence[str], encoded: Encoded, documents: Sequence[Document | TokenDocument]) -> None:
         self.writer.add(encoded)
         specials = self.encoder.specials
         ids = {value for value in (specials.bos, specials.eos) if value is not None}
-        added = 2 if specials.adds_bos else 1
-        self.counts.add(texts, encoded, ids, added, lambda index: documents[index].mark)
+        self.counts.add(texts, encoded, ids, 2 if specials.adds_bos else 1, lambda at: documents[at].mark())
 
 
-def _documents(piece: Piece, task: Task, left: int | None, tally: Tally, on_bytes: OnBytes) -> Iterator[Document]:
+def _add_texts(piece: Piece, task: Task, sides: list[_Side], batch: list[Document], raws: list[bytes]) -> None:
+    texts = [document.text for document in batch]
+    encoder = sides[0].encoder
+    # The fast encoder was proven for its tokenizer; that it holds for these texts is seen again here.
+    encoder.check([texts[len(raws[0]) % len(texts)][:CHECKED_CHARACTERS]])
+    if piece.stream.held_out:
+        parts: list[tuple[str | None, str | None]] = [(None, text) for text in texts]
+    else:
+        parts = [task.split(text, raw) for text, raw in zip(texts, raws, strict=True)]
+    for number, side in enumerate(sides):
+        kept = [(text, at) for part, at in zip(parts, batch, strict=True) if (text := part[number])]
+        if kept:
+            side.add([text for text, _ in kept], encoder([text for text, _ in kept]), [at for _, at in kept])
+
+
+def _add_tokens(piece: Piece, task: Task, sides: list[_Side], batch: list[TokenDocument], raws: list[bytes]) -> None:
+    encoder = sides[0].encoder
+    for number, side in enumerate(sides):
+        kept: list[tuple[NDArray[Any], TokenDocument]] = []
+        for document, raw in zip(batch, raws, strict=True):
+            part = piece.inputs[document.part]
+            assert isinstance(part, TokensInput)
+            check_ids(document.ids, encoder.vocab_size, part, document.number)
+            if task.split.tail and not piece.stream.held_out:
+                at = task.split.cut(len(document.ids))
+                ids = document.ids[at:] if number else document.ids[:at]
+            else:
+                held_out = piece.stream.held_out or task.split.holds_out(raw)
+                ids = document.ids if held_out == bool(number) else document.ids[:0]
+            if len(ids):
+                kept.append((ids, document))
+        if kept:
+            arrays = [ids for ids, _ in kept]
+            sizes = _utf8_sizes(arrays, task)
+            encoded = encoder.joined(arrays, np.ones(len(arrays), dtype=np.int64), sizes)
+            side.add([""] * len(kept), encoded, [document for _, document in kept])
+
+
+def _utf8_sizes(arrays: list[NDArray[Any]], task: Task) -> NDArray[np.int64]:
+    sizes = bytes_by_id(task.encoder[0])
+    if sizes is not None:
+        return np.array([int(sizes[ids].sum()) for ids in arrays], dtype=np.int64)
+    tokenizer = load_fast(task.encoder[0])
+    return np.array([len(tokenizer.decode(ids.tolist()).encode("utf-8")) for ids in arrays], dtype=np.int64)
+
+
+def _documents(
+    piece: Piece, task: Task, left: int | None, tally: Tally, on_bytes: OnBytes
+) -> Iterator[Document | TokenDocument]:
     """The documents of a piece, without those that are repetitions where these are left out."""
-    found = read_documents(piece.inputs, piece.stream.reading, limit=left, tally=tally, on_bytes=on_bytes)
+    found = _read(piece, task, left, tally, on_bytes)
     if task.repeated is None:
         yield from found
         return
@@ -172,17 +217,47 @@ def _documents(piece: Piece, task: Task, left: int | None, tally: Tally, on_byte
             yield document
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _read(
+    piece: Piece, task: Task, left: int | None, tally: Tally, on_bytes: OnBytes
+) -> Iterator[Document | TokenDocument]:
+    if not isinstance(piece.inputs[0], TokensInput):
+        yield from read_documents(piece.inputs, piece.stream.reading, limit=left, tally=tally, on_bytes=on_bytes)
+        return
+    specials = encoder_of(*task.encoder).specials
+    done = read = 0
+    for index, part in enumerate(piece.inputs):
+        assert isinstance(part, TokensInput)
+        for number, ids in enumerate(read_tokens(part, specials), start=1):
+            document = TokenDocument(ids, index, number)
+            if not len(ids):
+                tally.drop("empty", document.mark)
+                continue
+            if read == left:
+                return
+            read += 1
+            yield document
+        done += size_of(part)
+        on_bytes(done)
+
+
+def _batches(documents: Iterator[Document | TokenDocument]) -> Iterator[list[Any]]:
+    batch: list[Any] = []
     size = 0
     for document in documents:
-        if batch and size + len(document.text) > BATCH_CHARACTERS:
+        length = len(document.ids) if isinstance(document, TokenDocument) else len(document.text)
+        if batch and size + length > BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
         batch.append(document)
-        size += len(document.text)
+        size += length
     if batch:
         yield batch
+
+
+@functools.lru_cache(maxsize=1)
+def bytes_by_id(tokenizer: Path) -> NDArray[np.int64] | None:
+    """`token_bytes`, once a process."""
+    return token_bytes(tokenizer)
 
 
 @functools.lru_cache(maxsize=1)

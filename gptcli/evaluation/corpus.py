@@ -160,9 +160,9 @@ def _held_out_texts(loaded: LoadedRecipe, reporter: Reporter) -> Iterator[str]:
     seen: set[bytes] = set()
     for part in job.validation or job.train:
         for document in read_documents(part.inputs, part.stream.reading, limit=part.stream.limit):
-            digest = digest_of(document.text.encode("utf-8"))
-            kept = document.text if job.validation else job.split(document.text, digest)[1]
-            if kept is None or digest in seen:
+            raw = document.raw
+            kept = document.text if job.validation else job.split(document.text, raw)[1]
+            if kept is None or (digest := digest_of(raw)) in seen:
                 continue
             if job.data.deduplicate == "exact":
                 seen.add(digest)

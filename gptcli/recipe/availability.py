@@ -37,17 +37,16 @@ class Row:
 
 def _source_rows(place: str) -> tuple[Row, ...]:
     return (
-        Row(f"{place}.*.tokens", feature="a source of tokens made before"),
         Row(f"{place}.*.map", feature="mapping a column's values"),
         Row(f"{place}.*.path", feature="a source of parallel line files", mapping_only=True),
     )
 
 
 TABLE: tuple[Row, ...] = (
-    Row("tokenizer.chat_template", feature="a chat template"),
     *_source_rows("data.train"),
     *_source_rows("data.validation"),
     *_source_rows("eval.data"),
+    Row("eval.data.*.tokens", feature="evaluation on tokens made before"),
     Row("data.format", ("text",)),
     Row("data.prompt", feature="a prompt template"),
     Row("data.completion", feature="a completion template"),
@@ -60,7 +59,6 @@ TABLE: tuple[Row, ...] = (
     Row("data.cache_features", (False,)),
     Row("data.packing", ("concat",)),
     Row("data.overlong", ("split",)),
-    Row("data.deduplicate", ("none",)),
     Row("model.preset", ("1m", "10m", "30m", "124m", "350m", "774m", "1.5b")),
     Row("model.rope_scaling", feature="a longer context by rope_scaling"),
     Row("train.objective", ("causal",)),
@@ -90,7 +88,6 @@ TABLE: tuple[Row, ...] = (
     Row("launch.parallel", feature="splitting a model over devices"),
     Row("launch.fsdp", feature="FSDP"),
     Row("launch.deepspeed", feature="DeepSpeed"),
-    Row("tokenize.executor", ("local",)),
     Row("eval.references", feature="comparing with references"),
     Row("eval.metrics", ("perplexity",)),
     Row("eval.labels", feature="classification by labels"),

@@ -39,6 +39,9 @@ class TokenizerTraining(Section):
     pattern: Literal["gpt2", "gpt4", "llama3", "qwen2"] = Field(
         default="gpt4", description="How text is cut into words before BPE merges."
     )
+    special_tokens: Texts | None = Field(
+        default=None, description="Further special tokens; those of a named chat_template are there without."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -51,8 +54,11 @@ class TokenizerTraining(Section):
     def _size_fits(self) -> TokenizerTraining:
         if self.algorithm == "bytes" and self.vocab_size != BYTES_VOCABULARY:
             raise ValueError(f"algorithm bytes always has vocab_size {BYTES_VOCABULARY}; remove vocab_size")
-        if self.vocab_size < BYTES_VOCABULARY:
-            raise ValueError(f"vocab_size must be at least {BYTES_VOCABULARY}: 256 bytes and two specials")
+        least = BYTES_VOCABULARY + len(set(self.special_tokens or ()))
+        if self.vocab_size < least:
+            raise ValueError(f"vocab_size must be at least {least}: 256 bytes and {least - 256} specials")
+        if self.algorithm == "bytes" and self.special_tokens:
+            raise ValueError("algorithm bytes has no further special_tokens; remove them, or use bpe")
         return self
 
 
@@ -109,6 +115,9 @@ class Source(Section):
         one_of(self, "path, tokens", ("path", "tokens"), "for example path: corpus.txt")
         if self.dtype is not None and self.tokens is None:
             raise ValueError("dtype belongs to tokens; remove it")
+        of_texts = {"split", "text", "config", "revision", "columns", "map", "documents"} & self.model_fields_set
+        if self.tokens is not None and of_texts:
+            raise ValueError(f"{sorted(of_texts)[0]} belongs to path, not to tokens; remove it")
         return self
 
 

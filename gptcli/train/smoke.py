@@ -151,7 +151,7 @@ def _cut_source(source: Source, folder: Path, name: str, reporter: Reporter) -> 
     if isinstance(source.path, str) and _is_here(source.path):
         return {**written, "limit": min(ROWS, source.limit or ROWS)}
     path = folder / f"{name}.jsonl"
-    reporter.say(f"smoke: {source.path} is not read; {ROWS} synthetic rows stand in for it")
+    reporter.say(f"smoke: {source.path or source.tokens} is not read; {ROWS} synthetic rows stand in for it")
     path.write_text("".join(_synthetic_row(source.text, seed) for seed in range(ROWS)), encoding="utf-8")
     weight = {} if source.weight is None else {"weight": source.weight}
     return {"path": str(path), "text": source.text, **weight}

@@ -10,8 +10,19 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from gptcli.data.row import BadRow, Layout, Part, Row, Rows, kind_of, listed, object_row, require_column, value_row
-from gptcli.data.streams import raw_lines, text_lines
+from gptcli.data.reading.row import (
+    BadRow,
+    Layout,
+    Part,
+    Row,
+    Rows,
+    kind_of,
+    listed,
+    object_row,
+    require_column,
+    value_row,
+)
+from gptcli.data.reading.streams import raw_lines, text_lines
 
 _raw_decode = json.JSONDecoder().raw_decode
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from gptcli.data.columnar import row_groups
-from gptcli.data.row import Layout
-from gptcli.data.streams import BLOCK
+from gptcli.data.reading.columnar import row_groups
+from gptcli.data.reading.row import Layout
+from gptcli.data.reading.streams import BLOCK
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from gptcli.data.row import Layout, Part, Row, Rows, not_utf8_row, require_column, value_row
-from gptcli.data.streams import BLOCK, FAULTS, DamagedError
+from gptcli.data.reading.row import Layout, Part, Row, Rows, not_utf8_row, require_column, value_row
+from gptcli.data.reading.streams import BLOCK, FAULTS, DamagedError
 from gptcli.errors import DataError
 
 BATCH = 256

@@ -10,7 +10,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from gptcli.errors import DataError
 
@@ -35,6 +35,19 @@ class BadRow:
     kind: Kind
     reason: str
     member: str | None = None
+
+
+class Mark(NamedTuple):
+    """Where a row stands, without the reading that a line number may need: `place` makes a text of it.
+
+    `part` counts the inputs, `number` the rows of the part; `member` is that of an archive and `identity` the name that
+    a built-in corpus has for its row, "" without.
+    """
+
+    part: int
+    number: int
+    member: str
+    identity: str
 
 
 Rows: TypeAlias = Iterator[Row | BadRow]

@@ -11,8 +11,8 @@ from itertools import count
 
 import numpy as np
 
-from gptcli.data.row import BadRow, Layout, Part, Row, Rows, not_utf8_row
-from gptcli.data.streams import BOM, DamagedError, line_blocks, text_lines
+from gptcli.data.reading.row import BadRow, Layout, Part, Row, Rows, not_utf8_row
+from gptcli.data.reading.streams import BOM, DamagedError, line_blocks, text_lines
 
 _BLANK_LINES = re.compile(rb"(?:[ \t\r\v\f]*+\n)++")
 _IS_SPACE = np.zeros(256, bool)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-from gptcli.data.row import BadRow, Part, Row, Rows
-from gptcli.data.streams import DamagedError, Pieces, buffered, decompressed, faults_of
+from gptcli.data.reading.row import BadRow, Part, Row, Rows
+from gptcli.data.reading.streams import DamagedError, Pieces, buffered, decompressed, faults_of
 from gptcli.errors import DataError
 
 ARCHIVES = (".zip", ".tar")

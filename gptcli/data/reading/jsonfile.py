@@ -13,8 +13,8 @@ import json
 import re
 from typing import Any
 
-from gptcli.data.row import BadRow, Layout, Part, Row, Rows, checked_row, kind_of, object_row
-from gptcli.data.streams import BLOCK, DamagedError
+from gptcli.data.reading.row import BadRow, Layout, Part, Row, Rows, checked_row, kind_of, object_row
+from gptcli.data.reading.streams import BLOCK, DamagedError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MARGIN = 16  # more than the longest token that is not a string and can be cut at the window's end: \ud83d\ude00

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import zstandard
 
-from gptcli.data.row import BadRow, Part, not_utf8_row
+from gptcli.data.reading.row import BadRow, Part, not_utf8_row
 
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 BLOCK = 1 << 18

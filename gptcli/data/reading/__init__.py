@@ -1,0 +1,1 @@
+"""One file of any kind as its rows, streamed: `gptcli.data.readers` is the way in."""

@@ -1,0 +1,123 @@
+"""`tokenizer.train`: a tokenizer of the recipe's own texts, trained once and kept in the cache.
+
+It is trained on a sample of the training side whose choice depends on the texts alone, 200 MB at most.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gptcli.data.encode import parallel_tokenizers, safe_cuts, utf8_size
+from gptcli.data.finish import check_sides
+from gptcli.data.job import MEGA, Job
+from gptcli.data.split import SAMPLE_BUCKETS, SAMPLE_BYTES, sample_buckets
+from gptcli.data.stages import repeated_marks, run_stage, surveyed, waiting
+from gptcli.data.tokenizer import END_OF_TEXT, PAD, save_bytes_tokenizer, train_bpe
+from gptcli.data.work import Task, sample
+from gptcli.errors import RecipeError
+from gptcli.files import cache_root, committed_folder, fingerprint, locked
+
+if TYPE_CHECKING:
+    from gptcli.data.chat_template import ChatTemplate
+    from gptcli.recipe.load import LoadedRecipe
+    from gptcli.recipe.schema import TokenizerTraining
+    from gptcli.reporting import Reporter
+
+# 2: another spelling of the patterns, a sample by buckets.
+FORMAT = 2
+
+
+def trained_tokenizer(
+    spec: TokenizerTraining, template: ChatTemplate | None, loaded: LoadedRecipe, job: Job, reporter: Reporter
+) -> tuple[Path, bool]:
+    """(folder of the tokenizer that a recipe asks to train, whether it was trained now and not found in the cache).
+
+    The special tokens of a named `template` are among its own.
+    """
+    if spec.algorithm == "bytes":
+        folder = cache_root() / "tokenizers" / fingerprint([FORMAT, "bytes"])
+        if not folder.is_dir():
+            with committed_folder(folder) as work:
+                save_bytes_tokenizer(work)
+        return folder, False
+    if job.has_tokens:
+        raise RecipeError(
+            "a tokenizer cannot be trained on tokens made before, which are another one's",
+            where=loaded.where("tokenizer.train"),
+            remedy="Name the tokenizer that made them: tokenizer: {from: ...}",
+        )
+    specials = list(dict.fromkeys([*(spec.special_tokens or ()), *(template.special_tokens if template else ())]))
+    # The recipe's own special tokens are counted where it is read; a template's are known only here.
+    if spec.vocab_size < (least := 256 + len({END_OF_TEXT, PAD, *specials})):
+        raise RecipeError(
+            f"vocab_size must be at least {least}: 256 bytes and {least - 256} specials (of the chat template too)",
+            where=loaded.where("tokenizer.train.vocab_size"),
+            remedy=f"tokenizer.train.vocab_size: {least}, or more",
+        )
+    key = [FORMAT, spec.algorithm, spec.vocab_size, spec.pattern, specials, SAMPLE_BYTES, job.spec]
+    folder = cache_root() / "tokenizers" / fingerprint(key)
+    if folder.is_dir():
+        return folder, False
+    with locked(folder.name, waiting(reporter)):
+        if folder.is_dir():
+            return folder, False
+        texts = _training_sample(loaded, job, reporter)
+        size = sum(map(utf8_size, texts))
+        reporter.say(f"training a tokenizer of {spec.vocab_size:,} entries on {size / MEGA:,.1f} MB of text")
+        started = time.monotonic()
+        with parallel_tokenizers(), committed_folder(folder) as work:
+            pieces = (piece for text in texts for piece in safe_cuts(text))
+            entries = train_bpe(pieces, work, vocab_size=spec.vocab_size, pattern=spec.pattern, special_tokens=specials)
+    if entries < spec.vocab_size:
+        reporter.say(
+            f"the text gave a tokenizer of {entries:,} entries, not {spec.vocab_size:,}: "
+            "no further pair of tokens occurs twice (the model's vocabulary follows)"
+        )
+    reporter.say(f"trained the tokenizer in {time.monotonic() - started:.1f} s")
+    return folder, True
+
+
+def _training_sample(loaded: LoadedRecipe, job: Job, reporter: Reporter) -> list[str]:
+    """The sample of the training side, in the order of the sources; at most `SAMPLE_BYTES` of text."""
+    folder, results = surveyed(loaded, job, reporter, None)
+    dropped = sum((Counter(result["dropped"]) for result in results.values()), Counter[str]())
+    chains = [chain for chain in job.chains if not chain[0].stream.held_out]
+    pieces = [piece for chain in chains for piece in chain if piece.index in results]
+    sides = {"train": 0, "validation": 0}
+    buckets = SAMPLE_BUCKETS
+    if pieces:
+        kept = [(np.load(folder / piece.name / "digests.npy"), piece) for piece in pieces]
+        held_out = sum(int(np.load(folder / piece.name / "held_out.npy").sum()) for piece in pieces)
+        documents = sum(len(digests) for digests, _ in kept)
+        sides = {"train": documents - held_out, "validation": documents if job.split.tail else held_out}
+        buckets = sample_buckets(
+            (
+                (digests[:, 8:10].copy().view(">u2")[:, 0], np.load(folder / piece.name / "bytes.npy"))
+                for digests, piece in kept
+            ),
+            SAMPLE_BYTES,
+        )
+    check_sides(job, sides["train"], None if job.validation else sides["validation"], dropped)
+    repeated = repeated_marks(loaded, job, reporter, None) if job.data.deduplicate == "exact" else None
+    task = Task(folder, job.split, repeated, buckets=buckets)
+    found = dict(run_stage(sample, chains, task, loaded, reporter, "sampling"))
+    return _bounded([text for index in sorted(found) for text in found[index]["texts"]])
+
+
+def _bounded(texts: list[str]) -> list[str]:
+    """The texts, cut to `SAMPLE_BYTES` where one bucket has more: a long text, or one that is there many times."""
+    if sum(map(utf8_size, texts)) <= SAMPLE_BYTES:
+        return texts
+    kept = []
+    left = SAMPLE_BYTES
+    for text in sorted(texts):  # the choice does not depend on their order
+        kept.append(text.encode("utf-8")[:left].decode("utf-8", "ignore"))
+        left -= utf8_size(kept[-1])
+        if utf8_size(kept[-1]) < utf8_size(text):
+            break
+    return kept
