@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Two test processes on two cores, one thread each.
 TEST_PROCESSES ?= 2
 
-.PHONY: install demo test check bench recipes format clean
+.PHONY: install demo test check bench faults recipes format clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ check: $(STAMP)
 ## Every recipe, as a toy through every stage.
 recipes: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) tests/recipes --all-recipes
+
+## Every fault at full length: ten kills instead of three.
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup tests/faults tests/resume --all-faults
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py

@@ -89,7 +89,7 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
         raise RecipeError("tokenize needs data, which the recipe does not have", where=loaded.label)
     held_out = data.validation if isinstance(data.validation, list) else []
     found = [
-        (source, loaded.where(f"data.{side}.{index}.path"))
+        (source, loaded.where(f"data.{side}.{index}.{'path' if source.tokens is None else 'tokens'}"))
         for side, listed in (("train", data.train), ("validation", held_out))
         for index, source in enumerate(listed)
     ]
@@ -144,12 +144,16 @@ def megabytes(progress: Progress) -> Callable[[int], None]:
 def _names(listed: list[Source]) -> list[str]:
     """What sources are called: as short as tells them apart, so that no more of this machine's folders is shown."""
     names = [sources.source_name(source) for source in listed]
-    for number, source in enumerate(listed):
-        parts = Path(str(source.path or source.tokens)).parts
-        depth = len(Path(names[number]).parts)
-        while names.count(names[number]) > 1 and depth < len(parts):
-            depth += 1
-            names[number] = "/".join(parts[-depth:])
+    paths = [Path(str(source.path or source.tokens)).parts for source in listed]
+    for name in {name for name in names if names.count(name) > 1}:
+        alike = [number for number, other in enumerate(names) if other == name]
+        if len({paths[number] for number in alike}) == 1:  # one path, written twice
+            continue
+        for depth in range(len(Path(name).parts) + 1, max(len(paths[number]) for number in alike) + 1):
+            for number in alike:
+                names[number] = "/".join(paths[number][-depth:])
+            if len({names[number] for number in alike}) == len({paths[number] for number in alike}):
+                break
     return names
 
 

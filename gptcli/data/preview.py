@@ -6,11 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from gptcli.data.encode import make_encoder
-from gptcli.data.job import Job
+import numpy as np
+from numpy.typing import NDArray
+
+from gptcli.data.encode import Encoder, make_encoder
+from gptcli.data.job import Job, Part
+from gptcli.data.readers import shown as shown_path
 from gptcli.data.sources import place, read_documents
 from gptcli.data.tokenizer import bytes_of, load_fast
+from gptcli.data.tokens import TokensInput, read_tokens
 
 SHOWN_TOKENS = 200
 
@@ -33,26 +39,35 @@ def preview(job: Job, tokenizer: Path, count: int) -> list[Shown]:
     loaded = load_fast(tokenizer)
     specials = {number for number, token in loaded.get_added_tokens_decoder().items() if token.special}
     shown = []
-    for at, text in islice(_in_turn(job), count):
-        ids = encoder([text]).tokens
-        tokens = [
-            (number, _text(loaded.id_to_token(number)), number in specials) for number in ids[:SHOWN_TOKENS].tolist()
-        ]
+    for at, document in islice(_in_turn(job, encoder), count):
+        ids = document if isinstance(document, np.ndarray) else encoder([document]).tokens
+        first = ids[:SHOWN_TOKENS].tolist()
+        tokens = [(number, _text(loaded.id_to_token(number)), number in specials) for number in first]
         shown.append(Shown(at, tokens, len(ids)))
     return shown
 
 
-def _in_turn(job: Job) -> Iterator[tuple[str, str]]:
-    readers = [(part, read_documents(part.inputs, part.stream.reading, limit=part.stream.limit)) for part in job.train]
+def _in_turn(job: Job, encoder: Encoder) -> Iterator[tuple[str, str | NDArray[Any]]]:
+    readers = [_documents(part, encoder) for part in job.train]
     while readers:
         for reader in list(readers):
-            part, documents = reader
-            document = next(documents, None)
-            if document is None:
+            if (document := next(reader, None)) is None:
                 readers.remove(reader)
             else:
-                layout = part.stream.reading.layout
-                yield place(part.inputs[document.part], document.mark(), layout), document.text
+                yield document
+
+
+def _documents(part: Part, encoder: Encoder) -> Iterator[tuple[str, str | NDArray[Any]]]:
+    """(where it stands, text or ids) of a source's documents."""
+    tokens = [each for each in part.inputs if isinstance(each, TokensInput)]
+    for each in tokens:
+        for number, ids in enumerate(read_tokens(each, encoder.specials), start=1):
+            if len(ids):
+                yield f"{shown_path(each.path)}:{number}", ids
+    if not tokens:
+        reading = part.stream.reading
+        for document in read_documents(part.inputs, reading, limit=part.stream.limit):
+            yield place(part.inputs[document.part], document.mark(), reading.layout), document.text
 
 
 def _text(entry: str | None) -> str:

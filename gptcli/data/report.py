@@ -73,7 +73,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"dropped: {reasons}; first: {report['dropped_examples'][0]}")
     if report["duplicates"]:
         kept = "" if report["dropped"].get("duplicate") else " (kept; data.deduplicate: exact leaves them out)"
-        lines.append(f"duplicates: {report['duplicates']:,} documents repeat the text of another{kept}")
+        lines.append(f"repeated documents: {report['duplicates']:,}{kept}")
     for name, unit in (("longest", "tokens"), ("strangest", "tokens_per_byte")):
         if found := report["train"][name]:
             shown = ", ".join(f"{each['document']} ({each[unit]:,g})" for each in found)

@@ -19,6 +19,7 @@ from gptcli.data.executor import process_count, run
 from gptcli.data.hub import HubSet
 from gptcli.data.job import MEGA, Job, megabytes
 from gptcli.data.pieces import Chain
+from gptcli.data.tokenizer import tokenizer_fingerprint
 from gptcli.data.work import Task, Work, survey
 from gptcli.errors import StoppedError
 from gptcli.files import cache_root, committed_folder, fingerprint, locked
@@ -38,8 +39,8 @@ def waiting(reporter: Reporter) -> Callable[[], None]:
 
 def repeated_marks(loaded: LoadedRecipe, job: Job, reporter: Reporter, tokenizer: Path | None) -> Path:
     """The folder that marks repeated documents; what is in the validation sources counts as seen before training."""
-    marks = survey_folder(job) / "repeated"
-    with locked(survey_folder(job).name, waiting(reporter)):
+    marks = survey_folder(job, tokenizer) / "repeated"
+    with locked(survey_folder(job, tokenizer).name, waiting(reporter)):
         if not marks.is_dir():
             folder, results = surveyed(loaded, job, reporter, tokenizer)
             pieces = [piece for piece in job.pieces if piece.index in results]
@@ -55,15 +56,18 @@ def surveyed(
     loaded: LoadedRecipe, job: Job, reporter: Reporter, tokenizer: Path | None
 ) -> tuple[Path, dict[int, dict[str, Any]]]:
     """(folder of the survey, what `survey` returned for each piece); tokens as a source need the `tokenizer`."""
-    folder = survey_folder(job)
+    folder = survey_folder(job, tokenizer)
     return folder, dict(
         run_stage(survey, job.chains, Task(folder, job.split, tokenizer=tokenizer), loaded, reporter, "reading")
     )
 
 
-def survey_folder(job: Job) -> Path:
-    """Where the survey of a job is kept until its data is prepared."""
-    return cache_root() / "data" / f".{fingerprint([FORMAT, job.spec])}.survey"
+def survey_folder(job: Job, tokenizer: Path | None) -> Path:
+    """Where the survey of a job is kept until its data is prepared; in tokens, the `tokenizer` tells documents."""
+    key = [FORMAT, job.spec]
+    if job.has_tokens and tokenizer is not None:
+        key.append(tokenizer_fingerprint(tokenizer))
+    return cache_root() / "data" / f".{fingerprint(key)}.survey"
 
 
 def run_stage(

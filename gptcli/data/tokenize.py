@@ -25,7 +25,7 @@ from gptcli.data.pieces import Piece
 from gptcli.data.readers import shown
 from gptcli.data.shards import Shards
 from gptcli.data.stages import FORMAT, repeated_marks, run_stage, survey_folder, waiting
-from gptcli.data.tokenizer import tokenizer_fingerprint
+from gptcli.data.tokenizer import load_fast, tokenizer_fingerprint
 from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.data.tokenizer_training import trained_tokenizer
 from gptcli.data.tokens import TokensInput
@@ -75,7 +75,7 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool | None = N
     folder = data_folder(loaded, job, tokenizer)
     reused = folder.is_dir()
     if not reused:
-        with locked(folder.name, waiting(reporter)), unfinished_removed(job, folder):
+        with locked(folder.name, waiting(reporter)), unfinished_removed(job, tokenizer, folder):
             if not folder.is_dir():
                 encode_pieces(loaded, job, tokenizer, folder, reporter)
                 commit(job, tokenizer, folder)
@@ -153,7 +153,12 @@ def find_tokenizer(loaded: LoadedRecipe, job: Job, reporter: Reporter) -> tuple[
     else:
         loaded.require("tokenize", "tokenizer")
         raise RecipeError("tokenizer is empty", where=loaded.where("tokenizer"))
-    return folder if template is None else with_template(folder, template), trained
+    if template is None:
+        return folder, trained
+    vocabulary = load_fast(folder).get_vocab(with_added_tokens=True)
+    if absent := [token for token in template.special_tokens if token not in vocabulary]:
+        reporter.say(f"the tokenizer has no {', '.join(absent)}: the chat template spells them as ordinary text")
+    return with_template(folder, template), trained
 
 
 def encode_pieces(
@@ -205,16 +210,16 @@ def commit(job: Job, tokenizer: Path, folder: Path) -> None:
     with committed_folder(folder) as target:
         finish(job, job.pieces, work, target, encoder_of(tokenizer, True), tokenizer_fingerprint(tokenizer))
     shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(survey_folder(job), ignore_errors=True)
+    shutil.rmtree(survey_folder(job, tokenizer), ignore_errors=True)
 
 
 @contextlib.contextmanager
-def unfinished_removed(job: Job, folder: Path | None = None) -> Iterator[None]:
+def unfinished_removed(job: Job, tokenizer: Path | None = None, folder: Path | None = None) -> Iterator[None]:
     """Remove the pieces that are done when the data has a fault: mended, it is other content and another job."""
     try:
         yield
     except DataError:
-        shutil.rmtree(survey_folder(job), ignore_errors=True)
+        shutil.rmtree(survey_folder(job, tokenizer), ignore_errors=True)
         if folder is not None:
             shutil.rmtree(work_folder(folder), ignore_errors=True)
         raise

@@ -116,8 +116,9 @@ def _bounded(texts: list[str]) -> list[str]:
     kept = []
     left = SAMPLE_BYTES
     for text in sorted(texts):  # the choice does not depend on their order
-        kept.append(text.encode("utf-8")[:left].decode("utf-8", "ignore"))
-        left -= utf8_size(kept[-1])
-        if utf8_size(kept[-1]) < utf8_size(text):
+        raw = text.encode("utf-8")
+        kept.append(raw[:left].decode("utf-8", "ignore"))
+        left -= len(raw)
+        if left <= 0:
             break
     return kept

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import decoders
 
 from gptcli.data.readers import shown
 from gptcli.data.reading.row import Mark
@@ -105,6 +106,8 @@ def read_tokens(part: TokensInput, specials: Specials) -> Iterator[NDArray[Any]]
 def token_bytes(tokenizer: Path) -> NDArray[np.int64] | None:
     """How many bytes each id stands for, by id; None where that depends on its neighbours."""
     loaded = load_fast(tokenizer)
+    if not isinstance(loaded.decoder, decoders.ByteLevel):  # words of ASCII look like byte-level entries
+        return None
     added = {number: len(token.content.encode("utf-8")) for number, token in loaded.get_added_tokens_decoder().items()}
     vocabulary = loaded.get_vocab(with_added_tokens=True)
     sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)

@@ -198,7 +198,10 @@ def _utf8_sizes(arrays: list[NDArray[Any]], task: Task) -> NDArray[np.int64]:
     if sizes is not None:
         return np.array([int(sizes[ids].sum()) for ids in arrays], dtype=np.int64)
     tokenizer = load_fast(task.encoder[0])
-    return np.array([len(tokenizer.decode(ids.tolist()).encode("utf-8")) for ids in arrays], dtype=np.int64)
+    return np.array(
+        [len(tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode("utf-8")) for ids in arrays],
+        dtype=np.int64,
+    )
 
 
 def _documents(

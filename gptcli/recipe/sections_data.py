@@ -52,13 +52,13 @@ class TokenizerTraining(Section):
 
     @model_validator(mode="after")
     def _size_fits(self) -> TokenizerTraining:
+        if self.algorithm == "bytes" and self.special_tokens:
+            raise ValueError("algorithm bytes has no further special_tokens; remove them, or use bpe")
         if self.algorithm == "bytes" and self.vocab_size != BYTES_VOCABULARY:
             raise ValueError(f"algorithm bytes always has vocab_size {BYTES_VOCABULARY}; remove vocab_size")
         least = BYTES_VOCABULARY + len(set(self.special_tokens or ()))
         if self.vocab_size < least:
             raise ValueError(f"vocab_size must be at least {least}: 256 bytes and {least - 256} specials")
-        if self.algorithm == "bytes" and self.special_tokens:
-            raise ValueError("algorithm bytes has no further special_tokens; remove them, or use bpe")
         return self
 
 

@@ -138,7 +138,7 @@ class _Member(tarfile.TarInfo):
 
 
 def _member_rows(pieces: Pieces, name: str, part: Part, formats: Formats) -> Rows:
-    member = Part(buffered(pieces), f"{part.place}:{name}")
+    member = Part(buffered(pieces), f"{part.place}!{name}")
     for row in formats.rows(member, name):
         if isinstance(row, BadRow):
             yield BadRow(row.number, row.kind, row.reason, name)

@@ -75,7 +75,7 @@ def test_an_archive_without_a_readable_member_is_an_error_that_names_the_suffixe
 def test_a_missing_column_of_a_member_names_archive_and_member(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'content'") as caught:
         read(zipped(tmp_path / "a.zip", {"x/a.csv": b"content,n\nx,1\n"}))
-    assert caught.value.where == f"{tmp_path / 'a.zip'}:x/a.csv:1"
+    assert caught.value.where == f"{tmp_path / 'a.zip'}!x/a.csv:1"
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tar.zst"])

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptcli.data import tokenize
+from gptcli.data import tokenizer_training
 from gptcli.data.report import report_lines
 from gptcli.data.shards import Shards
 from gptcli.data.tokenize import Prepared
@@ -62,7 +64,7 @@ def test_a_second_run_reads_nothing_and_gives_the_same_bytes(
     again = prepared(data, tokenizer=BPE)
     assert (first.reused, again.reused) == (False, True)
     assert (again.report, again.fingerprint) == (first.report, first.fingerprint)
-    monkeypatch.setattr(tokenize, "train_bpe", None)
+    monkeypatch.setattr(tokenizer_training, "train_bpe", None)
     prepared(data, tokenizer=BPE)
     monkeypatch.undo()
     monkeypatch.setenv("GPTCLI_CACHE", str(cache))
@@ -93,13 +95,13 @@ def test_the_tokenizer_is_trained_on_training_documents_only(
 ) -> None:
     (tmp_path / "one.txt").write_text("abcdefgh " * 900 + "XYZW " * 100)
     seen: list[str] = []
-    train_bpe = tokenize.train_bpe
+    train_bpe = tokenizer_training.train_bpe
 
     def spy(texts: Any, folder: Path, **options: Any) -> int:
         seen.extend(texts)
         return train_bpe(seen, folder, **options)
 
-    monkeypatch.setattr(tokenize, "train_bpe", spy)
+    monkeypatch.setattr(tokenizer_training, "train_bpe", spy)
     result = prepared("{train: one.txt, validation: {tail: 10%}, sequence_length: 8}", tokenizer=BPE)
     text = (tmp_path / "one.txt").read_text()
     assert "".join(seen) == text[: int(len(text) * 0.9)]
@@ -206,3 +208,67 @@ def test_nothing_is_left_behind_when_the_job_fails(prepared: Prepare, corpus: Pa
     with pytest.raises(DataError):
         prepared("{train: corpus, validation: 0, sequence_length: 16}")
     assert list((cache / "data").iterdir()) == []
+
+
+def test_sources_of_the_same_name_are_told_apart_by_their_folders(prepared: Prepare, tmp_path: Path) -> None:
+    assert names_of(prepared, tmp_path, "[a/train.txt, b/train.txt, other.txt]") == [
+        "a/train.txt",
+        "b/train.txt",
+        "other.txt",
+    ]
+
+
+def names_of(prepared: Prepare, folder: Path, sources: str) -> list[str]:
+    for name in ("a/train.txt", "b/train.txt", "a/x/train.txt", "b/x/train.txt", "other.txt"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"the text of {name}")
+    result = prepared(f"{{train: {sources}, validation: 0, sequence_length: 4}}")
+    names = [source["name"] for source in result.report["train"]["sources"]]
+    assert names == [source["name"] for source in result.train.manifest["sources"]]
+    assert all(any(name in line for line in report_lines(result.report)) for name in names)
+    return names
+
+
+@pytest.mark.parametrize(
+    "sources", ["[a/train.txt, b/train.txt]", "[a/x/train.txt, b/x/train.txt, other.txt]", "['a/*.txt', 'b/*.txt']"]
+)
+def test_no_two_sources_have_the_same_name(prepared: Prepare, tmp_path: Path, sources: str) -> None:
+    names = names_of(prepared, tmp_path, sources)
+    assert len(set(names)) == len(names)
+    assert not any(str(tmp_path) in name for name in names)
+
+
+def test_a_path_written_twice_is_read_twice(prepared: Prepare, tmp_path: Path) -> None:
+    names = names_of(prepared, tmp_path, "[other.txt, other.txt]")
+    assert len(names) == 2 and all(name.endswith("other.txt") for name in names)
+    assert not any(str(tmp_path.parent) in name for name in names)
+
+
+def test_verify_finds_a_source_that_changed_without_its_stat_and_a_flipped_byte_of_a_shard(
+    prepared: Prepare, corpus: Path, cache: Path
+) -> None:
+    data = "{train: corpus, documents: line, validation: 0, sequence_length: 16}"
+    first = prepared(data)
+    path = corpus / "a.txt"
+    path.write_text(path.read_text().replace("line 7 ", "LINE 7 "))
+    os.utime(path, (1_600_000_000, 1_600_000_000))
+    assert prepared(data).fingerprint == first.fingerprint
+    command = [sys.executable, "-m", "gptcli", "tokenize", str(corpus.parent / "recipe.yaml"), "--verify", "--json"]
+    environment = {**os.environ, "GPTCLI_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert not found["reused"] and found["fingerprint"] != first.fingerprint
+    again = prepared(data)
+    assert again.reused and again.fingerprint == found["fingerprint"]
+    assert any(text.startswith("LINE 7 ") for text in decoded(again.train))
+    shard = again.train.folder / "source-000-shard-00000.tokens.npy"
+    stat = shard.stat()
+    raw = bytearray(shard.read_bytes())
+    raw[1_000] ^= 1
+    shard.write_bytes(raw)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert str(shard) in done.stderr and "rm -r" in done.stderr and "Traceback" not in done.stderr

@@ -152,7 +152,7 @@ def test_a_json_list_is_read_through_a_window_of_any_size(
 ) -> None:
     raw = json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptcli.data.jsonfile.BLOCK", block)
+        patch.setattr("gptcli.data.reading.jsonfile.BLOCK", block)
         rows = read(put(Path(folder) / "a.json", raw))
     assert [row.number for row in rows] == list(range(1, len(values) + 1))
     assert [row.text if isinstance(row, Row) else None for row in rows] == [

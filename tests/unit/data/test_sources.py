@@ -46,7 +46,7 @@ def read(path: object, cut: str = "file", **options: Any) -> Iterator[Document]:
 def places(path: object, cut: str = "file", **options: Any) -> list[str]:
     source = Source.model_validate({"path": str(path), **options})
     inputs, layout = find_inputs(source), reading_of(source, cut, "error").layout
-    return [place(inputs[document.part], document.mark, layout) for document in read(path, cut, **options)]
+    return [place(inputs[document.part], document.mark(), layout) for document in read(path, cut, **options)]
 
 
 def compress(raw: bytes, suffix: str) -> bytes:

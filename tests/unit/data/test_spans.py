@@ -94,8 +94,8 @@ def old_rows(raw: bytes, documents: str) -> list[tuple[int, str]]:
 def test_the_spans_of_plain_text_give_the_rows_of_the_file(raw: bytes, documents: str, block: int) -> None:
     layout = Layout(documents)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptcli.data.streams.BLOCK", block)
-        patch.setattr("gptcli.data.spans.BLOCK", block)
+        patch.setattr("gptcli.data.reading.streams.BLOCK", block)
+        patch.setattr("gptcli.data.reading.spans.BLOCK", block)
         path = put(Path(folder) / "a.txt", raw)
         expected = numbered(path, layout, [None])
         if b"\r\r\n" not in raw:

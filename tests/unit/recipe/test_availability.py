@@ -28,14 +28,11 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     "override",
     [
-        "tokenizer.chat_template=chatml",
-        "data.train={tokens: train.bin, dtype: uint16}",
         "data.train.map={label: {0: no}}",
         "data.train.path={en: a, de: b}",
         "data.validation=[{path: {en: a, de: b}}]",
         "data.format=chat",
         "data.packing=none",
-        "data.deduplicate=exact",
         "data.prompt=x",
         "data.images=[image]",
         "data.allow_urls=true",
@@ -56,7 +53,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "launch.strategy=fsdp",
         "launch.parallel.tp=2",
         "launch.fsdp={reshard: true}",
-        "tokenize.executor=ray",
     ],
 )
 def test_what_does_not_exist_yet_is_refused_with_its_place(recipe: str, override: str) -> None:
