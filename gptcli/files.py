@@ -93,6 +93,12 @@ def committed_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def remove_uncommitted(target: Path) -> None:
+    """Remove what processes that were killed in `committed_folder` left; only for who holds a lock on `target`."""
+    for work in target.parent.glob(f".{target.name}.tmp-*"):
+        shutil.rmtree(work, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def locked(name: str, on_wait: Callable[[], None], *, shared: bool = False) -> Iterator[None]:
     """Hold a lock of the cache, so that two processes do not do the same work; `on_wait` is called before waiting.

@@ -39,6 +39,18 @@ generate: {prompts: ["The "], max_new_tokens: 8}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-recipes", action="store_true", help="smoke every recipe, not one of each folder")
+    parser.addoption("--all-faults", action="store_true", help="faults at full length, and those that are slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow_fault: is run with --all-faults only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all-faults"):
+        for item in items:
+            if item.get_closest_marker("slow_fault"):
+                item.add_marker(pytest.mark.skip(reason="slow: make faults"))
 
 
 @dataclass(frozen=True)

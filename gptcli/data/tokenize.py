@@ -31,7 +31,7 @@ from gptcli.data.tokenizer_training import trained_tokenizer
 from gptcli.data.tokens import TokensInput
 from gptcli.data.work import RESULT, Task, encode, encoder_of
 from gptcli.errors import DataError, RecipeError
-from gptcli.files import cache_root, committed_folder, fingerprint, locked, read_json
+from gptcli.files import cache_root, committed_folder, fingerprint, locked, read_json, remove_uncommitted
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
@@ -74,11 +74,13 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool | None = N
         tokenizer, trained = find_tokenizer(loaded, job, reporter)
     folder = data_folder(loaded, job, tokenizer)
     reused = folder.is_dir()
-    if not reused:
+    if not reused or work_folder(folder).is_dir():
         with locked(folder.name, waiting(reporter)), unfinished_removed(job, tokenizer, folder):
-            if not folder.is_dir():
+            reused = folder.is_dir()  # another process may have made it meanwhile
+            if not reused:
                 encode_pieces(loaded, job, tokenizer, folder, reporter)
                 commit(job, tokenizer, folder)
+            remove_unfinished(job, tokenizer, folder)
     return _opened(loaded, job, tokenizer, folder, reused=reused and not trained, verify=verify)
 
 
@@ -205,12 +207,17 @@ def check_tokens(job: Job, tokenizer: Path) -> None:
 
 
 def commit(job: Job, tokenizer: Path, folder: Path) -> None:
-    """Make the prepared data of the pieces, all of which have to be there, and remove them."""
+    """Make the prepared data of the pieces, all of which have to be there."""
     work = work_folder(folder)
     with committed_folder(folder) as target:
         finish(job, job.pieces, work, target, encoder_of(tokenizer, True), tokenizer_fingerprint(tokenizer))
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(survey_folder(job, tokenizer), ignore_errors=True)
+
+
+def remove_unfinished(job: Job, tokenizer: Path, folder: Path) -> None:
+    """Remove what was left beside prepared data, by this process or by one that was killed."""
+    remove_uncommitted(folder)
+    for path in (survey_folder(job, tokenizer), work_folder(folder)):  # last: while it is there, this is done again
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

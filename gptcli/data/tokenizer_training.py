@@ -20,7 +20,7 @@ from gptcli.data.stages import repeated_marks, run_stage, surveyed, waiting
 from gptcli.data.tokenizer import END_OF_TEXT, PAD, save_bytes_tokenizer, train_bpe
 from gptcli.data.work import Task, sample
 from gptcli.errors import RecipeError
-from gptcli.files import cache_root, committed_folder, fingerprint, locked
+from gptcli.files import cache_root, committed_folder, fingerprint, locked, remove_uncommitted
 
 if TYPE_CHECKING:
     from gptcli.data.chat_template import ChatTemplate
@@ -66,6 +66,7 @@ def trained_tokenizer(
     with locked(folder.name, waiting(reporter)):
         if folder.is_dir():
             return folder, False
+        remove_uncommitted(folder)
         texts = _training_sample(loaded, job, reporter)
         size = sum(map(utf8_size, texts))
         reporter.say(f"training a tokenizer of {spec.vocab_size:,} entries on {size / MEGA:,.1f} MB of text")

@@ -79,3 +79,81 @@ def test_a_run_loads_neither_torch_nor_transformers(folder: Path) -> None:
     )
     environment = {**os.environ, "GPTCLI_CACHE": str(folder / "cache")}
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, timeout=120).returncode == 0
+
+
+@pytest.fixture
+def sources(folder: Path) -> Path:
+    """Two sources, and a recipe that trains its tokenizer."""
+    (folder / "other.jsonl").write_text(
+        "".join(json.dumps({"text": f"The {n}th, <|endoftext|>!"}) + "\n" for n in range(9))
+    )
+    text = RECIPE.replace("algorithm: bytes", "algorithm: bpe, vocab_size: 280").replace("10%", "0")
+    (folder / "recipe.yaml").write_text(text.replace("corpus.txt", "[corpus.txt, other.jsonl]"))
+    return folder
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
+def test_a_preview_shows_documents_of_each_source_in_turn_as_tokens(sources: Path, tokenizer: str) -> None:
+    override = "tokenizer.train={algorithm: bytes}" if tokenizer == "bytes" else "tokenizer.train.vocab_size=280"
+    result = run(sources, "recipe.yaml", "--preview", "3", "--json", override)
+    assert result.returncode == 0, result.stderr
+    documents = json.loads(result.stdout)["documents"]
+    assert [document["document"] for document in documents] == ["corpus.txt:1", "other.jsonl:1", "corpus.txt:2"]
+    texts = ["".join(token["text"] for token in document["tokens"][:-1]) for document in documents]
+    assert texts == ["this is line 0", "The 0th, <|endoftext|>!", "this is line 1"]
+    for document in documents:
+        assert document["total"] == len(document["tokens"])
+        last = document["tokens"][-1]
+        assert (last["text"], last["special"]) == ("<|endoftext|>", True)
+    special = [token["text"] for token in documents[1]["tokens"] if token["special"]]
+    assert special == ["<|endoftext|>", "<|endoftext|>"]
+    assert not list((sources / "cache").glob("data/*/train"))
+
+
+def test_a_preview_for_people_has_bars_between_tokens_and_cuts_long_documents(folder: Path) -> None:
+    (folder / "corpus.txt").write_text("ab\tc\n" + "z" * 1_000 + "\n")
+    result = run(folder, "recipe.yaml", "--preview", "5")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "corpus.txt:1: 5 tokens"
+    assert lines[1] == "a|b|⇥|c|<|endoftext|>"
+    assert "corpus.txt:2: 1,001 tokens" in lines
+    assert "... and 801 more tokens" in result.stdout.replace("\n", " ")
+    assert run(folder, "recipe.yaml", "--preview", "2", "--quiet").stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--piece", "0/3"),
+        ("--piece", "4/3"),
+        ("--piece", "x"),
+        ("--piece", "1"),
+        ("--piece", "-1/3"),
+        ("--piece", "1/0"),
+        ("--preview", "3", "--piece", "1/3"),
+        ("--preview", "3", "--finish"),
+        ("--piece", "1/3", "--finish"),
+        ("--piece", "1/3", "--smoke"),
+        ("--preview", "0"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_no_part_or_excludes_another_option_is_code_2(folder: Path, arguments: tuple[str, ...]) -> None:
+    result = run(folder, "recipe.yaml", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (folder / "cache").exists()
+
+
+def test_ray_that_is_not_installed_is_code_7_with_what_to_install(folder: Path) -> None:
+    code = (
+        "import sys; sys.modules['ray'] = None; from gptcli.cli.main import main; "
+        "sys.exit(main(['tokenize', 'recipe.yaml', 'tokenize.executor=ray']))"
+    )
+    environment = {**os.environ, "GPTCLI_CACHE": str(folder / "cache")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 7, result.stderr
+    assert "pip install 'gptcli[ray]'" in result.stderr
