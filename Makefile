@@ -44,6 +44,7 @@ faults: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/quickstart.py
+	$(BIN)/python benchmarks/tokenize.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

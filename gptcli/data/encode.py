@@ -95,7 +95,7 @@ def make_encoder(folder: Path, *, fast: bool = True) -> Encoder:
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     dtype = np.dtype(np.uint16 if vocab_size < 65_536 else np.uint32)
-    specials = special_ids(folder)
+    specials = special_ids(folder, tokenizer)
     if _is_bytes(content):
         return Encoder(vocab_size, dtype, specials, _bytes_pieces(content, dtype), _whole, _unchecked)
     found = fast_tokenizer(folder, tokenizer) if fast else "it is not wanted"

@@ -7,9 +7,11 @@ under which prepared data is kept.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,6 @@ from gptcli.data.readers import shown
 from gptcli.data.split import SIDES, Split, split_of
 from gptcli.data.tokens import TokensInput
 from gptcli.errors import RecipeError
-from gptcli.files import fingerprint
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
@@ -96,7 +97,6 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
     inputs = [sources.find_inputs(source, where=where) for source, where in found]
     _refuse_overlap(inputs[: len(data.train)], inputs[len(data.train) :], loaded.where("data.validation"))
     names = _names([source for source, _ in found])
-    hashes = _hashes([part for each in inputs for part in each], reporter, verify)
     parts = [
         Part(
             source,
@@ -108,7 +108,7 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
                 source.limit,
                 number >= len(data.train),
             ),
-            _source_spec(source, data, each, hashes),
+            _source_spec(source, data, _content(each, reporter, verify)),
         )
         for number, ((source, where), each) in enumerate(zip(found, inputs, strict=True))
     ]
@@ -172,13 +172,23 @@ def _identity(part: sources.Input) -> object:
     return part if isinstance(part, HubSet) else part.path.resolve()
 
 
-def _hashes(inputs: Iterable[sources.Input], reporter: Reporter, verify: bool) -> dict[str, str]:
-    paths = list(dict.fromkeys(path for part in inputs for path in _files(part)))
+def _content(inputs: list[sources.Input], reporter: Reporter, verify: bool) -> str:
+    """A hash of what the inputs hold and how they are read, in their order; memory is a hash a file."""
+    paths = [path for part in inputs for path in _files(part)]
     total = sum(map(os.path.getsize, paths))
     if total < HASH_PROGRESS_BYTES:
-        return dict(zip(paths, content_hashes(paths, again=verify), strict=True))
-    with reporter.progress("checking files", total / MEGA, "MB") as progress:
-        return dict(zip(paths, content_hashes(paths, again=verify, on_bytes=megabytes(progress)), strict=True))
+        hashes = iter(content_hashes(paths, again=verify))
+    else:
+        with reporter.progress("checking files", total / MEGA, "MB") as progress:
+            hashes = iter(content_hashes(paths, again=verify, on_bytes=megabytes(progress)))
+    digest = hashlib.sha256()
+    for part in inputs:
+        if isinstance(part, HubSet):
+            about = [part.name, part.config, part.split, part.commit]
+        else:
+            about = [sources.input_format(part), *(next(hashes) for _ in _files(part))]
+        digest.update(json.dumps(about).encode("utf-8"))
+    return digest.hexdigest()[:32]
 
 
 def _files(part: sources.Input) -> tuple[str, ...]:
@@ -187,16 +197,10 @@ def _files(part: sources.Input) -> tuple[str, ...]:
     return tuple(map(str, part.files)) if isinstance(part, TokensInput) else (part.name,)
 
 
-def _source_spec(source: Source, data: Data, inputs: list[sources.Input], hashes: dict[str, str]) -> dict[str, Any]:
-    content = [
-        [part.name, part.config, part.split, part.commit]
-        if isinstance(part, HubSet)
-        else [sources.input_format(part), *(hashes[path] for path in _files(part))]
-        for part in inputs
-    ]
+def _source_spec(source: Source, data: Data, content: str) -> dict[str, Any]:
     return {
         "name": sources.source_name(source) if str(source.path).startswith((sources.BUILTIN, "hub:")) else "files",
-        "content": fingerprint(content),
+        "content": content,
         "documents": source.documents or data.documents,
         "text": source.text,
         "columns": source.columns,
