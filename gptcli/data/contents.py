@@ -11,7 +11,7 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from gptcli.errors import DataError
 from gptcli.files import cache_root, sha256_file
 
 SETTLED_SECONDS = 2.0
+ROWS_AT_ONCE = 500
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS files"
     " (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, inode INTEGER, sha256 TEXT)",
@@ -39,13 +40,12 @@ class Verified(NamedTuple):
 
 
 def content_hashes(
-    paths: Sequence[str], *, again: bool = False, on_bytes: Callable[[int], None] | None = None
-) -> list[str]:
+    paths: Iterable[str], *, again: bool = False, on_bytes: Callable[[int], None] | None = None
+) -> Generator[str, None, None]:
     """The sha256 of each file, read only where its path, size, time of change or inode is new (`again`: all).
 
     `on_bytes` is told how many bytes are done, remembered ones included. A file that cannot be read is a `DataError`.
     """
-    hashes: list[str] = []
     done = 0
     with _memory() as memory, _Later(memory, "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)") as later:
         folders: dict[str, str] = {}
@@ -58,19 +58,19 @@ def content_hashes(
                     "SELECT size, mtime_ns, inode, sha256 FROM files WHERE path = ?", (name,)
                 ).fetchone()
                 if not again and row is not None and row[:3] == key:
-                    hashes.append(row[3])
+                    found = str(row[3])
                 else:
                     started = time.time()
-                    hashes.append(sha256_file(Path(path)))
+                    found = sha256_file(Path(path))
                     if started - stat.st_mtime > SETTLED_SECONDS:
-                        later.add((name, *key, hashes[-1]))
+                        later.add((name, *key, found))
             except OSError as error:
                 reason = os.strerror(error.errno) if error.errno else str(error)
                 raise DataError(f"cannot be read: {reason}", where=path) from None
             done += stat.st_size
             if on_bytes is not None:
                 on_bytes(done)
-    return hashes
+            yield found
 
 
 def remembered_revision(name: str) -> str | None:
@@ -144,7 +144,7 @@ def _connect(name: str) -> sqlite3.Connection:
 
 
 class _Later:
-    """Rows that are written together once a second and at the end: a commit takes milliseconds, a small file less."""
+    """Rows that are written together, some hundred or those of a second: a commit takes longer than a small file."""
 
     def __init__(self, memory: sqlite3.Connection, statement: str) -> None:
         self._memory = memory
@@ -160,7 +160,7 @@ class _Later:
 
     def add(self, row: tuple[Any, ...]) -> None:
         self._rows.append(row)
-        if time.monotonic() - self._written > 1:
+        if len(self._rows) >= ROWS_AT_ONCE or time.monotonic() - self._written > 1:
             self._write()
 
     def _write(self) -> None:

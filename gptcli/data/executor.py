@@ -28,6 +28,7 @@ PROGRESS_SECONDS = 0.2
 # times as much, but that is a second in all, and a job's memory should not depend on its size.
 FAST_BYTES = 8_000_000
 SLOW_BYTES = 2_000_000
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 def run(
@@ -108,41 +109,67 @@ def _here(work: Work, queue: _Queue, task: Task, on_bytes: OnBytes) -> Iterator[
 def _in_processes(
     work: Work, queue: _Queue, task: Task, processes: int, on_bytes: OnBytes
 ) -> Iterator[tuple[Piece, Any]]:
+    """This process works too: it has what the others still have to load, and looks after them between its rows."""
     context = multiprocessing.get_context("spawn")
     workers: dict[Connection, Any] = {}
     busy: dict[Connection, tuple[Piece, int]] = {}
-    finished = 0
+    results: list[tuple[Piece, Any]] = []
+    finished = own = 0
+
+    def look_after(timeout: float | None) -> None:
+        """Give idle workers pieces and take what they sent; None waits for something."""
+        nonlocal finished
+        for connection in workers:
+            if connection not in busy and queue.has_next:
+                piece, left = queue.next()
+                busy[connection] = (piece, 0)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: met again below
+                    connection.send((piece, left))
+        ready = set(wait(list(busy), timeout))
+        for connection in [each for each in busy if each in ready]:
+            piece = busy[connection][0]
+            try:
+                kind, value = connection.recv()
+            except (EOFError, ConnectionResetError):
+                raise _died(workers[connection]) from None
+            if kind == "bytes":
+                busy[connection] = (piece, value)
+            elif kind == "error":
+                raise value
+            else:
+                del busy[connection]
+                finished = queue.done(piece, value["documents"])
+                results.append((piece, value))
+        on_bytes(finished + own + sum(done for _, done in busy.values()))
+
+    shown = time.monotonic()
+
+    def on_own_bytes(done: int) -> None:
+        nonlocal own, shown
+        own = done
+        if time.monotonic() - shown > PROGRESS_SECONDS:
+            shown = time.monotonic()
+            look_after(0)
+
     try:
-        for _ in range(processes):
+        for _ in range(processes - 1):
             ours, theirs = context.Pipe()
             process = context.Process(target=_worker, args=(theirs, work, task), daemon=True)
             with _interrupts_held():
                 process.start()
                 workers[ours] = process
             theirs.close()
-        while len(queue):
-            for connection in workers:
-                if connection not in busy and queue.has_next:
+        with _one_thread():
+            while len(queue) or results:
+                look_after(0 if queue.has_next or results else None)
+                yield from results
+                results.clear()
+                if queue.has_next:
                     piece, left = queue.next()
-                    busy[connection] = (piece, 0)
-                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: met again below
-                        connection.send((piece, left))
-            ready = set(wait(list(busy)))
-            for connection in [each for each in busy if each in ready]:
-                piece = busy[connection][0]
-                try:
-                    kind, value = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    raise _died(workers[connection]) from None
-                if kind == "bytes":
-                    busy[connection] = (piece, value)
-                elif kind == "error":
-                    raise value
-                else:
-                    del busy[connection]
-                    finished = queue.done(piece, value["documents"])
-                    yield piece, value
-                on_bytes(finished + sum(done for _, done in busy.values()))
+                    result = work(piece, task, left, on_own_bytes)
+                    finished, own = queue.done(piece, result["documents"]), 0
+                    on_bytes(finished + sum(done for _, done in busy.values()))
+                    yield piece, result
     finally:
         for connection, process in workers.items():
             process.kill()
@@ -151,11 +178,25 @@ def _in_processes(
             process.join()
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The cores are divided among processes: `tokenizers` takes one thread in each."""
+    before = os.environ.get(_PARALLELISM)
+    os.environ[_PARALLELISM] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PARALLELISM]
+        else:
+            os.environ[_PARALLELISM] = before
+
+
 def _worker(connection: Connection, work: Work, task: Task) -> None:
     """Work on what comes over the pipe until it is closed; Ctrl+C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are divided among the processes already
+    os.environ[_PARALLELISM] = "false"
     shown = time.monotonic()
 
     def on_bytes(done: int) -> None:
@@ -239,7 +280,7 @@ def _on_ray(work: Work, queue: _Queue, task: Task, on_bytes: OnBytes) -> Iterato
 
 def _ray_task(settings: tuple[Work, Task, str, str], piece: Piece, left: int | None) -> Any:
     work, task, cache, folder = settings
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ[_PARALLELISM] = "false"
     os.environ["GPTCLI_CACHE"] = cache
     with contextlib.suppress(OSError):
         os.chdir(folder)  # messages name files from there

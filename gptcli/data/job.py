@@ -6,12 +6,13 @@ under which prepared data is kept.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ class Part:
     source: Source
     name: str
     where: str
-    inputs: list[sources.Input]
+    inputs: Sequence[sources.Input]
     stream: Stream
     spec: dict[str, Any]
 
@@ -157,7 +158,9 @@ def _names(listed: list[Source]) -> list[str]:
     return names
 
 
-def _refuse_overlap(train: list[list[sources.Input]], validation: list[list[sources.Input]], where: str) -> None:
+def _refuse_overlap(
+    train: list[Sequence[sources.Input]], validation: list[Sequence[sources.Input]], where: str
+) -> None:
     if not validation:
         return
     trained = {_identity(part) for each in train for part in each}
@@ -172,22 +175,23 @@ def _identity(part: sources.Input) -> object:
     return part if isinstance(part, HubSet) else part.path.resolve()
 
 
-def _content(inputs: list[sources.Input], reporter: Reporter, verify: bool) -> str:
-    """A hash of what the inputs hold and how they are read, in their order; memory is a hash a file."""
-    paths = [path for part in inputs for path in _files(part)]
-    total = sum(map(os.path.getsize, paths))
-    if total < HASH_PROGRESS_BYTES:
-        hashes = iter(content_hashes(paths, again=verify))
-    else:
-        with reporter.progress("checking files", total / MEGA, "MB") as progress:
-            hashes = iter(content_hashes(paths, again=verify, on_bytes=megabytes(progress)))
+def _content(inputs: Sequence[sources.Input], reporter: Reporter, verify: bool) -> str:
+    """A hash of what the inputs hold and how they are read, in their order."""
+    total = sum(os.path.getsize(path) for part in inputs for path in _files(part))
     digest = hashlib.sha256()
-    for part in inputs:
-        if isinstance(part, HubSet):
-            about = [part.name, part.config, part.split, part.commit]
-        else:
-            about = [sources.input_format(part), *(next(hashes) for _ in _files(part))]
-        digest.update(json.dumps(about).encode("utf-8"))
+    with contextlib.ExitStack() as stack:
+        on_bytes = None
+        if total >= HASH_PROGRESS_BYTES:
+            on_bytes = megabytes(stack.enter_context(reporter.progress("checking files", total / MEGA, "MB")))
+        paths = (path for part in inputs for path in _files(part))
+        hashes = content_hashes(paths, again=verify, on_bytes=on_bytes)
+        for part in inputs:
+            if isinstance(part, HubSet):
+                about = [part.name, part.config, part.split, part.commit]
+            else:
+                about = [sources.input_format(part), *(next(hashes) for _ in _files(part))]
+            digest.update(json.dumps(about).encode("utf-8"))
+        hashes.close()
     return digest.hexdigest()[:32]
 
 

@@ -8,14 +8,14 @@ came before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from gptcli.data.hub import HubSet
 from gptcli.data.hub import divide as divide_hub
 from gptcli.data.readers import spans
-from gptcli.data.sources import FileInput, Input, Reading, input_size
+from gptcli.data.sources import FileInput, Input, Reading, as_inputs, input_size
 
 SMALLEST = 8_000_000
 LARGEST = 256_000_000
@@ -38,7 +38,7 @@ class Piece:
     index: int
     source: int
     stream: Stream
-    inputs: tuple[Input, ...]
+    inputs: Sequence[Input]
     size: int
 
     @property
@@ -58,11 +58,10 @@ def divide(sources: Sequence[tuple[Stream, Sequence[Input]]]) -> list[Chain]:
     index = 0
     numbers = {False: 0, True: 0}
     for stream, inputs in sources:
-        groups = _groups([each for part in inputs for each in _divided(part, stream.reading, target)], target)
         pieces = []
-        for group in groups:
-            size = sum(size for _, size in group)
-            pieces.append(Piece(index, numbers[stream.held_out], stream, tuple(part for part, _ in group), size))
+        divided = (each for part in inputs for each in _divided(part, stream.reading, target))
+        for group, size in _groups(divided, target):
+            pieces.append(Piece(index, numbers[stream.held_out], stream, as_inputs(group), size))
             index += 1
         numbers[stream.held_out] += 1
         chains += [pieces] if stream.limit is not None else [[piece] for piece in pieces]
@@ -82,13 +81,15 @@ def _divided(part: Input, reading: Reading, target: int) -> list[tuple[Input, in
     return [(replace(part, span=span), size // len(found)) for span in found]
 
 
-def _groups(parts: list[tuple[Input, int]], target: int) -> list[list[tuple[Input, int]]]:
-    groups: list[list[tuple[Input, int]]] = []
+def _groups(parts: Iterable[tuple[Input, int]], target: int) -> Iterator[tuple[list[Input], int]]:
+    """Neighbours of about `target` bytes together, with their bytes."""
+    group: list[Input] = []
     filled = 0
     for part, size in parts:
-        if not groups or filled + size // 2 > target:
-            groups.append([])
-            filled = 0
-        groups[-1].append((part, size))
+        if group and filled + size // 2 > target:
+            yield group, filled
+            group, filled = [], 0
+        group.append(part)
         filled += size
-    return groups
+    if group:
+        yield group, filled

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,18 +17,22 @@ def settled(path: Path, text: str) -> Path:
     return path
 
 
+def hashes_of(paths: list[str], **options: Any) -> list[str]:
+    return list(contents.content_hashes(paths, **options))
+
+
 def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = settled(tmp_path / "a", "one")
     expected = [sha256_file(path)]
-    assert contents.content_hashes([str(path)]) == expected
+    assert hashes_of([str(path)]) == expected
     read: list[Path] = []
     monkeypatch.setattr(contents, "sha256_file", lambda file: (read.append(file), sha256_file(file))[1])
-    assert contents.content_hashes([str(path), str(path)]) == expected * 2
+    assert hashes_of([str(path), str(path)]) == expected * 2
     assert read == []
     settled(path, "two, longer")
-    assert contents.content_hashes([str(path)]) == [sha256_file(path)] != expected
+    assert hashes_of([str(path)]) == [sha256_file(path)] != expected
     assert read == [path]
 
 
@@ -35,10 +40,10 @@ def test_a_file_that_changed_just_now_is_not_remembered(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("one")
     stat = path.stat()
-    first = contents.content_hashes([str(path)])
+    first = hashes_of([str(path)])
     path.write_text("two")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert contents.content_hashes([str(path)]) != first
+    assert hashes_of([str(path)]) != first
 
 
 def test_again_reads_everything_and_finds_a_change_that_kept_size_and_time(
@@ -46,16 +51,16 @@ def test_again_reads_everything_and_finds_a_change_that_kept_size_and_time(
 ) -> None:
     one, two = (settled(tmp_path / name, name) for name in ("one", "two"))
     paths = [str(one), str(two)]
-    before = contents.content_hashes(paths)
+    before = hashes_of(paths)
     settled(one, "eno")
-    assert contents.content_hashes(paths) == before
+    assert hashes_of(paths) == before
     read: list[str] = []
     monkeypatch.setattr(contents, "sha256_file", lambda file: (read.append(str(file)), sha256_file(file))[1])
     told: list[int] = []
-    after = contents.content_hashes(paths, again=True, on_bytes=told.append)
+    after = hashes_of(paths, again=True, on_bytes=told.append)
     assert after == [sha256_file(one), before[1]] and after[0] != before[0]
     assert (read, told) == (paths, [3, 6])
-    assert contents.content_hashes(paths) == after
+    assert hashes_of(paths) == after
     assert read == paths
 
 
@@ -63,7 +68,7 @@ def test_what_was_read_before_an_error_is_remembered(tmp_path: Path, monkeypatch
     paths = [str(settled(tmp_path / f"{number}", f"text {number}")) for number in range(5)]
     (tmp_path / "3").unlink()
     with pytest.raises(DataError) as caught:
-        contents.content_hashes(paths)
+        hashes_of(paths)
     assert caught.value.where == paths[3]
     settled(tmp_path / "3", "text 3")
     read: list[str] = []
@@ -76,10 +81,10 @@ def test_what_was_read_before_an_error_is_remembered(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(contents, "sha256_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        contents.content_hashes(paths)
+        hashes_of(paths)
     assert read == ["3", "4"]
     monkeypatch.setattr(contents, "sha256_file", lambda file: (read.append(file.name), sha256_file(file))[1])
-    contents.content_hashes(paths)
+    hashes_of(paths)
     assert read == ["3", "4", "4"]
 
 
@@ -95,26 +100,26 @@ def test_links_are_followed_to_the_file_and_a_change_behind_them_is_noticed(
     paths = [str(link), str(folder / "a"), str(target)]
     read: list[Path] = []
     monkeypatch.setattr(contents, "sha256_file", lambda file: (read.append(file), sha256_file(file))[1])
-    contents.content_hashes([str(target)])
-    assert contents.content_hashes(paths) == [sha256_file(target)] * 3
+    hashes_of([str(target)])
+    assert hashes_of(paths) == [sha256_file(target)] * 3
     assert len(read) == 1
     settled(target, "one, longer")
-    assert contents.content_hashes(paths) == [sha256_file(target)] * 3
+    assert hashes_of(paths) == [sha256_file(target)] * 3
     link.unlink()
     link.symlink_to(other)
-    assert contents.content_hashes([str(link)]) == [sha256_file(other)]
+    assert hashes_of([str(link)]) == [sha256_file(other)]
 
 
 def test_a_damaged_memory_is_replaced(tmp_path: Path, cache: Path) -> None:
     path = settled(tmp_path / "a", "one")
     (cache / "contents.sqlite").write_bytes(b"not a database, " * 100)
     for _ in range(2):
-        assert contents.content_hashes([str(path)]) == [sha256_file(path)]
+        assert hashes_of([str(path)]) == [sha256_file(path)]
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        contents.content_hashes([str(tmp_path / "gone")])
+        hashes_of([str(tmp_path / "gone")])
     assert str(tmp_path / "gone") in str(caught.value.where)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import time
@@ -44,17 +45,26 @@ def failing(piece: Piece, task: Task, left: int | None, on_bytes: Callable[[int]
     return {"documents": 1}
 
 
+def in_another_process(on_bytes: Callable[[int], None]) -> None:
+    """Return in another process; in the first one, which works too, wait for what that one does."""
+    while multiprocessing.parent_process() is None:
+        on_bytes(0)
+        time.sleep(0.01)
+
+
 def unexpected(piece: Piece, task: Task, left: int | None, on_bytes: Callable[[int], None]) -> dict[str, Any]:
+    in_another_process(on_bytes)
     raise ZeroDivisionError("never")
 
 
 def dying(piece: Piece, task: Task, left: int | None, on_bytes: Callable[[int], None]) -> dict[str, Any]:
-    if piece.index == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+    in_another_process(on_bytes)
+    os.kill(os.getpid(), signal.SIGKILL)
     return {"documents": 1}
 
 
 def leaving(piece: Piece, task: Task, left: int | None, on_bytes: Callable[[int], None]) -> dict[str, Any]:
+    in_another_process(on_bytes)
     os._exit(9)
 
 
@@ -74,9 +84,9 @@ def killing(piece: Piece, task: Task, left: int | None, on_bytes: Callable[[int]
 
 
 def interrupted(piece: Piece, task: Task, left: int | None, on_bytes: Callable[[int], None]) -> dict[str, Any]:
-    if piece.index:
-        os.kill(os.getppid(), signal.SIGINT)
-        time.sleep(600)  # until the parent ends it
+    in_another_process(on_bytes)
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(600)  # until the parent ends it
     return {"documents": 1}
 
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import pickle
 import sys
 import types
 from collections.abc import Iterator
@@ -14,9 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptcli.data.sources import (
     Document,
+    FileInput,
+    Files,
     Tally,
     find_files,
     find_inputs,
@@ -241,3 +246,12 @@ def test_a_hub_set_without_a_network_is_missing_and_says_what_to_do(monkeypatch:
     with pytest.raises(MissingError, match="owner/name") as caught:
         documents("hub:owner/name")
     assert "path:" in str(caught.value.remedy)
+
+
+@given(st.lists(st.text(alphabet="ab/é文", min_size=1, max_size=6)), st.slices(8))
+def test_files_are_the_files_of_their_names_and_any_slice_of_them(names: list[str], part: slice) -> None:
+    files = Files(names)
+    assert list(files) == [FileInput(name) for name in names] and len(files) == len(names)
+    assert list(files[part]) == list(files)[part] == list(pickle.loads(pickle.dumps(files[part])))
+    with pytest.raises(IndexError):
+        files[len(names)]
