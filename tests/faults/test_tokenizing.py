@@ -250,7 +250,7 @@ def test_a_job_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_on
         while not jobs.tokens():
             jobs.anew()
             process = jobs.start(recipe, "tokenize.processes=2")
-            until(lambda: len(jobs.tokens()) >= 3 or process.poll() is not None, "pieces have tokens")
+            until(lambda job=process: len(jobs.tokens()) >= 3 or job.poll() is not None, "pieces have tokens")
             process.kill()
             finished(process)
             assert_gone(process)
