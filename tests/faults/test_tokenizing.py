@@ -123,8 +123,10 @@ class Jobs:
 
     def tokens(self) -> set[tuple[int, int]]:
         """(inode, time of change) of the tokens of finished pieces, also when they are prepared data by now."""
-        found = self.cache.glob("data/**/*.tokens.npy")
-        return {(path.stat().st_ino, path.stat().st_mtime_ns) for path in found if ".tmp-" not in str(path)}
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # a running job renames folders while they are looked through
+                found = [path for path in self.cache.glob("data/**/*.tokens.npy") if ".tmp-" not in str(path)]
+                return {(path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
     def anew(self) -> None:
         """Go on with an empty cache, but for what is remembered of files and encoders."""

@@ -146,6 +146,7 @@ def test_the_report_says_each_sources_share_and_epochs() -> None:
         },
         "validation": None,
         "dropped": {},
+        "duplicates": 0,
     }
     weighted = with_rows(stored, 10, [0.7, 0.3])
     assert [(source["weight"], source["epochs"]) for source in weighted["train"]["sources"]] == [
@@ -164,4 +165,4 @@ def test_the_report_says_each_sources_share_and_epochs() -> None:
 
 def numbers(tokens: int) -> dict[str, Any]:
     counts = {"documents": 1, "bytes": tokens, "tokens": tokens, "bytes_per_token": 1.0, "document_tokens": {}}
-    return {**counts, "with_nul": 0, "specials_in_text": 0}
+    return {**counts, "with_nul": 0, "specials_in_text": 0, "longest": [], "strangest": []}
