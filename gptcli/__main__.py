@@ -7,6 +7,10 @@ import gc
 import os
 import signal
 import sys
+from typing import Any
+
+# Long enough to be out of the code that cannot raise, too short to be noticed.
+AGAIN_SECONDS = 0.01
 
 
 def run() -> None:
@@ -18,6 +22,7 @@ def run() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Until training has its own handlers, SIGTERM ends a command as Ctrl+C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.unraisablehook = _repeat_interrupt
     try:
         from gptcli.cli.main import main
 
@@ -26,6 +31,15 @@ def run() -> None:
         os.write(2, b"\nstopped\n")
         os._exit(130)
     sys.exit(code)
+
+
+def _repeat_interrupt(ignored: Any) -> None:
+    """Ctrl+C that fell into a destructor or a callback, where Python drops what is raised: let it come once more."""
+    if not isinstance(ignored.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(ignored)
+        return
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
 
 
 if __name__ == "__main__":

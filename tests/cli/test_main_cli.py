@@ -208,6 +208,33 @@ def test_ctrl_c_before_training_ends_with_130_and_one_line(
     assert errors.count("stopped") == 1
 
 
+def test_ctrl_c_that_falls_into_a_destructor_is_not_dropped(tmp_path: Path, environment: dict[str, str]) -> None:
+    script = tmp_path / "interrupted.py"
+    script.write_text(
+        """
+import os, signal, time
+from gptcli import __main__ as process
+from gptcli.cli import main
+
+class Fallen:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+def command(arguments):
+    Fallen()
+    time.sleep(30)
+    return 0
+
+main.main = command
+process.run()
+"""
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "\nstopped\n"
+
+
 def test_a_reader_that_goes_away_does_not_end_the_training(project: Path, environment: dict[str, str]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "gptcli", "pretrain", "tiny.yaml"], cwd=project, stdout=subprocess.PIPE, env=environment
