@@ -20,5 +20,15 @@ def finetune(
 ) -> None:
     """Fine-tune the model of model.from on new text."""
     del debug
-    options = (resume, overwrite, allow_changes, verify)
-    train_command("finetune", recipe, overrides, options, smoke=smoke, json=json, quiet=quiet)
+    train_command(
+        "finetune",
+        recipe,
+        overrides,
+        resume=resume,
+        overwrite=overwrite,
+        allow_changes=allow_changes,
+        verify=verify,
+        smoke=smoke,
+        json=json,
+        quiet=quiet,
+    )

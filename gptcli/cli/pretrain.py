@@ -30,24 +30,34 @@ def pretrain(
 ) -> None:
     """Train a model from scratch (or on from model.from); tokenizes first when needed, resumes by itself."""
     del debug
-    options = (resume, overwrite, allow_changes, verify)
-    train_command("pretrain", recipe, overrides, options, smoke=smoke, json=json, quiet=quiet)
+    train_command(
+        "pretrain",
+        recipe,
+        overrides,
+        resume=resume,
+        overwrite=overwrite,
+        allow_changes=allow_changes,
+        verify=verify,
+        smoke=smoke,
+        json=json,
+        quiet=quiet,
+    )
 
 
 def train_command(
     command: str,
     recipe: str,
     overrides: list[str] | None,
-    options: tuple[str, bool, list[str] | None, bool],
     *,
+    resume: str,
+    overwrite: bool,
+    allow_changes: list[str] | None,
+    verify: bool,
     smoke: bool,
     json: bool,
     quiet: bool,
 ) -> None:
-    """What `pretrain` and `finetune` share: load, check, train, print the result.
-
-    `options` are those of --resume, --overwrite, --allow-changes and --verify.
-    """
+    """What `pretrain` and `finetune` share: load, check, train, print the result."""
     from gptcli.errors import StoppedError, UsageError
     from gptcli.launch import world_size
     from gptcli.recipe.availability import check_available
@@ -73,7 +83,6 @@ def train_command(
     else:
         from gptcli.train.run import Options, allowed_keys, train
 
-        resume, overwrite, allow_changes, verify = options
         try:
             result = train(loaded, Options(command, resume, overwrite, allowed_keys(allow_changes), verify), out)
         except StoppedError as stopped:

@@ -11,9 +11,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptcli.data.tokenizer import tokenizer_fingerprint
+from gptcli.data.tokenizer import kept_tokenizer
 from gptcli.errors import RecipeError
-from gptcli.files import cache_root, committed_folder, read_json, write_json
+from gptcli.files import read_json, write_json
 
 FILE = "chat_template.jinja"
 
@@ -79,12 +79,7 @@ def with_template(tokenizer: Path, template: ChatTemplate) -> Path:
         config = read_json(work / "tokenizer_config.json")
         if config.pop("chat_template", None) is not None:
             write_json(work / "tokenizer_config.json", config)
-        target = cache_root() / "tokenizers" / tokenizer_fingerprint(work)
-        if not target.is_dir():
-            with committed_folder(target) as commit:
-                for path in work.iterdir():
-                    shutil.copyfile(path, commit / path.name)
-    return target
+        return kept_tokenizer(work)
 
 
 def _check(text: str) -> None:

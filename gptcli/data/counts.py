@@ -49,7 +49,7 @@ class Counts:
         strange = np.where(encoded.bytes >= STRANGE_BYTES, text_tokens / np.maximum(encoded.bytes, 1), 0.0)
         for kept, scores in ((self.longest, text_tokens), (self.strangest, strange)):
             least = kept[0][0] if len(kept) == NOTABLE else 0.0
-            for index in np.flatnonzero(scores > least).tolist() if len(texts) <= NOTABLE else _highest(scores, least):
+            for index in _highest(scores, least):
                 self._keep(kept, (float(scores[index]), tuple(mark(index)), texts[index][:EXCERPT]))
 
     def merge(self, other: Counts) -> None:
@@ -92,5 +92,5 @@ class Counts:
 
 
 def _highest(scores: Any, least: float) -> list[int]:
-    top = np.argpartition(scores, -NOTABLE)[-NOTABLE:]
+    top = np.argpartition(scores, -NOTABLE)[-NOTABLE:] if len(scores) > NOTABLE else np.arange(len(scores))
     return [index for index in top.tolist() if scores[index] > least]

@@ -112,19 +112,25 @@ class TrainingRows:
 
 
 def proportions(
-    sources: Sequence[tuple[str, int]], sequence_length: int, weights: Sequence[float] | None = None
+    sources: Sequence[tuple[str, int]],
+    sequence_length: int,
+    weights: Sequence[float] | None = None,
+    *,
+    where: str | None = None,
 ) -> Proportions:
     """How rows are shared out among sources, given as (name, tokens).
 
-    Raises `DataError` when no source has tokens for one row, or one with a weight has none.
+    Raises `DataError` (at `where`, the place of the length) when no source has tokens for one row, or one with a weight
+    has none.
     """
     rows = [row_count(tokens, sequence_length) for _, tokens in sources]
     if not any(rows):
-        raise too_short([tokens for _, tokens in sources], sequence_length)
+        raise _too_short([tokens for _, tokens in sources], sequence_length, where)
     if weights is not None and 0 in rows:
         name, tokens = sources[rows.index(0)]
         raise DataError(
             f"{name} has a weight but not one row: {tokens:,} tokens, and a row takes {sequence_length:,} + 1",
+            where=where,
             remedy="Give it more text, take it out of data.train, or set a smaller data.sequence_length.",
         )
     return Proportions.of(rows, weights)
@@ -135,7 +141,7 @@ def row_count(tokens: int, sequence_length: int) -> int:
     return max(0, (tokens - 1) // sequence_length)
 
 
-def too_short(tokens: list[int], sequence_length: int, *, where: str | None = None) -> DataError:
+def _too_short(tokens: list[int], sequence_length: int, where: str | None) -> DataError:
     """The error for a corpus without a single row, with a `sequence_length` that would fit."""
     most = max(tokens, default=0)
     what = f"the training data has {sum(tokens):,} tokens, which is less than one row of {sequence_length:,} + 1"

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from gptcli.data.tokenizer import PATTERNS, Specials, bytes_tokenizer, load_fast
 
 BATCH_CHARACTERS = 2_000_000
 CUT_CHARACTERS = 100_000
+PARALLELISM = "TOKENIZERS_PARALLELISM"  # read by `tokenizers` at each call
 # In each of PATTERNS a word ends with a newline before a space and a letter, and with one between a letter and a
 # character before it that is no white space, with or without the text that follows. Python's \s holds all that the
 # patterns' \s does.
@@ -41,6 +42,7 @@ class Encoded:
     bytes: NDArray[np.int64]
 
 
+T = TypeVar("T", bound=Any)
 EncodePieces: TypeAlias = Callable[[Sequence[str]], list[NDArray[Any]]]
 Check: TypeAlias = Callable[[Sequence[str]], None]
 
@@ -127,16 +129,17 @@ def document_tokens(texts: Iterable[str], encoder: Encoder) -> Iterator[tuple[ND
             yield encoded.tokens[end - length + first : end - 1].astype(np.int64), int(size)
 
 
-def batches(texts: Iterable[str], characters: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
-    """Group texts until they hold `characters` in all; a longer one is alone."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        if batch and size + len(text) > characters:
+def batches(items: Iterable[T], limit: int = BATCH_CHARACTERS, size: Callable[[T], int] = len) -> Iterator[list[T]]:
+    """Group items (texts by their characters, unless `size` says otherwise) up to a limit; a larger one is alone."""
+    batch: list[T] = []
+    filled = 0
+    for item in items:
+        length = size(item)
+        if batch and filled + length > limit:
             yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
+            batch, filled = [], 0
+        batch.append(item)
+        filled += length
     if batch:
         yield batch
 
@@ -166,17 +169,20 @@ def can_cut(content: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def parallel_tokenizers() -> Iterator[None]:
-    """Let `tokenizers` use every core inside, also in a process that was forked; the user's own setting goes before."""
-    name = "TOKENIZERS_PARALLELISM"
-    if name in os.environ:
+def tokenizer_threads(*, every_core: bool) -> Iterator[None]:
+    """Let `tokenizers` use every core inside (unless the user has set it otherwise), or one thread."""
+    before = os.environ.get(PARALLELISM)
+    if every_core and before is not None:
         yield
         return
-    os.environ[name] = "true"
+    os.environ[PARALLELISM] = "true" if every_core else "false"
     try:
         yield
     finally:
-        del os.environ[name]
+        if before is None:
+            del os.environ[PARALLELISM]
+        else:
+            os.environ[PARALLELISM] = before
 
 
 def _known_words(pre_tokenizer: dict[str, Any] | None) -> bool:

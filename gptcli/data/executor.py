@@ -18,7 +18,9 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from gptcli.data.encode import PARALLELISM, tokenizer_threads
 from gptcli.data.pieces import Chain, Piece
+from gptcli.data.sources import shifted
 from gptcli.data.work import OnBytes, Task, Work
 from gptcli.errors import MissingError, OutOfMemoryError
 from gptcli.files import cache_root
@@ -28,7 +30,6 @@ PROGRESS_SECONDS = 0.2
 # times as much, but that is a second in all, and a job's memory should not depend on its size.
 FAST_BYTES = 8_000_000
 SLOW_BYTES = 2_000_000
-_PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
 def run(
@@ -99,8 +100,7 @@ def _here(work: Work, queue: _Queue, task: Task, on_bytes: OnBytes) -> Iterator[
     finished = 0
     while queue.has_next:
         piece, left = queue.next()
-        before = finished
-        result = work(piece, task, left, lambda done: on_bytes(before + done))  # noqa: B023  (called before it changes)
+        result = work(piece, task, left, shifted(on_bytes, finished))
         finished = queue.done(piece, result["documents"])
         on_bytes(finished)
         yield piece, result
@@ -159,7 +159,7 @@ def _in_processes(
                 process.start()
                 workers[ours] = process
             theirs.close()
-        with _one_thread():
+        with tokenizer_threads(every_core=False):  # the cores are divided among processes
             while len(queue) or results:
                 look_after(0 if queue.has_next or results else None)
                 yield from results
@@ -178,25 +178,11 @@ def _in_processes(
             process.join()
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The cores are divided among processes: `tokenizers` takes one thread in each."""
-    before = os.environ.get(_PARALLELISM)
-    os.environ[_PARALLELISM] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_PARALLELISM]
-        else:
-            os.environ[_PARALLELISM] = before
-
-
 def _worker(connection: Connection, work: Work, task: Task) -> None:
     """Work on what comes over the pipe until it is closed; Ctrl+C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    os.environ[_PARALLELISM] = "false"
+    os.environ[PARALLELISM] = "false"
     shown = time.monotonic()
 
     def on_bytes(done: int) -> None:
@@ -280,7 +266,7 @@ def _on_ray(work: Work, queue: _Queue, task: Task, on_bytes: OnBytes) -> Iterato
 
 def _ray_task(settings: tuple[Work, Task, str, str], piece: Piece, left: int | None) -> Any:
     work, task, cache, folder = settings
-    os.environ[_PARALLELISM] = "false"
+    os.environ[PARALLELISM] = "false"
     os.environ["GPTCLI_CACHE"] = cache
     with contextlib.suppress(OSError):
         os.chdir(folder)  # messages name files from there

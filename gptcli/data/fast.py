@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers import __version__ as tokenizers_version
 
+from gptcli.data.tokenizer import bytes_of
 from gptcli.files import cache_root, fingerprint, read_json, sha256_file, write_json
 
 FORMAT = 1
@@ -205,8 +206,6 @@ def _understood(error: BaseException) -> BaseException:
 
 def _text(entry: str) -> str:
     """A byte-level entry as the text that it stands for; others (and parts of a character) as they are written."""
-    from gptcli.data.tokenizer import bytes_of
-
     raw = bytes_of(entry)
     return entry if raw is None else raw.decode("utf-8", "ignore")
 

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from gptcli.data.hub import HubSet
-from gptcli.data.hub import divide as divide_hub
+from gptcli.data import hub
 from gptcli.data.readers import spans
 from gptcli.data.sources import FileInput, Input, Reading, as_inputs, input_size
 
@@ -69,8 +68,8 @@ def divide(sources: Sequence[tuple[Stream, Sequence[Input]]]) -> list[Chain]:
 
 
 def _divided(part: Input, reading: Reading, target: int) -> list[tuple[Input, int]]:
-    if isinstance(part, HubSet):  # how large its files are is not known: each is a piece
-        return [(each, target) for each in divide_hub(part, where=reading.where)]
+    if isinstance(part, hub.HubSet):  # how large its files are is not known: each is a piece
+        return [(each, target) for each in hub.divide(part, where=reading.where)]
     size = input_size(part)
     if not isinstance(part, FileInput) or part.builtin or size <= target:
         return [(part, size)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from gptcli.data.reading.archives import ARCHIVES, tar_rows, zip_rows
@@ -185,14 +185,7 @@ class _Formats:
         suffix, compression = split_suffix(name)
         try:
             stream = decompressed(part.stream, compression)
-            whole = Part(
-                stream,
-                part.place,
-                part.from_start,
-                part.path if not compression else None,
-                part.groups,
-                part.on_position,
-            )
+            whole = replace(part, stream=stream, path=None if compression else part.path)
             yield from _FORMATS[suffix](whole, self.layout)
         except DamagedError as error:
             yield BadRow(error.number, "damaged file", error.reason)

@@ -25,16 +25,19 @@ def make_report(
     }
 
 
-def with_rows(report: dict[str, Any], sequence_length: int, weights: Sequence[float] | None = None) -> dict[str, Any]:
+def with_rows(
+    report: dict[str, Any], sequence_length: int, weights: Sequence[float] | None = None, *, where: str | None = None
+) -> dict[str, Any]:
     """The report with what depends on `sequence_length` and on the sources' `weights`.
 
     Adds the rows, the tokens at the sources' ends that fill none, and to each source of train its `weight` (its share
     of the rows) and its `epochs` (how often it is gone through in one epoch of the data).
 
-    Raises `DataError` when no source has tokens for one row, or one with a weight has none.
+    Raises `DataError` (at `where`) when no source has tokens for one row, or one with a weight has none.
     """
     sources = report["train"]["sources"]
-    mixed = proportions([(source["name"], source["tokens"]) for source in sources], sequence_length, weights)
+    sizes = [(source["name"], source["tokens"]) for source in sources]
+    mixed = proportions(sizes, sequence_length, weights, where=where)
     total = sum(mixed.rows)
     used = sum(count * sequence_length + 1 for count in mixed.rows if count)
     told = [

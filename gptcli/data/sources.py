@@ -209,7 +209,7 @@ def read_documents(
     done = 0
     left = limit
     for index, part in enumerate(inputs):
-        for row in _rows(part, reading, _shifted(on_bytes, done) if on_bytes is not None else None):
+        for row in _rows(part, reading, shifted(on_bytes, done) if on_bytes is not None else None):
             if isinstance(row, BadRow):
                 if reading.on_bad_row == "error":
                     raise DataError(row.reason, where=place(part, _mark(index, row), reading.layout), remedy=_MEND)
@@ -285,7 +285,8 @@ def _rows(part: Input, reading: Reading, on_position: Callable[[int], None] | No
     return read_rows(part.path, reading.layout, span=part.span, on_position=on_position)
 
 
-def _shifted(on_bytes: Callable[[int], None], offset: int) -> Callable[[int], None]:
+def shifted(on_bytes: Callable[[int], None], offset: int) -> Callable[[int], None]:
+    """`on_bytes` for a part that begins after `offset` bytes of the whole."""
     return lambda position: on_bytes(offset + position)
 
 

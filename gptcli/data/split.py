@@ -70,6 +70,11 @@ def sample_bucket(digest: bytes) -> int:
     return int.from_bytes(digest[8:10], "big")
 
 
+def bucket_column(digests: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """`sample_bucket` of every row of digests (uint8, [documents, 16])."""
+    return digests[:, 8:10].copy().view(">u2")[:, 0]
+
+
 def sample_buckets(sizes: Iterable[tuple[NDArray[np.uint16], NDArray[np.int64]]], budget: int = SAMPLE_BYTES) -> int:
     """How many buckets hold at most `budget` bytes (at least one that holds any), given (bucket, bytes) of documents.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptcli.data.duplicates import repeated
-from gptcli.data.encode import parallel_tokenizers
+from gptcli.data.encode import tokenizer_threads
 from gptcli.data.executor import process_count, run
 from gptcli.data.hub import HubSet
 from gptcli.data.job import MEGA, Job, megabytes
@@ -39,10 +39,11 @@ def waiting(reporter: Reporter) -> Callable[[], None]:
 
 def repeated_marks(loaded: LoadedRecipe, job: Job, reporter: Reporter, tokenizer: Path | None) -> Path:
     """The folder that marks repeated documents; what is in the validation sources counts as seen before training."""
-    marks = survey_folder(job, tokenizer) / "repeated"
-    with locked(survey_folder(job, tokenizer).name, waiting(reporter)):
+    folder = survey_folder(job, tokenizer)
+    marks = folder / "repeated"
+    with locked(folder.name, waiting(reporter)):
         if not marks.is_dir():
-            folder, results = surveyed(loaded, job, reporter, tokenizer)
+            _, results = surveyed(loaded, job, reporter, tokenizer)
             pieces = [piece for piece in job.pieces if piece.index in results]
             pieces.sort(key=lambda piece: (not piece.stream.held_out, piece.index))
             with committed_folder(marks) as work:
@@ -84,7 +85,7 @@ def run_stage(
     try:
         with contextlib.ExitStack() as stack:
             if processes == 1 and section.executor == "local":
-                stack.enter_context(parallel_tokenizers())
+                stack.enter_context(tokenizer_threads(every_core=True))
             progress = stack.enter_context(reporter.progress(name, total, unit))
             on_bytes = megabytes(progress) if by_bytes else lambda count: None
             results = run(work, chains, task, processes=processes, executor=section.executor, on_bytes=on_bytes)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.data import report as reports
 from gptcli.data.chat_template import find_template, with_template
-from gptcli.data.dataset import row_count, too_short
 from gptcli.data.fast import Unequal, distrust
 from gptcli.data.finish import finish
 from gptcli.data.job import Job, find_job
@@ -61,6 +60,16 @@ class Prepared:
     reused: bool
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A recipe's job, its tokenizer (and whether it was trained now), and where the prepared data lies or will lie."""
+
+    job: Job
+    tokenizer: Path
+    trained: bool
+    folder: Path
+
+
 def prepare(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool | None = None) -> Prepared:
     """The prepared data of a recipe: from the cache when the content is known, else tokenized now.
 
@@ -69,10 +78,11 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool | None = N
     cannot be had, `StoppedError` when it is interrupted with finished pieces to go on from.
     """
     loaded.require("tokenize", "data.train")
-    job = find_job(loaded, reporter, verify=bool(verify))
-    with unfinished_removed(job):
-        tokenizer, trained = find_tokenizer(loaded, job, reporter)
-    folder = data_folder(loaded, job, tokenizer)
+    return _prepared(loaded, reporter, _find(loaded, reporter, verify=bool(verify)), verify)
+
+
+def _prepared(loaded: LoadedRecipe, reporter: Reporter, found: _Found, verify: bool | None) -> Prepared:
+    job, tokenizer, folder = found.job, found.tokenizer, found.folder
     reused = folder.is_dir()
     if not reused or work_folder(folder).is_dir():
         with locked(folder.name, waiting(reporter)), unfinished_removed(job, tokenizer, folder):
@@ -81,7 +91,7 @@ def prepare(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool | None = N
                 encode_pieces(loaded, job, tokenizer, folder, reporter)
                 commit(job, tokenizer, folder)
             remove_unfinished(job, tokenizer, folder)
-    return _opened(loaded, job, tokenizer, folder, reused=reused and not trained, verify=verify)
+    return _opened(loaded, job, tokenizer, folder, reused=reused and not found.trained, verify=verify)
 
 
 def prepare_share(loaded: LoadedRecipe, reporter: Reporter, share: tuple[int, int]) -> dict[str, Any]:
@@ -89,29 +99,31 @@ def prepare_share(loaded: LoadedRecipe, reporter: Reporter, share: tuple[int, in
 
     Several of these run beside each other, on any machines that share the cache. Raises as `prepare` does.
     """
-    job = find_job(loaded, reporter)
-    with unfinished_removed(job):
-        tokenizer, _ = find_tokenizer(loaded, job, reporter)
-    folder = data_folder(loaded, job, tokenizer)
-    if not folder.is_dir():
-        with locked(folder.name, waiting(reporter), shared=True):
-            encode_pieces(loaded, job, tokenizer, folder, reporter, share=share)
-    missing = missing_pieces(job, folder)
-    return {"share": f"{share[0]}/{share[1]}", "pieces": len(job.pieces), "missing": len(missing)}
+    found = _find(loaded, reporter)
+    if not found.folder.is_dir():
+        with locked(found.folder.name, waiting(reporter), shared=True):
+            encode_pieces(loaded, found.job, found.tokenizer, found.folder, reporter, share=share)
+    missing = missing_pieces(found.job, found.folder)
+    return {"share": f"{share[0]}/{share[1]}", "pieces": len(found.job.pieces), "missing": len(missing)}
 
 
 def finish_shares(loaded: LoadedRecipe, reporter: Reporter) -> Prepared:
     """The prepared data from the pieces that `prepare_share` made. Raises `DataError` when some are not there."""
-    job = find_job(loaded, reporter)
-    tokenizer, _ = find_tokenizer(loaded, job, reporter)
-    folder = data_folder(loaded, job, tokenizer)
-    if missing := missing_pieces(job, folder):
+    found = _find(loaded, reporter)
+    if missing := missing_pieces(found.job, found.folder):
         raise DataError(
-            f"{len(missing):,} of {len(job.pieces):,} pieces are not done (the first: {missing[0].name})",
-            where=str(work_folder(folder)),
+            f"{len(missing):,} of {len(found.job.pieces):,} pieces are not done (the first: {missing[0].name})",
+            where=str(work_folder(found.folder)),
             remedy="Run the missing --piece I/N again, or tokenize without --finish: it does what is missing here.",
         )
-    return prepare(loaded, reporter)
+    return _prepared(loaded, reporter, found, None)
+
+
+def _find(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) -> _Found:
+    job = find_job(loaded, reporter, verify=verify)
+    with unfinished_removed(job):
+        tokenizer, trained = find_tokenizer(loaded, job, reporter)
+    return _Found(job, tokenizer, trained, data_folder(loaded, job, tokenizer))
 
 
 def missing_pieces(job: Job, folder: Path) -> list[Piece]:
@@ -244,13 +256,11 @@ def _opened(
         verify = False  # written a moment ago
     train = Shards.open(folder / "train", verify=verify)
     validation = Shards.open(folder / "validation", verify=verify) if job.data.validation != 0 else None
-    length = job.data.sequence_length
-    tokens = [len(stream) for stream in train.streams]
-    if not any(row_count(count, length) for count in tokens):
-        raise too_short(tokens, length, where=loaded.where("data.sequence_length"))
+    length, where = job.data.sequence_length, loaded.where("data.sequence_length")
     of_tokenizer = tokenizer_fingerprint(tokenizer)
     result = fingerprint([of_tokenizer, train.fingerprint, validation.fingerprint if validation else None])
-    report = {**reports.with_rows(_stored_report(folder), length, job.data.weights), "fingerprint": result}
+    report = reports.with_rows(_stored_report(folder), length, job.data.weights, where=where)
+    report["fingerprint"] = result
     return Prepared(tokenizer, of_tokenizer, train, validation, result, report, reused)
 
 

@@ -8,6 +8,7 @@ transformers. Every string of valid Unicode round-trips.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gptcli.errors import DataError, MissingError
-from gptcli.files import fingerprint, read_json, sha256_file, write_json
+from gptcli.files import cache_root, committed_folder, fingerprint, read_json, sha256_file, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -165,6 +166,16 @@ def named_specials(folder: Path) -> dict[str, str]:
 def tokenizer_fingerprint(folder: Path) -> str:
     """A hash of the content of the files that make a tokenizer."""
     return fingerprint({name: sha256_file(folder / name) for name in FILES if (folder / name).is_file()})
+
+
+def kept_tokenizer(work: Path) -> Path:
+    """The folder in the cache, named by content, with the files of `work`."""
+    target = cache_root() / "tokenizers" / tokenizer_fingerprint(work)
+    if not target.is_dir():
+        with committed_folder(target) as commit:
+            for path in work.iterdir():
+                shutil.copyfile(path, commit / path.name)
+    return target
 
 
 def write_config(folder: Path, specials: dict[str, str], **others: Any) -> None:

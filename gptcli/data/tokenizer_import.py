@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gptcli.data.tokenizer import FILES, load_fast, named_specials, tokenizer_fingerprint, write_config
+from gptcli.data.tokenizer import FILES, kept_tokenizer, load_fast, named_specials, write_config
 from gptcli.errors import DataError, MissingError
-from gptcli.files import cache_root, committed_folder, fingerprint, read_json, sha256_file, write_atomic
+from gptcli.files import cache_root, fingerprint, read_json, sha256_file, write_atomic
 
 FORMAT = 1
 
@@ -46,11 +46,7 @@ def import_tokenizer(origin: str, *, revision: str | None = None, where: str | N
         else:
             _convert(source, work, origin, where)
         _normalise(work, origin, where)
-        target = cache_root() / "tokenizers" / tokenizer_fingerprint(work)
-        if not target.is_dir():
-            with committed_folder(target) as commit:
-                for path in work.iterdir():
-                    shutil.copyfile(path, commit / path.name)
+        target = kept_tokenizer(work)
     write_atomic(known, target.name)
     return target
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptcli.data.encode import parallel_tokenizers, safe_cuts, utf8_size
+from gptcli.data.encode import safe_cuts, tokenizer_threads, utf8_size
 from gptcli.data.finish import check_sides
 from gptcli.data.job import MEGA, Job
-from gptcli.data.split import SAMPLE_BUCKETS, SAMPLE_BYTES, sample_buckets
+from gptcli.data.split import SAMPLE_BUCKETS, SAMPLE_BYTES, bucket_column, sample_buckets
 from gptcli.data.stages import repeated_marks, run_stage, surveyed, waiting
 from gptcli.data.tokenizer import END_OF_TEXT, PAD, save_bytes_tokenizer, train_bpe
 from gptcli.data.work import Task, sample
@@ -71,7 +71,7 @@ def trained_tokenizer(
         size = sum(map(utf8_size, texts))
         reporter.say(f"training a tokenizer of {spec.vocab_size:,} entries on {size / MEGA:,.1f} MB of text")
         started = time.monotonic()
-        with parallel_tokenizers(), committed_folder(folder) as work:
+        with tokenizer_threads(every_core=True), committed_folder(folder) as work:
             pieces = (piece for text in texts for piece in safe_cuts(text))
             entries = train_bpe(pieces, work, vocab_size=spec.vocab_size, pattern=spec.pattern, special_tokens=specials)
     if entries < spec.vocab_size:
@@ -92,14 +92,16 @@ def _training_sample(loaded: LoadedRecipe, job: Job, reporter: Reporter) -> list
     sides = {"train": 0, "validation": 0}
     buckets = SAMPLE_BUCKETS
     if pieces:
-        kept = [(np.load(folder / piece.name / "digests.npy"), piece) for piece in pieces]
         held_out = sum(int(np.load(folder / piece.name / "held_out.npy").sum()) for piece in pieces)
-        documents = sum(len(digests) for digests, _ in kept)
+        documents = sum(results[piece.index]["documents"] for piece in pieces)
         sides = {"train": documents - held_out, "validation": documents if job.split.tail else held_out}
         buckets = sample_buckets(
             (
-                (digests[:, 8:10].copy().view(">u2")[:, 0], np.load(folder / piece.name / "bytes.npy"))
-                for digests, piece in kept
+                (
+                    bucket_column(np.load(folder / piece.name / "digests.npy")),
+                    np.load(folder / piece.name / "bytes.npy"),
+                )
+                for piece in pieces
             ),
             SAMPLE_BYTES,
         )

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcli.data.counts import Counts
-from gptcli.data.encode import Encoded, Encoder, make_encoder
+from gptcli.data.encode import Encoded, Encoder, batches, make_encoder, utf8_size
 from gptcli.data.pieces import Piece
 from gptcli.data.sources import Document, Tally, read_documents
 from gptcli.data.split import DIGEST_BYTES, SIDES, Split, digest_of, sample_bucket
@@ -82,7 +82,7 @@ def survey(piece: Piece, task: Task, left: int | None, on_bytes: OnBytes) -> dic
         sizes.append(len(raw))
         held_out.append(piece.stream.held_out or task.split.holds_out(raw))
     with committed_folder(target) as work:
-        np.save(work / "digests.npy", np.frombuffer(bytes(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES))
+        _save_digests(work, digests)
         np.save(work / "bytes.npy", np.array(sizes, dtype=np.int64))
         np.save(work / "held_out.npy", np.array(held_out, dtype=np.bool_))
         result = {"documents": len(sizes), "dropped": dict(tally.dropped)}
@@ -120,14 +120,16 @@ def encode(piece: Piece, task: Task, left: int | None, on_bytes: OnBytes) -> dic
         with contextlib.ExitStack() as stack:
             writers = [stack.enter_context(ShardWriter(work, side, encoder.dtype, task.shard_tokens)) for side in SIDES]
             sides = [_Side(writer, encoder, Counts()) for writer in writers]
-            for batch in _batches(_documents(piece, task, left, tally, on_bytes)):
+            # Of one kind: a source has texts or tokens.
+            found: Iterator[Any] = _documents(piece, task, left, tally, on_bytes)
+            for batch in batches(found, BATCH_CHARACTERS, _length):
                 raws = [document.raw for document in batch]
                 digests += b"".join(map(digest_of, raws))
                 if isinstance(batch[0], TokenDocument):
                     _add_tokens(piece, task, sides, batch, raws)
                 else:
                     _add_texts(piece, task, sides, batch, raws)
-        np.save(work / "digests.npy", np.frombuffer(bytes(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES))
+        _save_digests(work, digests)
         result = {
             "documents": len(digests) // DIGEST_BYTES + tally.dropped["duplicate"],
             "dropped": dict(tally.dropped),
@@ -167,7 +169,8 @@ def _add_texts(piece: Piece, task: Task, sides: list[_Side], batch: list[Documen
     for number, side in enumerate(sides):
         kept = [(text, at) for part, at in zip(parts, batch, strict=True) if (text := part[number])]
         if kept:
-            side.add([text for text, _ in kept], encoder([text for text, _ in kept]), [at for _, at in kept])
+            chosen = [text for text, _ in kept]
+            side.add(chosen, encoder(chosen), [at for _, at in kept])
 
 
 def _add_tokens(piece: Piece, task: Task, sides: list[_Side], batch: list[TokenDocument], raws: list[bytes]) -> None:
@@ -188,20 +191,9 @@ def _add_tokens(piece: Piece, task: Task, sides: list[_Side], batch: list[TokenD
                 kept.append((ids, document))
         if kept:
             arrays = [ids for ids, _ in kept]
-            sizes = _utf8_sizes(arrays, task)
+            sizes = np.array([*map(_utf8_sizer(task.encoder[0]), arrays)], dtype=np.int64)
             encoded = encoder.joined(arrays, np.ones(len(arrays), dtype=np.int64), sizes)
             side.add([""] * len(kept), encoded, [document for _, document in kept])
-
-
-def _utf8_sizes(arrays: list[NDArray[Any]], task: Task) -> NDArray[np.int64]:
-    sizes = bytes_by_id(task.encoder[0])
-    if sizes is not None:
-        return np.array([int(sizes[ids].sum()) for ids in arrays], dtype=np.int64)
-    tokenizer = load_fast(task.encoder[0])
-    return np.array(
-        [len(tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode("utf-8")) for ids in arrays],
-        dtype=np.int64,
-    )
 
 
 def _documents(
@@ -243,24 +235,22 @@ def _read(
         on_bytes(done)
 
 
-def _batches(documents: Iterator[Document | TokenDocument]) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    size = 0
-    for document in documents:
-        length = len(document.ids) if isinstance(document, TokenDocument) else len(document.text)
-        if batch and size + length > BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-        batch.append(document)
-        size += length
-    if batch:
-        yield batch
+def _length(document: Document | TokenDocument) -> int:
+    return len(document.ids) if isinstance(document, TokenDocument) else len(document.text)
+
+
+def _save_digests(folder: Path, digests: bytearray) -> None:
+    np.save(folder / "digests.npy", np.frombuffer(bytes(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES))
 
 
 @functools.lru_cache(maxsize=1)
-def bytes_by_id(tokenizer: Path) -> NDArray[np.int64] | None:
-    """`token_bytes`, once a process."""
-    return token_bytes(tokenizer)
+def _utf8_sizer(tokenizer: Path) -> Callable[[NDArray[Any]], int]:
+    """How many bytes of text ids stand for; the tokenizer is read once a process."""
+    sizes = token_bytes(tokenizer)
+    if sizes is not None:
+        return lambda ids: int(sizes[ids].sum())
+    loaded = load_fast(tokenizer)
+    return lambda ids: utf8_size(loaded.decode(ids.tolist(), skip_special_tokens=False))
 
 
 @functools.lru_cache(maxsize=1)

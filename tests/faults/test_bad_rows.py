@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ import pytest
 import zstandard
 
 from tests.conftest import Cli, Finished
+from tests.unit.data.example_files import tarred
 
 RECIPE = """\
 tokenizer: {train: {algorithm: bytes}}
@@ -79,17 +79,12 @@ def not_utf8_column() -> Any:
 
 
 def archive(name: str, files: dict[str, bytes]) -> bytes:
+    if name.endswith(".tar"):
+        return tarred(files)
     buffer = io.BytesIO()
-    if name.endswith(".zip"):
-        with zipfile.ZipFile(buffer, "w") as packed:
-            for member, raw in files.items():
-                packed.writestr(member, raw)
-    else:
-        with tarfile.open(fileobj=buffer, mode="w") as tar:
-            for member, raw in files.items():
-                info = tarfile.TarInfo(member)
-                info.size = len(raw)
-                tar.addfile(info, io.BytesIO(raw))
+    with zipfile.ZipFile(buffer, "w") as packed:
+        for member, raw in files.items():
+            packed.writestr(member, raw)
     return buffer.getvalue()
 
 
