@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from gptcli.data.fast import FastTokenizer, compare, fast_tokenizer, is_sure
 from gptcli.data.tokenizer import PATTERNS, Specials, bytes_tokenizer, load_fast, special_ids
 
-BATCH_CHARACTERS = 2_000_000
+BATCH_CHARACTERS = 500_000  # twice as many took 7% more memory, and no less time
 CUT_CHARACTERS = 100_000
 PARALLELISM = "TOKENIZERS_PARALLELISM"  # read by `tokenizers` at each call
 # In each of PATTERNS a word ends with a newline before a space and a letter, and with one between a letter and a

@@ -27,7 +27,6 @@ from gptcli.data.tokens import TokenDocument, TokensInput, check_ids, read_token
 from gptcli.data.writer import ShardWriter
 from gptcli.files import committed_folder, read_json, write_json
 
-BATCH_CHARACTERS = 1_000_000
 CHECKED_CHARACTERS = 1_000
 RESULT = "piece.json"
 
@@ -122,7 +121,7 @@ def encode(piece: Piece, task: Task, left: int | None, on_bytes: OnBytes) -> dic
             sides = [_Side(writer, encoder, Counts()) for writer in writers]
             # Of one kind: a source has texts or tokens.
             found: Iterator[Any] = _documents(piece, task, left, tally, on_bytes)
-            for batch in batches(found, BATCH_CHARACTERS, _length):
+            for batch in batches(found, size=_length):
                 raws = [document.raw for document in batch]
                 digests += b"".join(map(digest_of, raws))
                 if isinstance(batch[0], TokenDocument):
