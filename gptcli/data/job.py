@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from gptcli.errors import RecipeError
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
     from gptcli.recipe.schema import Data, Source
-    from gptcli.reporting import Progress, Reporter
+    from gptcli.reporting import Reporter
 
 MEGA = 1e6
 HASH_PROGRESS_BYTES = 500_000_000
@@ -128,18 +128,22 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
     return Job(data, train, validation, split_of(data.validation), spec, loaded.where("data.validation"))
 
 
-def megabytes(progress: Progress) -> Callable[[int], None]:
-    """A function that is told the bytes done in all, and shows them at most ten times a second, with a rate."""
-    started = shown = time.monotonic()
+@contextlib.contextmanager
+def megabytes(reporter: Reporter, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress of `total` bytes: yields a function that is told those done, and shows them with a rate."""
+    megas = max(1, round(total / MEGA))
+    with reporter.progress(name, megas, "MB") as progress:
+        started = shown = time.monotonic()
 
-    def on_bytes(done: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if now - shown > 0.1:
-            shown = now
-            progress.update(done / MEGA, rate=f"{done / MEGA / max(now - started, 1e-3):.1f} MB/s")
+        def on_bytes(done: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown > 0.1 or done >= total:
+                shown = now
+                rate = f"{done / MEGA / max(now - started, 1e-3):.1f} MB/s"
+                progress.update(megas if done >= total else done / MEGA, rate=rate)
 
-    return on_bytes
+        yield on_bytes
 
 
 def _names(listed: list[Source]) -> list[str]:
@@ -182,7 +186,7 @@ def _content(inputs: Sequence[sources.Input], reporter: Reporter, verify: bool) 
     with contextlib.ExitStack() as stack:
         on_bytes = None
         if total >= HASH_PROGRESS_BYTES:
-            on_bytes = megabytes(stack.enter_context(reporter.progress("checking files", total / MEGA, "MB")))
+            on_bytes = stack.enter_context(megabytes(reporter, "checking files", total))
         paths = (path for part in inputs for path in _files(part))
         hashes = content_hashes(paths, again=verify, on_bytes=on_bytes)
         for part in inputs:

@@ -17,7 +17,7 @@ from gptcli.data.duplicates import repeated
 from gptcli.data.encode import tokenizer_threads
 from gptcli.data.executor import process_count, run
 from gptcli.data.hub import HubSet
-from gptcli.data.job import MEGA, Job, megabytes
+from gptcli.data.job import Job, megabytes
 from gptcli.data.pieces import Chain
 from gptcli.data.tokenizer import tokenizer_fingerprint
 from gptcli.data.work import Task, Work, survey
@@ -80,18 +80,18 @@ def run_stage(
     pieces = [piece for chain in chains for piece in chain]
     # The bytes of a Hub set are not known before they are read: there, pieces are counted.
     by_bytes = not any(isinstance(part, HubSet) for piece in pieces for part in piece.inputs)
-    total, unit = (sum(piece.size for piece in pieces) / MEGA, "MB") if by_bytes else (len(pieces), "pieces")
     done: list[tuple[int, dict[str, Any]]] = []
     try:
         with contextlib.ExitStack() as stack:
             if processes == 1 and section.executor == "local":
                 stack.enter_context(tokenizer_threads(every_core=True))
-            progress = stack.enter_context(reporter.progress(name, total, unit))
-            on_bytes = megabytes(progress) if by_bytes else lambda count: None
+            total = sum(piece.size for piece in pieces)
+            on_bytes = stack.enter_context(megabytes(reporter, name, total)) if by_bytes else lambda count: None
+            progress = None if by_bytes else stack.enter_context(reporter.progress(name, len(pieces), "pieces"))
             results = run(work, chains, task, processes=processes, executor=section.executor, on_bytes=on_bytes)
             for piece, result in results:
                 done.append((piece.index, result))
-                if not by_bytes:
+                if progress is not None:
                     progress.update(len(done))
     except KeyboardInterrupt:
         if not done:
