@@ -17,8 +17,8 @@ import os
 import sys
 
 if (HERE := os.path.dirname(os.path.abspath(__file__))) in map(os.path.abspath, sys.path):
-    # There this file hides the standard library's module of its name, which many others import.
-    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != HERE]
+    # There this file hides the standard library's module of its name, which many others import: look here last.
+    sys.path[:] = [*(entry for entry in sys.path if os.path.abspath(entry) != HERE), HERE]
 if __name__ == "tokenize":
     # Another script of this folder came here for the standard library's module of this name: let it have that one.
     del sys.modules["tokenize"]
@@ -26,32 +26,29 @@ if __name__ == "tokenize":
 
 import argparse
 import contextlib
-import datetime
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import re
 import shutil
 import signal
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from measuring import MEBI, Sampler, print_machine
+
 SHARED = Path(HERE).resolve().parents[1] / "shared" / "data"
 PEERS = Path(HERE) / "peers_tokenize.py"
 MEGA = 1_000_000
-MEBI = 1 << 20
 POEM_BYTES = 100_000
 VOCAB_SIZE = 50_000
 LARGER = 20  # how many times larger the second corpus of --memory is
-INTERVAL_SECONDS = 0.05
 LIBRARIES = ("gptcli", "tokenizers", "transformers", "datasets", "tiktoken", "pyarrow", "numpy")
 OURS = "gptcli"
 WAYS = {
@@ -101,7 +98,7 @@ def main() -> None:
         os.environ["GPTCLI_CACHE"] = str(work / "cache")
         texts = base_texts()
         corpus = write_corpus(work / "corpus", texts, arguments.megabytes, arguments.distinct)
-        print_machine(arguments, corpus)
+        print_setup(arguments, corpus)
         tokenizers = make_tokenizers(work, corpus, arguments.tokenizers)
         if arguments.memory:
             larger = write_corpus(work / "larger", texts, arguments.megabytes * LARGER, arguments.distinct)
@@ -366,82 +363,15 @@ def watch(command: list[str], folder: Path, sample: bool = False) -> tuple[dict[
         return json.loads(stdout.read().splitlines()[-1]), seconds, sampler
 
 
-class Sampler:
-    """A thread that reads the memory of a process and its descendants every 50 ms and keeps the peaks of the sums."""
-
-    def __init__(self, root: int) -> None:
-        self.anonymous_bytes = 0
-        self.rss_bytes = 0
-        self._root = root
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Sampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ended.is_set():
-            sizes = [memory(pid) for pid in tree(self._root)]
-            self.anonymous_bytes = max(self.anonymous_bytes, sum(size[0] for size in sizes))
-            self.rss_bytes = max(self.rss_bytes, sum(size[1] for size in sizes))
-            self._ended.wait(INTERVAL_SECONDS)
-
-
-def tree(root: int) -> list[int]:
-    """The process and all its descendants."""
-    found = [root]
-    for pid in found:
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # the thread has ended
-                found += map(int, children.read_text().split())
-    return found
-
-
-def memory(pid: int) -> tuple[int, int]:
-    """(anonymous proportional bytes, resident bytes) of a process, (0, 0) for one that has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    except OSError:
-        return 0, 0
-    sizes = {name: int(value.split()[0]) << 10 for name, value in (line.split(":", 1) for line in lines)}
-    return sizes.get("Pss_Anon", 0), sizes.get("Rss", 0)
-
-
 # What is printed
 
 
-def print_machine(arguments: argparse.Namespace, corpus: Corpus) -> None:
-    versions = {name: version(name) for name in LIBRARIES}
+def print_setup(arguments: argparse.Namespace, corpus: Corpus) -> None:
     parts = ", ".join(f"{name} {size / MEGA:.1f}" for name, size in corpus.parts.items())
     repeats = "every repeat different" if arguments.distinct else "repeats identical"
-    cores = len(os.sched_getaffinity(0))
-    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    print(f"{datetime.date.today()}: {cpu()}, {cores} cores, {memory_gib:.0f} GiB; Linux {platform.release()}")
-    print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {value}" for name, value in versions.items()))
+    print_machine(LIBRARIES)
     print(f"corpus: {corpus.megabytes:.1f} MB in {corpus.files:,} files ({parts} MB; {repeats})")
     print(f"rounds: {arguments.rounds}, interleaved; num_proc of the peers: {arguments.processes}")
-
-
-def cpu() -> str:
-    """The processor's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def version(name: str) -> str:
-    """The installed version of a library, or "not installed"."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def print_results(
