@@ -7,9 +7,12 @@ Whole processes, one after the other in turn, median of 9 after one warm-up roun
 
 from __future__ import annotations
 
+import sys
+
+sys.path.append(sys.path.pop(0))  # this folder last: its tokenize.py would hide the standard library's
+
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path

@@ -13,22 +13,16 @@ the corpus.
 
 from __future__ import annotations
 
-import os
 import sys
 
-if (HERE := os.path.dirname(os.path.abspath(__file__))) in map(os.path.abspath, sys.path):
-    # There this file hides the standard library's module of its name, which many others import: look here last.
-    sys.path[:] = [*(entry for entry in sys.path if os.path.abspath(entry) != HERE), HERE]
-if __name__ == "tokenize":
-    # Another script of this folder came here for the standard library's module of this name: let it have that one.
-    del sys.modules["tokenize"]
-    import tokenize as _of_the_standard_library  # noqa: F401
+sys.path.append(sys.path.pop(0))  # this folder last: its tokenize.py would hide the standard library's
 
 import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
@@ -43,8 +37,8 @@ from typing import Any
 
 from measuring import MEBI, Sampler, print_machine
 
-SHARED = Path(HERE).resolve().parents[1] / "shared" / "data"
-PEERS = Path(HERE) / "peers_tokenize.py"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+PEERS = Path(__file__).parent / "peers_tokenize.py"
 MEGA = 1_000_000
 POEM_BYTES = 100_000
 VOCAB_SIZE = 50_000
