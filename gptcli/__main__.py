@@ -17,9 +17,11 @@ def run() -> None:
     """Run the command line and leave with the exit code of `gptcli.errors`."""
     # A collection every 700 new objects, Python's default, is a tenth of the time until a recipe error is printed.
     gc.set_threshold(50_000)
-    # Read when torch loads its OpenMP: threads that wait sleep instead of spinning. Alone on a machine it costs nothing
-    # that was seen; beside another process on the same cores training was 9 times faster (benchmarks/RESULTS.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch loads its OpenMP: threads that wait spin for some microseconds, then sleep. Beside another process
+    # on the same cores longer spinning made training up to nine times slower, and none at all costs a tenth of a small
+    # model's step (benchmarks/waiting.py).
+    if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
+        os.environ.setdefault("GOMP_SPINCOUNT", "500")
     # Until training has its own handlers, SIGTERM ends a command as Ctrl+C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.unraisablehook = _repeat_interrupt

@@ -62,6 +62,11 @@ class Counts:
     layers: int
     width: int
 
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the output head."""
+        return self.head // max(1, self.width)
+
 
 def build_config(loaded: LoadedRecipe, ids: TokenIds) -> tuple[PreTrainedConfig, list[str]]:
     """The configuration of `model.type` at the recipe's size, and a line for each default that was changed.

@@ -2,14 +2,30 @@
 
 The model's own loss is not used: rows already hold their next tokens as labels, and the sum is divided by the count
 of tokens over the whole global batch, so that accumulation and processes do not change the result.
+
+With many tokens and a large vocabulary the logits are the largest tensor of a step, and three of its size are needed.
+There the output head takes a block of positions at a time and works out the gradient while the block's logits are
+there, so that they are never whole and nothing is computed twice (as in Liger's fused linear cross entropy, Hsu et al.
+2024, arXiv:2410.10989).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from gptcli.model.build import output_head
+from gptcli.model.load import evaluating
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
+
+IGNORED = -100
+PROBE_TOKENS = 8
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -19,6 +35,145 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: [batch, time, vocabulary], any float type.
         labels: [batch, time], the next token of each position (already shifted), -100 where there is none.
     """
-    from torch.nn import functional
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
-    return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+
+def summed_squares(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The squared log of the softmax's normaliser, summed over the labels that are not -100; shapes as `summed_loss`.
+
+    `z_loss` times it keeps the logits from drifting (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+    """
+    normalisers = logits.float().logsumexp(-1)
+    return (normalisers.square() * labels.ne(IGNORED)).sum()
+
+
+class TrainingLoss:
+    """The loss of a model, with whole logits or in blocks.
+
+    Args:
+        model: the model itself, without wrappers.
+        block: positions whose logits are there at once; None: all.
+        z_loss: weight of `summed_squares`.
+
+    Attributes:
+        in_blocks: whether the logits are made in blocks: a model whose head is no plain matrix, or which does more with
+            what the head returns, gets whole ones. That is not looked up but tried, on a few tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, block: int | None, z_loss: float) -> None:
+        head = output_head(model)
+        self._head = head if type(head) is torch.nn.Linear else None
+        self._block = block
+        self._z_loss = z_loss
+        self.in_blocks = block is not None and self._head is not None and self._is_exact(model)
+
+    def __call__(
+        self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """The model's outputs, the nats (without gradient) and what is to be minimised, both summed over labels."""
+        if self.in_blocks:
+            with self._taking(labels):
+                outputs = model(**inputs)
+            nats, objective = outputs.logits.unbind()
+            return outputs, nats.detach(), objective
+        outputs = model(**inputs)
+        nats = summed_loss(outputs.logits, labels)
+        if self._z_loss:
+            return outputs, nats.detach(), nats + self._z_loss * summed_squares(outputs.logits, labels)
+        return outputs, nats.detach(), nats
+
+    @contextmanager
+    def _taking(self, labels: torch.Tensor) -> Iterator[None]:
+        """Inside, the head takes hidden states to [nats, objective]; what the head returns is the model's `logits`.
+
+        In the head's own forward, since that is where wrappers (DDP, FSDP) have its weights ready.
+        """
+        head = self._head
+        assert head is not None and self._block is not None
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            kind = hidden.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+            rows = hidden.flatten(0, -2).to(dtype)
+            values: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+                rows, head.weight, head.bias, labels.flatten(), self._block, self._z_loss
+            )
+            return values
+
+        head.forward = forward  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del head.forward
+
+    def _is_exact(self, model: PreTrainedModel) -> bool:
+        """Whether the loss through the head is that of the model's own logits."""
+        assert self._head is not None
+        ids = (torch.arange(PROBE_TOKENS, device=self._head.weight.device) % 2)[None]
+        with torch.no_grad(), evaluating(model):
+            expected = summed_loss(model(input_ids=ids).logits, ids)
+            try:
+                with self._taking(ids):
+                    found = model(input_ids=ids).logits
+            except (RuntimeError, IndexError, TypeError, ValueError):  # something else is done with the logits
+                return False
+        return found.shape == (2,) and torch.allclose(found[0], expected, rtol=1e-4, atol=1e-4)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """[nats, nats + z_loss * squares] of hidden [n, width], weight [vocabulary, width], bias and labels [n]."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, block: int, z_loss: float) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            wanted = ctx.needs_input_grad[:3]
+            matrix = weight.to(hidden.dtype)
+            for_hidden = torch.empty_like(hidden) if wanted[0] else None
+            for_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+            for_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
+            sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+            for rows, targets, at in zip(
+                hidden.split(block), labels.split(block), range(0, len(hidden), block), strict=True
+            ):
+                logits = (rows @ matrix.mT).float()
+                if bias is not None:
+                    logits += bias
+                known = targets.ne(IGNORED)
+                picked = targets.clamp(min=0)[:, None]
+                normalisers = logits.logsumexp(-1)
+                nats = ((normalisers - logits.gather(1, picked)[:, 0]) * known).sum()
+                sums += torch.stack([nats, nats + z_loss * (normalisers.square() * known).sum()])
+                if not any(wanted):
+                    continue
+                # The gradient of the objective: softmax * (1 + 2 z normaliser), less one at the label.
+                slopes = logits.sub_(normalisers[:, None]).exp_()
+                if z_loss:
+                    slopes *= (1 + 2 * z_loss * normalisers)[:, None]
+                slopes.scatter_add_(1, picked, slopes.new_full((1, 1), -1.0).expand(len(targets), 1))
+                slopes *= known[:, None]
+                if for_bias is not None:
+                    for_bias += slopes.sum(0)
+                slopes = slopes.to(hidden.dtype)
+                if for_hidden is not None:
+                    torch.mm(slopes, matrix, out=for_hidden[at : at + block])
+                if for_weight is not None and hidden.dtype == torch.float32:
+                    for_weight.addmm_(slopes.mT, rows)
+                elif for_weight is not None:
+                    for_weight += slopes.mT @ rows
+        ctx.save_for_backward(for_hidden, for_weight, for_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        slope = outputs[0][1]  # of the objective; the nats are only looked at
+        for_hidden, for_weight, for_bias = ctx.saved_tensors
+        dtypes = (None if for_hidden is None else for_hidden.dtype, *ctx.dtypes)
+        # In place: a second tensor of the weight's size is what this class is to save. The graph is gone after this.
+        scaled = [
+            None if values is None else values.mul_(slope).to(dtype)
+            for values, dtype in zip((for_hidden, for_weight, for_bias), dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None)

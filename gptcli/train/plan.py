@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 CPU_MICRO_BATCH_TOKENS = 8 * 1024
 GPU_MICRO_BATCH_TOKENS = 32 * 1024
+# Whole logits below this, blocks of about as much above (fp32).
+LOGIT_BYTES = 32 << 20
+LEAST_BLOCK = 256
 _LENGTH_KEYS = ("max_tokens", "max_steps", "epochs")
 
 
@@ -70,6 +73,7 @@ class Plan:
     save_every: int
     precision: str
     compile: bool
+    loss_block: int | None
     parameters: int
     matrix_parameters: int
     flops_per_token: int
@@ -125,8 +129,12 @@ def make_plan(
     compiled = train.compile is True
     if train.compile == "auto":
         decisions.append(Decision("train.compile", "off", "not measured to pay yet"))
+    block = None if compiled else loss_block(micro * length, counts.vocabulary)
+    if block is not None:
+        whole = mebibytes(4 * counts.vocabulary * micro * length)
+        decisions.append(Decision("loss", f"in blocks of {block:,} positions", f"whole logits are {whole}"))
     flops_per_token = 6 * counts.matrix + 12 * counts.layers * counts.width * length
-    memory = memory_estimate(counts, train, micro * length)
+    memory = memory_estimate(counts, train, micro * length, block)
     checkpoint = 4 * counts.total + memory["optimizer"]
     return Plan(
         sequence_length=length,
@@ -146,6 +154,7 @@ def make_plan(
         save_every=train.save_every,
         precision=precision,
         compile=compiled,
+        loss_block=block,
         parameters=counts.total,
         matrix_parameters=counts.matrix,
         flops_per_token=flops_per_token,
@@ -159,12 +168,20 @@ def make_plan(
     )
 
 
-def memory_estimate(counts: Counts, train: Train, micro_tokens: int) -> dict[str, int]:
+def loss_block(micro_tokens: int, vocabulary: int) -> int | None:
+    """Positions whose logits are made at once, a power of two; None: those of the whole micro-batch."""
+    if 4 * vocabulary * micro_tokens <= LOGIT_BYTES:
+        return None
+    block = max(LEAST_BLOCK, 1 << (LOGIT_BYTES // (4 * vocabulary)).bit_length() - 1)
+    return block if block < micro_tokens else None
+
+
+def memory_estimate(counts: Counts, train: Train, micro_tokens: int, block: int | None = None) -> dict[str, int]:
     """Bytes that training needs on one device, by use, in fp32 master weights.
 
     Activations: about 34 values of the model's width a layer and token are kept for the backward pass (Korthikanti
     et al. 2022, arXiv:2205.05198, without the attention matrix, which sdpa does not keep), 4 bytes each, or 2 with
-    activation checkpointing; the logits, their gradient and the softmax 4 bytes each.
+    activation checkpointing; the logits, their gradient and the softmax 4 bytes each, of `block` positions.
     """
     if train.optimizer == "muon":
         optimizer = 4 * counts.hidden_matrices + 8 * (counts.total - counts.hidden_matrices)
@@ -172,14 +189,13 @@ def memory_estimate(counts: Counts, train: Train, micro_tokens: int) -> dict[str
         optimizer = 4 * counts.total
     else:
         optimizer = 8 * counts.total
-    vocabulary = counts.head // max(1, counts.width)
     kept = 2 if train.activation_checkpointing else 34
     return {
         "weights": 4 * counts.total,
         "gradients": 4 * counts.total,
         "optimizer": optimizer,
         "activations": 4 * kept * counts.layers * counts.width * micro_tokens,
-        "logits": 3 * 4 * vocabulary * micro_tokens,
+        "logits": 3 * 4 * counts.vocabulary * (block or micro_tokens),
     }
 
 

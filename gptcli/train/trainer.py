@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer
+from torch.utils.data import SequentialSampler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -24,7 +22,9 @@ from gptcli.evaluation.loss import LossResult, document_loss
 from gptcli.model.load import quiet
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, optim
-from gptcli.train.loss import summed_loss
+from gptcli.train.lean import LeanTrainer
+from gptcli.train.loss import IGNORED, TrainingLoss
+from gptcli.train.rows import RunRows, inputs_and_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -38,27 +38,10 @@ if TYPE_CHECKING:
     from gptcli.train.plan import Plan
 
 
-class RunRows(Dataset[dict[str, torch.Tensor]]):
-    """The rows of the whole run in order, as the Trainer's data set: item k is row k of the run."""
-
-    def __init__(self, rows: TrainingRows, total: int) -> None:
-        self._rows = rows
-        self._total = total
-
-    def __len__(self) -> int:
-        return self._total
-
-    def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        """A batch [len(indices), sequence_length + 1] of token ids in one vectorised copy."""
-        return torch.from_numpy(self._rows.batch(np.asarray(indices, dtype=np.int64)))
+MEMORY_SECONDS = 2.0
 
 
-def _inputs_and_labels(batch: Any) -> dict[str, torch.Tensor]:
-    # T + 1 tokens are T inputs and the T next tokens; the labels are not shifted again.
-    return {"input_ids": batch[:, :-1], "labels": batch[:, 1:]}
-
-
-class CausalTrainer(Trainer):
+class CausalTrainer(LeanTrainer):
     """Train a causal language model on packed rows.
 
     Args:
@@ -121,12 +104,13 @@ class CausalTrainer(Trainer):
         self._sampled_at = 0
         self.last_loss: float | None = None
         self.validation_result: LossResult | None = None
-        self.peak_bytes = 0
+        self.peak_bytes = self._memory_bytes = 0
+        self._memory_due = 0.0
         self._run_rows = RunRows(rows, plan.total_rows)
         super().__init__(
             model=model,
             args=args,
-            data_collator=_inputs_and_labels,
+            data_collator=inputs_and_labels,
             train_dataset=self._run_rows,
             processing_class=tokenizer,
             callbacks=[schedule],
@@ -137,6 +121,9 @@ class CausalTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
         self._peak_flops = peak_flops(args.device, plan.precision)
+        self._loss = TrainingLoss(self.plain_model, block=plan.loss_block, z_loss=recipe.train.z_loss)
+        if plan.loss_block is not None and not self._loss.in_blocks:
+            reporter.say("loss: this model does more than multiply in its head: the logits of a micro-batch are whole")
 
     # ---- data, optimizer, schedule ----
 
@@ -187,20 +174,14 @@ class CausalTrainer(Trainer):
         with its own coefficient; the logged loss is the cross entropy alone.
         """
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        nats = summed_loss(outputs.logits, labels)
-        self._nats = self._nats.to(nats.device) + nats.detach().double()
+        outputs, nats, objective = self._loss(model, inputs, labels)
+        self._nats = self._nats.to(nats.device) + nats.double()
         balance = getattr(outputs, "aux_loss", None)
         if balance is not None:
             weight = self.plain_model.config.get_text_config().router_aux_loss_coef
-            nats = nats + weight * balance * labels.ne(-100).sum()
-        loss = nats / num_items_in_batch * self.accelerator.num_processes
+            objective = objective + weight * balance * labels.ne(IGNORED).sum()
+        loss = objective / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Nothing: the plan knows the FLOPs; counting parameters at every step costs time."""
-        del inputs
-        return 0
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
@@ -264,8 +245,7 @@ class CausalTrainer(Trainer):
         nats = self.accelerator.reduce(self._nats, "sum")
         rate = timed / max(self._step_seconds, 1e-9)
         flops = rate * plan.flops_per_token / plan.processes
-        memory = memory_in_use(self.args.device)
-        self.peak_bytes = max(self.peak_bytes, memory)
+        memory = self._memory()
         self.last_loss = float(nats) / fresh
         self._rate = rate
         self._total_step_seconds += self._step_seconds
@@ -287,6 +267,15 @@ class CausalTrainer(Trainer):
             metrics.append(self._run.metrics, line)
         self.show_progress()
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(line))
+
+    def _memory(self) -> int:
+        # Linux takes ten milliseconds to add it up, which is a quarter of a small model's step.
+        now = time.perf_counter()
+        if now >= self._memory_due:
+            self._memory_bytes = memory_in_use(self.args.device)
+            self._memory_due = now + MEMORY_SECONDS
+            self.peak_bytes = max(self.peak_bytes, self._memory_bytes)
+        return self._memory_bytes
 
     def show_progress(self) -> None:
         """Update the progress display with what is known."""
@@ -356,7 +345,8 @@ class CausalTrainer(Trainer):
     def run_from(self, start: Path | None) -> None:
         """Train to the end, or until the schedule stops it, from a checkpoint or from the first step."""
         self._train_started = time.perf_counter()
-        self.train(resume_from_checkpoint=None if start is None else str(start))
+        with self.lean():
+            self.train(resume_from_checkpoint=None if start is None else str(start))
 
     def start_at(self, manifest: dict[str, Any]) -> None:
         """Tell the log lines that training goes on from the checkpoint of a manifest."""

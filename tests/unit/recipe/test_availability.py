@@ -39,7 +39,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "model.preset=vision-1m",
         "train.objective=fim",
         "train.objective=masked",
-        "train.z_loss=0.1",
         "train.neftune_noise_alpha=5",
         "train.profile={start: 1}",
         "train.precision=fp16",

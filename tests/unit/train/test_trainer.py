@@ -18,6 +18,7 @@ from gptcli.errors import DivergedError
 from gptcli.evaluation.loss import LossResult
 from gptcli.recipe.load import load_recipe
 from gptcli.reporting import Silent
+from gptcli.train import loss as loss_module
 from gptcli.train import trainer as trainer_module
 from gptcli.train.run import Options, train
 from tests.conftest import make_project
@@ -125,7 +126,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_step_an
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_project(tmp_path)
-    real = trainer_module.summed_loss
+    real = loss_module.summed_loss
     calls = 0
 
     def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -133,7 +134,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_step_an
         calls += 1
         return real(logits, labels) * (float("nan") if calls == 6 else 1.0)
 
-    monkeypatch.setattr(trainer_module, "summed_loss", poisoned)
+    monkeypatch.setattr(loss_module, "summed_loss", poisoned)
     with pytest.raises(DivergedError, match="step 6") as caught:
         run(folder, "nan")
     assert "rows are 20 to 23" in str(caught.value.remedy)
@@ -155,6 +156,32 @@ def test_evaluating_and_sampling_do_not_change_training(tmp_path: Path) -> None:
 )
 def test_optimizers_and_schedules_of_transformers_work(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     assert all(np.isfinite(losses(run(make_project(tmp_path), "x", *overrides))))
+
+
+def test_the_short_ways_through_a_step_change_nothing(tmp_path: Path) -> None:
+    folder = make_project(tmp_path)
+    short = run(folder, "short")
+    usual = run(folder, "usual", "train.trainer_args={torch_empty_cache_steps: 1000}")
+    assert losses(short) == losses(usual)
+    one, other = (load_file(each / "final" / "model.safetensors") for each in (short, usual))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_loss_in_blocks_trains_as_whole_logits_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_project(tmp_path)
+    whole = losses(run(folder, "whole", "train.z_loss=0.01"))
+    monkeypatch.setattr("gptcli.train.plan.LOGIT_BYTES", 4 * 258 * 4)
+    monkeypatch.setattr("gptcli.train.plan.LEAST_BLOCK", 4)
+    blocks = run(folder, "blocks", "train.z_loss=0.01")
+    assert json.loads((blocks / "run.json").read_text())["plan"]["loss_block"] == 4
+    assert losses(blocks) == pytest.approx(whole, abs=1e-4)
+
+
+def test_z_loss_is_trained_on_and_left_out_of_the_logged_loss(tmp_path: Path) -> None:
+    folder = make_project(tmp_path)
+    without, strong = losses(run(folder, "without")), losses(run(folder, "strong", "train.z_loss=1.0"))
+    assert strong[0] == without[0]
+    assert strong[1:] != without[1:]
 
 
 def test_bf16_trains_close_to_fp32(tmp_path: Path) -> None:

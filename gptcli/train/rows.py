@@ -1,0 +1,32 @@
+"""The rows of a run as the data set that transformers' Trainer reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from gptcli.data.dataset import TrainingRows
+
+
+class RunRows(Dataset[dict[str, torch.Tensor]]):
+    """The rows of the whole run in order, as the Trainer's data set: item k is row k of the run."""
+
+    def __init__(self, rows: TrainingRows, total: int) -> None:
+        self._rows = rows
+        self._total = total
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        """A batch [len(indices), sequence_length + 1] of token ids in one vectorised copy."""
+        return torch.from_numpy(self._rows.batch(np.asarray(indices, dtype=np.int64)))
+
+
+def inputs_and_labels(batch: Any) -> dict[str, torch.Tensor]:
+    """A batch [n, T + 1] as T inputs and the T next tokens; the labels are not shifted again."""
+    return {"input_ids": batch[:, :-1], "labels": batch[:, 1:]}

@@ -1,0 +1,116 @@
+"""The loss in blocks equals the loss of whole logits, value and gradient, and says where it cannot be had."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gptcli.train.loss import TrainingLoss, summed_loss, summed_squares
+from gptcli.train.plan import LOGIT_BYTES, loss_block
+
+VOCABULARY = 97
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TYPES: dict[str, dict[str, Any]] = {
+    "llama": {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2},
+    "tied": {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "phi": {**SIZES, "intermediate_size": 64},  # its head has a bias
+}
+
+
+def make(kind: str, **fields: Any) -> Any:
+    name = "llama" if kind == "tied" else kind
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**TYPES.get(kind, {}), **fields})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # a bias begins as zeros, which would prove nothing
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(0, VOCABULARY, (3, 11))
+    labels = torch.randint(0, VOCABULARY, (3, 11))
+    labels[0, 3:7] = -100
+    labels[2] = -100
+    return ids, labels
+
+
+def gradients(model: Any, objective: torch.Tensor) -> dict[str, torch.Tensor]:
+    (objective / 7).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("block", [1, 4, 33, 64])
+@pytest.mark.parametrize("kind", list(TYPES))
+def test_blocks_give_the_loss_and_the_gradients_of_whole_logits(kind: str, block: int, z_loss: float) -> None:
+    model = make(kind)
+    ids, labels = rows()
+    logits = model(input_ids=ids).logits
+    expected = summed_loss(logits, labels)
+    objective = expected + z_loss * summed_squares(logits, labels)
+    other = copy.deepcopy(model)
+    logits = other(input_ids=ids).logits
+    wanted = gradients(other, summed_loss(logits, labels) + z_loss * summed_squares(logits, labels))
+
+    loss = TrainingLoss(model, block=block, z_loss=z_loss)
+    assert loss.in_blocks
+    _, nats, minimised = loss(model, {"input_ids": ids}, labels)
+    torch.testing.assert_close(nats, expected.detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(minimised.detach(), objective.detach(), rtol=1e-6, atol=1e-5)
+    found = gradients(model, minimised)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert model(input_ids=ids).logits.shape == (3, 11, VOCABULARY)  # the head is itself again
+
+
+def test_in_bf16_blocks_are_as_close_to_fp32_as_whole_logits_are() -> None:
+    ids, labels = rows()
+    exact, whole, blocks = make("llama"), make("llama"), make("llama")
+    wanted = gradients(exact, summed_loss(exact(input_ids=ids).logits, labels))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = summed_loss(whole(input_ids=ids).logits, labels)
+        _, nats, objective = TrainingLoss(blocks, block=4, z_loss=0.0)(blocks, {"input_ids": ids}, labels)
+    assert nats.dtype == torch.float32
+    torch.testing.assert_close(nats, plain.detach(), rtol=1e-3, atol=0)
+    by_whole, by_blocks = gradients(whole, plain), gradients(blocks, objective)
+    for name, gradient in wanted.items():
+        bound = 2 * (by_whole[name] - gradient).norm() + 1e-4 * gradient.norm()
+        assert (by_blocks[name] - gradient).norm() <= bound, name
+
+
+@pytest.mark.parametrize(
+    "kind, fields",
+    [
+        ("gemma2", {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}),  # caps its logits
+        ("granite", {**SIZES, "intermediate_size": 64, "logits_scaling": 8.0}),
+        ("cohere", {**SIZES, "intermediate_size": 64, "logit_scale": 0.5, "pad_token_id": 0}),
+    ],
+)
+def test_a_model_that_changes_its_logits_keeps_them_whole(kind: str, fields: dict[str, Any]) -> None:
+    model = make(kind, **fields)
+    ids, labels = rows()
+    loss = TrainingLoss(model, block=4, z_loss=0.0)
+    assert not loss.in_blocks
+    outputs, nats, _ = loss(model, {"input_ids": ids}, labels)
+    assert outputs.logits.shape == (3, 11, VOCABULARY)
+    torch.testing.assert_close(nats, summed_loss(model(input_ids=ids).logits, labels).detach())
+
+
+def test_no_logits_are_whole_when_they_would_be_large() -> None:
+    assert loss_block(8 * 1024, 256) is None
+    assert loss_block(4096, 16_384) == 512
+    assert loss_block(8192, 152_000) == 256  # smaller blocks would be slower than they are worth
+    assert loss_block(200, 1_000_000) is None
+    for tokens, vocabulary in ((4096, 16_384), (32_768, 32_000), (1 << 20, 2048)):
+        block = loss_block(tokens, vocabulary)
+        assert block is not None and 4 * block * vocabulary <= LOGIT_BYTES
