@@ -33,6 +33,7 @@ train:
   eval_every: 4
   save_every: 4
   sample_every: 4
+  precision: fp32
 generate: {prompts: ["The "], max_new_tokens: 8}
 """
 

@@ -132,7 +132,7 @@ class Train(Section):
     )
     profile: Profile | None = Field(default=None, description="A torch profiler trace in the run's folder.")
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
-        default="auto", description="The arithmetic of training."
+        default="auto", description="The arithmetic of training; on a CPU auto times this model's matrix products."
     )
     compile: AutoOrBool = Field(default="auto", description="torch.compile.")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.data.dataset import proportions
 from gptcli.data.report import mixing_text
 from gptcli.data.tokenize import Prepared, prepare
-from gptcli.device import best_device, device_name, has_fast_bf16, total_memory
+from gptcli.device import best_device, device_name, total_memory
 from gptcli.errors import RecipeError
 from gptcli.files import fingerprint
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
+from gptcli.train.choices import choose_bf16
 from gptcli.train.plan import Hardware, Plan, make_plan
 
 if TYPE_CHECKING:
@@ -53,8 +54,13 @@ def assemble(
     rows = sum(_proportions(loaded, prepared).rows)
     config = model_config(loaded, prepared, reporter)
     device = best_device()
-    hardware = Hardware(device.type, has_fast_bf16(device), 1, total_memory(device))
-    plan = make_plan(loaded, count_parameters(config), hardware, rows_per_epoch=rows, decided=decided)
+    counts = count_parameters(config)
+    hardware = Hardware(device.type, False, 1, total_memory(device))
+    plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided)
+    if loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
+        fast, reason = choose_bf16(device, counts.shapes, plan.micro_batch_size * plan.sequence_length)
+        hardware = replace(hardware, fast_bf16=fast, bf16_reason=reason)
+        plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided)
     fingerprints = {
         "recipe": fingerprint(loaded.written),
         "data": prepared.fingerprint,

@@ -32,7 +32,8 @@ class Hardware:
 
     Attributes:
         kind: cpu, cuda or mps.
-        fast_bf16: whether bf16 products are faster than fp32 ones.
+        fast_bf16: whether this model's products are faster in bf16 than in fp32.
+        bf16_reason: how that is known.
         processes: the number of training processes (the world size).
         memory_bytes: of one device.
     """
@@ -41,6 +42,7 @@ class Hardware:
     fast_bf16: bool
     processes: int
     memory_bytes: int
+    bf16_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -303,9 +305,6 @@ def _precision(train: Train, hardware: Hardware, decided: Mapping[str, str], dec
     if before := decided.get("train.precision"):
         decisions.append(Decision("train.precision", before, "as this run began"))
         return before
-    if hardware.kind == "cuda" and hardware.fast_bf16:
-        decisions.append(Decision("train.precision", "bf16", "this GPU multiplies bf16 fast"))
-        return "bf16"
-    reason = "CPU: ask for bf16 where it has AVX512-BF16 or AMX" if hardware.kind == "cpu" else "no fast bf16 here"
-    decisions.append(Decision("train.precision", "fp32", reason))
-    return "fp32"
+    precision = "bf16" if hardware.fast_bf16 else "fp32"
+    decisions.append(Decision("train.precision", precision, hardware.bf16_reason))
+    return precision

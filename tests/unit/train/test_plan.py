@@ -11,8 +11,8 @@ from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.train.plan import Hardware, Plan, make_plan
 
 COUNTS = Counts(total=1_200_000, matrix=1_000_000, hidden_matrices=800_000, head=200_000, layers=4, width=128)
-CPU = Hardware("cpu", fast_bf16=False, processes=1, memory_bytes=2**34)
-GPU = Hardware("cuda", fast_bf16=True, processes=1, memory_bytes=2**36)
+CPU = Hardware("cpu", fast_bf16=False, processes=1, memory_bytes=2**34, bf16_reason="no AVX512-BF16")
+GPU = Hardware("cuda", fast_bf16=True, processes=1, memory_bytes=2**36, bf16_reason="Ampere")
 
 
 def recipe(tmp_path: Path, *overrides: str) -> LoadedRecipe:
