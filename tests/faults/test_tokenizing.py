@@ -460,7 +460,8 @@ def test_a_ray_cluster_gives_the_same_bytes_and_one_json_document(
     done = jobs.run(recipe, "tokenize.executor=ray", "--json", RAY_ADDRESS=ray_address)
     assert done.code == 0, done.err
     assert done.json()["train"]["documents"] > 0
-    assert done.err.strip() == "" or recipe == "trained"
+    # Ray says much on standard error, and none of it is shown: what a slow machine shows is our own progress.
+    assert all(line.startswith(("tokenizing ", "reading ", "sampling ", "train")) for line in done.err.splitlines())
     assert jobs.result() == expected[recipe]
 
 
