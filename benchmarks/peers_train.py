@@ -84,7 +84,7 @@ def bare(path: str) -> list[float]:
     from gptcli.recipe.load import load_recipe
     from gptcli.runs.folder import RunFolder
     from gptcli.train.assemble import assemble
-    from gptcli.train.loss import summed_loss
+    from gptcli.train.loss import TrainingLoss
     from gptcli.train.optim import build_optimizer
 
     loaded = load_recipe(path, ())
@@ -96,14 +96,15 @@ def bare(path: str) -> list[float]:
     optimizer = build_optimizer(model, train)
     assert optimizer is not None and train.max_grad_norm is not None
     rows = TrainingRows(assembly.prepared.train, sequence_length=plan.sequence_length, seed=1, shuffle=True)
+    loss_of = TrainingLoss(model, block=plan.loss_block, z_loss=train.z_loss)
     batch = plan.micro_batch_size
     times: list[float] = []
     for step in range(plan.steps):
         started = time.perf_counter()
         ids = torch.from_numpy(rows.batch(np.arange(step * batch, (step + 1) * batch)))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=plan.precision == "bf16"):
-            logits = model(input_ids=ids[:, :-1]).logits
-            loss = summed_loss(logits, ids[:, 1:]) / (batch * plan.sequence_length)
+            _, _, objective = loss_of(model, {"input_ids": ids[:, :-1]}, ids[:, 1:])
+            loss = objective / (batch * plan.sequence_length)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
         optimizer.step()

@@ -35,10 +35,10 @@ def choose_bf16(device: torch.device, shapes: Shapes, tokens: int) -> tuple[bool
         shapes: ((outputs, inputs), count) of the model's matrices.
         tokens: of a micro-batch.
     """
-    if device.type == "cuda":
-        return (True, "this GPU multiplies bf16 fast") if has_fast_bf16(device) else (False, "no fast bf16 here")
-    if device.type != "cpu" or not has_fast_bf16(device):
+    if not has_fast_bf16(device):
         return False, "this CPU has neither AVX512-BF16 nor AMX" if device.type == "cpu" else "no fast bf16 here"
+    if device.type == "cuda":
+        return True, "this GPU multiplies bf16 fast"
     full, half = timed_products(shapes, tokens)
     ratio = full / half if half else 0.0
     verdict = "" if ratio >= MARGIN else f", less than {MARGIN}"

@@ -19,7 +19,7 @@ class LeanTrainer(Trainer):
     """A Trainer whose own share of a step is small. What it does not know goes the Trainer's way."""
 
     _parameters: list[torch.nn.Parameter] | None = None
-    _usual = False
+    _short = False
 
     @contextmanager
     def lean(self) -> Iterator[None]:
@@ -27,7 +27,7 @@ class LeanTrainer(Trainer):
         arguments = self.args
         assert self.model is not None
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._usual = (
+        self._short = (
             self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
             and arguments.torch_empty_cache_steps is None
             and arguments.optim not in (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
@@ -37,14 +37,14 @@ class LeanTrainer(Trainer):
         try:
             yield
         finally:
-            self._parameters, self._usual = None, False
+            self._parameters, self._short = None, False
             self.model.__dict__.pop("zero_grad", None)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a micro-batch; see `transformers.Trainer.training_step`."""
-        if not self._usual:
-            usual: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-            return usual
+        if not self._short:
+            whole: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return whole
         if not model.training:
             model.train()
         if "zero_grad" not in model.__dict__:
@@ -67,6 +67,6 @@ class LeanTrainer(Trainer):
             parameter.grad = None
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if not self._usual:
+        if not self._short:
             return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         return torch.nn.utils.clip_grad_norm_(self._parameters or (), self.args.max_grad_norm)
