@@ -80,17 +80,21 @@ def bare(path: str) -> list[float]:
     """Our model, rows, loss and optimizer in the shortest loop."""
     from gptcli.cli.console import console
     from gptcli.data.dataset import TrainingRows
+    from gptcli.model.attention import attend_in_blocks
     from gptcli.model.build import build_model
     from gptcli.recipe.load import load_recipe
     from gptcli.runs.folder import RunFolder
     from gptcli.train.assemble import assemble
     from gptcli.train.loss import TrainingLoss
     from gptcli.train.optim import build_optimizer
+    from gptcli.train.plan import BLOCKS
 
     loaded = load_recipe(path, ())
     assembly = assemble(loaded, RunFolder(Path("runs/bare")), console(quiet=True))
     plan, train = assembly.plan, loaded.recipe.train
     model = build_model(loaded, assembly.config, seed=1, attention=None)
+    if plan.attention == BLOCKS:
+        attend_in_blocks(model)
     model.train()
     model.config.use_cache = False
     optimizer = build_optimizer(model, train)

@@ -7,8 +7,7 @@ proportions of the type's own default configuration, so that `{type: qwen3, pres
 from __future__ import annotations
 
 import difflib
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +53,6 @@ class Counts:
         hidden_matrices: 2-D weights that are neither embeddings nor the head: what Muon updates.
         head: those of the output head.
         layers, width: depth and width, for the attention term of the FLOPs.
-        shapes: ((rows, columns), count) of the 2-D weights in matrix products, the largest first.
     """
 
     total: int
@@ -63,7 +61,6 @@ class Counts:
     head: int
     layers: int
     width: int
-    shapes: tuple[tuple[tuple[int, int], int], ...] = ()
 
     @property
     def vocabulary(self) -> int:
@@ -165,13 +162,7 @@ def counts_of(model: PreTrainedModel) -> Counts:
         head=head_size,
         layers=int(getattr(text_config, "num_hidden_layers", 0) or 0),
         width=int(getattr(text_config, "hidden_size", 0) or 0),
-        shapes=_shapes([*matrices.values(), *([] if head is None else head.parameters())]),
     )
-
-
-def _shapes(weights: Iterable[nn.Parameter]) -> tuple[tuple[tuple[int, int], int], ...]:
-    counted = Counter((int(weight.shape[0]), int(weight.shape[1])) for weight in weights if weight.ndim == 2)
-    return tuple(sorted(counted.items(), key=lambda item: (-item[0][0] * item[0][1], item[0])))
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -132,11 +132,11 @@ class Train(Section):
     )
     profile: Profile | None = Field(default=None, description="A torch profiler trace in the run's folder.")
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
-        default="auto", description="The arithmetic of training; on a CPU auto times this model's matrix products."
+        default="auto", description="The arithmetic of training; on a CPU auto times this model in both."
     )
     compile: AutoOrBool = Field(default="auto", description="torch.compile.")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
-        default="auto", description="The attention kernel."
+        default="auto", description="The attention kernel; on a CPU in bf16 auto takes our own for short rows."
     )
     activation_checkpointing: bool = Field(
         default=False, description="Compute activations twice instead of keeping them."

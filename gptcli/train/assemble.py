@@ -58,7 +58,8 @@ def assemble(
     hardware = Hardware(device.type, False, 1, total_memory(device))
     plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided)
     if loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
-        fast, reason = choose_bf16(device, counts.shapes, plan.micro_batch_size * plan.sequence_length)
+        batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}
+        fast, reason = choose_bf16(loaded, config, device, **batch)
         hardware = replace(hardware, fast_bf16=fast, bf16_reason=reason)
         plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided)
     fingerprints = {

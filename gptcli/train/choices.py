@@ -6,84 +6,103 @@ random state is not touched.
 
 from __future__ import annotations
 
+import copy
+import statistics
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gptcli.device import cpu_name, has_fast_bf16
 from gptcli.files import cache_root, fingerprint, read_json, write_json
+from gptcli.train.plan import loss_block
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from gptcli.recipe.load import LoadedRecipe
 
 # What is faster by less is not worth another arithmetic.
 MARGIN = 1.2
-# Work and time that one timing may take; a product of the model's shapes has fewer rows where it would take more.
-PRODUCT_FLOPS = 2e10
-SHAPE_SECONDS = 0.3
+# Work of one timed pass, where the micro-batch is more; and the time that all of them may take.
+PASS_FLOPS = 5e10
+SECONDS = 2.0
+LEAST_ROUNDS = 3  # the first is slow: memory, kernels
 LEAST_TOKENS = 128
-FORMAT = 1
-
-Shapes = Sequence[tuple[tuple[int, int], int]]
+FORMAT = 2
 
 
-def choose_bf16(device: torch.device, shapes: Shapes, tokens: int) -> tuple[bool, str]:
-    """Whether to train in bf16 here, and why: on a CPU that has it, by timing the model's own matrix products.
+def choose_bf16(
+    loaded: LoadedRecipe, config: PreTrainedConfig, device: torch.device, *, rows: int, length: int
+) -> tuple[bool, str]:
+    """Whether to train in bf16 here, and why: on a CPU that has it, by timing the model itself in both.
+
+    Products alone do not tell: a small model's are 1.4 times as fast in bf16 where its step, with the conversions
+    between them, is slower.
 
     Args:
+        loaded: the recipe.
+        config: the model's configuration.
         device: where it trains.
-        shapes: ((outputs, inputs), count) of the model's matrices.
-        tokens: of a micro-batch.
+        rows: of a micro-batch.
+        length: tokens of a row.
     """
     if not has_fast_bf16(device):
         return False, "this CPU has neither AVX512-BF16 nor AMX" if device.type == "cpu" else "no fast bf16 here"
     if device.type == "cuda":
         return True, "this GPU multiplies bf16 fast"
-    full, half = timed_products(shapes, tokens)
+    full, half = timed_passes(loaded, config, rows, length)
     ratio = full / half if half else 0.0
     verdict = "" if ratio >= MARGIN else f", less than {MARGIN}"
-    return ratio >= MARGIN, f"this model's products are {ratio:.2f} times as fast in bf16 as in fp32 here{verdict}"
+    return ratio >= MARGIN, f"this model is {ratio:.2f} times as fast in bf16 as in fp32 here{verdict}"
 
 
-def timed_products(shapes: Shapes, tokens: int) -> tuple[float, float]:
-    """Seconds of a micro-batch's matrix products, forward and backward, in fp32 and in bf16: stored, else measured."""
+def timed_passes(loaded: LoadedRecipe, config: PreTrainedConfig, rows: int, length: int) -> tuple[float, float]:
+    """Seconds of a forward and backward pass of the model in fp32 and in bf16 on the CPU: stored, else measured.
+
+    The whole model with random weights, of the micro-batch as much as `PASS_FLOPS` allow.
+    """
     import torch
+    import transformers
 
-    key = [FORMAT, "products", cpu_name(), torch.get_num_threads(), torch.__version__, sorted(shapes), tokens]
+    versions = torch.__version__, transformers.__version__
+    shape = config.to_dict() | {"vocab_size": config.get_text_config().vocab_size}
+    key = [FORMAT, "passes", cpu_name(), torch.get_num_threads(), versions, shape, rows, length]
     path = cache_root() / "choices" / f"{fingerprint(key)}.json"
     try:
         stored = read_json(path)
         return float(stored["fp32"]), float(stored["bf16"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or no file of ours: measured anew
-    full = half = 0.0
-    for (outputs, inputs), count in shapes:
-        rows = max(LEAST_TOKENS, min(tokens, int(PRODUCT_FLOPS / (6 * outputs * inputs))))
-        seconds = _product_seconds(outputs, inputs, rows)
-        full += seconds[0] * count * tokens / rows
-        half += seconds[1] * count * tokens / rows
+    from gptcli.model.build import build_model
+
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(loaded, copy.deepcopy(config), seed=0, attention=None).train()
+        tokens = max(LEAST_TOKENS, int(PASS_FLOPS / (6 * model.num_parameters())))
+        length = min(length, tokens)
+        full, half = _pass_seconds(model, max(1, min(rows, tokens // length)), length)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"fp32": full, "bf16": half})
     return full, half
 
 
-def _product_seconds(outputs: int, inputs: int, rows: int) -> tuple[float, float]:
-    """The best time of a linear layer's forward and backward pass in fp32, and under autocast with its conversions."""
+def _pass_seconds(model: PreTrainedModel, rows: int, length: int) -> tuple[float, float]:
+    """The median time of a pass over [rows, length] tokens in fp32, and under autocast to bf16, taken in turns."""
     import torch
-    from torch.nn.functional import linear
 
-    hidden = torch.full((rows, inputs), 0.5, requires_grad=True)
-    weight = torch.full((outputs, inputs), 0.01, requires_grad=True)
-    slope = torch.full((rows, outputs), 0.1)
-    best = [float("inf"), float("inf")]
+    from gptcli.train.loss import TrainingLoss
+
+    model.config.use_cache = False
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    loss = TrainingLoss(model, block=loss_block(rows * length, vocabulary), z_loss=0.0)
+    ids = (torch.arange(rows * length) % vocabulary).view(rows, length)
+    times: tuple[list[float], list[float]] = [], []
     started = time.perf_counter()
-    rounds = 0
-    while rounds < 2 or time.perf_counter() - started < SHAPE_SECONDS:  # the first is slow: memory, kernels
+    while len(times[0]) < LEAST_ROUNDS or time.perf_counter() - started < SECONDS:
         for index in (0, 1):
             begin = time.perf_counter()
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=index == 1):
-                product = linear(hidden, weight)
-            torch.autograd.grad(product, (hidden, weight), slope.to(product.dtype))
-            best[index] = min(best[index], time.perf_counter() - begin)
-        rounds += 1
-    return best[0], best[1]
+                objective = loss(model, {"input_ids": ids}, ids)[2]
+            objective.backward()  # type: ignore[no-untyped-call]
+            model.zero_grad(set_to_none=True)
+            times[index].append(time.perf_counter() - begin)
+    return statistics.median(times[0][1:]), statistics.median(times[1][1:])

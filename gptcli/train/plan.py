@@ -23,6 +23,10 @@ GPU_MICRO_BATCH_TOKENS = 32 * 1024
 # Whole logits below this, blocks of about as much above (fp32).
 LOGIT_BYTES = 32 << 20
 LEAST_BLOCK = 256
+# Causal attention in blocks (model/attention.py): in bf16 on a CPU, up to this length of a row, faster than torch's
+# kernel (benchmarks/attention.py).
+BLOCKS = "blocks"
+BLOCKS_LONGEST = 512
 _LENGTH_KEYS = ("max_tokens", "max_steps", "epochs")
 
 
@@ -32,7 +36,7 @@ class Hardware:
 
     Attributes:
         kind: cpu, cuda or mps.
-        fast_bf16: whether this model's products are faster in bf16 than in fp32.
+        fast_bf16: whether this model trains faster in bf16 than in fp32.
         bf16_reason: how that is known.
         processes: the number of training processes (the world size).
         memory_bytes: of one device.
@@ -75,6 +79,7 @@ class Plan:
     save_every: int
     precision: str
     compile: bool
+    attention: str
     loss_block: int | None
     parameters: int
     matrix_parameters: int
@@ -131,6 +136,7 @@ def make_plan(
     compiled = train.compile is True
     if train.compile == "auto":
         decisions.append(Decision("train.compile", "off", "not measured to pay yet"))
+    attention = _attention(train, hardware, precision, length, compiled, decided or {}, decisions)
     block = None if compiled else loss_block(micro * length, counts.vocabulary)
     if block is not None:
         whole = mebibytes(4 * counts.vocabulary * micro * length)
@@ -156,6 +162,7 @@ def make_plan(
         save_every=train.save_every,
         precision=precision,
         compile=compiled,
+        attention=attention,
         loss_block=block,
         parameters=counts.total,
         matrix_parameters=counts.matrix,
@@ -308,3 +315,25 @@ def _precision(train: Train, hardware: Hardware, decided: Mapping[str, str], dec
     precision = "bf16" if hardware.fast_bf16 else "fp32"
     decisions.append(Decision("train.precision", precision, hardware.bf16_reason))
     return precision
+
+
+def _attention(
+    train: Train,
+    hardware: Hardware,
+    precision: str,
+    length: int,
+    compiled: bool,
+    decided: Mapping[str, str],
+    decisions: list[Decision],
+) -> str:
+    """The recipe's attention; `auto` is the model's own (sdpa where it has it), or `BLOCKS` where that is faster."""
+    if train.attention != "auto":
+        return train.attention
+    if before := decided.get("train.attention"):
+        decisions.append(Decision("train.attention", before, "as this run began"))
+        return before
+    if hardware.kind == "cpu" and precision == "bf16" and length <= BLOCKS_LONGEST and not compiled:
+        reason = f"bf16 on a CPU, rows of at most {BLOCKS_LONGEST}: faster than torch's kernel"
+        decisions.append(Decision("train.attention", BLOCKS, reason))
+        return BLOCKS
+    return "auto"

@@ -19,7 +19,7 @@ from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.train.assemble import Assembly, assemble, decided_recipe, describe
-from gptcli.train.plan import mebibytes
+from gptcli.train.plan import BLOCKS, mebibytes
 from gptcli.train.resume import Start, check_unchanged, clear, find_start, locked
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
 
 def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Reporter, progress: Any) -> CausalTrainer:
     from gptcli.data.dataset import TrainingRows
+    from gptcli.model.attention import attend_in_blocks
     from gptcli.model.build import build_model
     from gptcli.model.load import load_model, load_tokenizer, quiet
     from gptcli.train.arguments import training_arguments
@@ -175,6 +176,8 @@ def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Report
         model = build_model(
             loaded, assembly.config, seed=recipe.seed, attention=None if attention == "auto" else attention
         )
+    if plan.attention == BLOCKS and not attend_in_blocks(model):
+        reporter.say("attention: this model has its own, which stays")
     tokenizer = load_tokenizer(assembly.prepared.tokenizer)
     arguments = training_arguments(loaded, plan, assembly.run.path, assembly.device.type)
     facts = {
