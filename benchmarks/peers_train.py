@@ -86,8 +86,8 @@ def bare(path: str) -> list[float]:
     from gptcli.runs.folder import RunFolder
     from gptcli.train.assemble import assemble
     from gptcli.train.loss import TrainingLoss
+    from gptcli.train.modes import BLOCKS
     from gptcli.train.optim import build_optimizer
-    from gptcli.train.plan import BLOCKS
 
     loaded = load_recipe(path, ())
     assembly = assemble(loaded, RunFolder(Path("runs/bare")), console(quiet=True))

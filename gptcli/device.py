@@ -6,6 +6,8 @@ import contextlib
 import functools
 import math
 import os
+import re
+import shutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -63,6 +65,23 @@ def has_fast_bf16(device: torch.device) -> bool:
     return False
 
 
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a GPU, (8, 0) for an A100; None without one."""
+    import torch
+
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def c_compiler(kind: str) -> str | None:
+    """What torch.compile builds with: a C compiler for a GPU's launchers (`$CC`, gcc, clang), else C++ (`$CXX`, g++).
+
+    None where there is none.
+    """
+    named = os.environ.get("CC" if kind == "cuda" else "CXX")
+    names = [named] if named else ["gcc", "clang"] if kind == "cuda" else ["g++"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes of memory of the device (a GPU's own; the machine's for a CPU)."""
     import torch
@@ -72,16 +91,26 @@ def total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# Dense bf16 (fp16 before Ampere) matrix-product peaks of the makers' data sheets, FLOP/s. The first name that the
-# card's own name contains counts, so longer names stand before their prefixes.
+# Dense bf16 (fp16 before Ampere) matrix-product peaks with fp32 sums, FLOP/s: the makers' data sheets, for GeForce the
+# architecture's whitepaper. A key is words of the card's name that must all be there; the first that fits counts, so
+# what is more special stands first. A card that is not here has no MFU.
 _PEAK_FLOPS = {
+    "GB300": 2.5e15,
+    "B300": 2.25e15,
+    "GB200": 2.5e15,
     "B200": 2.25e15,
+    "B100": 1.75e15,
     "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800 PCIe": 756e12,
+    "H800": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A800": 312e12,
     "A40": 149.7e12,
     "A30": 165e12,
     "A10G": 70e12,
@@ -89,22 +118,44 @@ _PEAK_FLOPS = {
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
-    "RTX 4090": 165e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX A6000": 154.8e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090 Ti": 80e12,
     "RTX 3090": 71e12,
+    "V100 PCIE": 112e12,
     "V100": 125e12,
     "T4": 65e12,
+    "MI355X": 2.5e15,
+    "MI350X": 2.3e15,
+    "MI325X": 1307e12,
+    "MI300X": 1307e12,
+    "MI300A": 980e12,
 }
+# Cards and parts of cards that share a name's words with a faster one.
+_OTHER_CARDS = {"Laptop", "D", "MIG", "GRID", "Max"}
 _PRODUCT_SIZE = 1024
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP/s that MFU is measured against: the data sheet's for a known GPU, a measured product's on a CPU."""
     if device.type == "cuda":
-        name = device_name(device)
-        return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+        return data_sheet_flops(device_name(device))
     if device.type == "cpu":
         return _measured_flops(precision)
     return None
+
+
+def data_sheet_flops(name: str) -> float | None:
+    """The peak of a card by the name that its driver gives it; None for a card that is not known.
+
+    fp8 is measured against bf16's peak too, so that an MFU says how much faster it made the same work.
+    """
+    words = set(re.split(r"[\s\-/]+", name))
+    if words & _OTHER_CARDS:
+        return None
+    return next((peak for known, peak in _PEAK_FLOPS.items() if words.issuperset(known.split())), None)
 
 
 @functools.cache

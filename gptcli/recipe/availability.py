@@ -65,8 +65,6 @@ TABLE: tuple[Row, ...] = (
     Row("train.label_smoothing", (0.0,)),
     Row("train.neftune_noise_alpha", feature="NEFTune"),
     Row("train.profile", feature="a profile"),
-    Row("train.precision", ("auto", "fp32", "bf16")),
-    Row("train.attention", ("auto", "eager", "sdpa")),
     Row("train.on_save_error", ("stop",)),
     Row("train.best_metric", ("validation.loss",)),
     Row("train.non_finite", ("stop",)),

@@ -92,7 +92,7 @@ def training_arguments(loaded: LoadedRecipe, plan: Plan, run: Path, device_kind:
         "adam_epsilon": train.adam_epsilon,
         "max_grad_norm": train.max_grad_norm,
         "bf16": plan.precision == "bf16",
-        "torch_compile": plan.compile,
+        "fp16": plan.precision == "fp16",
         "activation_checkpointing": train.activation_checkpointing,
         "use_cpu": device_kind == "cpu",
         "logging_strategy": "no",
@@ -107,8 +107,12 @@ def training_arguments(loaded: LoadedRecipe, plan: Plan, run: Path, device_kind:
         "dataloader_pin_memory": device_kind == "cuda",
         "log_level": "error",
     }
+    if device_kind == "cuda" and "accelerator_config" not in train.trainer_args:
+        given["accelerator_config"] = {"non_blocking": True}
     try:
         arguments = TrainingArguments(**given, **train.trainer_args)
+        if plan.precision == "fp8":
+            arguments.mixed_precision = "fp8"
         # With several GPUs in sight the Trainer would split each batch over them (DataParallel).
         arguments._n_gpu = min(1, arguments.n_gpu)
         return arguments

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from gptcli.data.dataset import proportions
 from gptcli.data.report import mixing_text
 from gptcli.data.tokenize import Prepared, prepare
-from gptcli.device import best_device, device_name, total_memory
+from gptcli.device import best_device, c_compiler, capability, device_name, total_memory
 from gptcli.errors import RecipeError
 from gptcli.files import fingerprint
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
 from gptcli.train.choices import choose_bf16
+from gptcli.train.modes import BLOCKS, check_modes
 from gptcli.train.plan import Hardware, Plan, make_plan
 
 if TYPE_CHECKING:
@@ -49,19 +50,21 @@ def assemble(
 ) -> Assembly:
     """Data, configuration, device and plan of a recipe (`decided`: see `make_plan`; `verify`: see `prepare`)."""
     from gptcli.model.build import count_parameters
+    from gptcli.model.kernels import usable_attention
 
     prepared = prepare(loaded, reporter, verify=verify or None)
     rows = sum(_proportions(loaded, prepared).rows)
     config = model_config(loaded, prepared, reporter)
     device = best_device()
     counts = count_parameters(config)
-    hardware = Hardware(device.type, False, 1, total_memory(device))
-    plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided)
+    hardware, usable = look_at(device), usable_attention(config)
+    plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided, usable=usable)
     if loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
         batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}
         fast, reason = choose_bf16(loaded, config, device, **batch)
         hardware = replace(hardware, fast_bf16=fast, bf16_reason=reason)
-        plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided)
+        plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided, usable=usable)
+    check_modes(loaded, plan, hardware, usable)
     fingerprints = {
         "recipe": fingerprint(loaded.written),
         "data": prepared.fingerprint,
@@ -71,6 +74,37 @@ def assemble(
         "tokenizer": prepared.tokenizer_fingerprint,
     }
     return Assembly(loaded, prepared, config, plan, device, run, fingerprints)
+
+
+def look_at(device: torch.device) -> Hardware:
+    """The machine as a plan needs to know it; whether bf16 is fast is left open."""
+    import importlib.util
+
+    import torch
+    from accelerate.utils import is_torchao_available
+    from transformers.utils.import_utils import (
+        is_flash_attn_2_available,
+        is_flash_attn_3_available,
+        is_liger_kernel_available,
+    )
+
+    present = {
+        "triton": importlib.util.find_spec("triton") is not None,
+        "torchao": is_torchao_available(),
+        "liger_kernel": is_liger_kernel_available(),
+        "flash_attn": is_flash_attn_2_available(),
+        "flash_attn_interface": is_flash_attn_3_available(),
+    }
+    return Hardware(
+        device.type,
+        fast_bf16=False,
+        processes=1,
+        memory_bytes=total_memory(device),
+        capability=capability(device),
+        rocm=torch.version.hip is not None,
+        compiler=c_compiler(device.type) is not None,
+        packages=frozenset(name for name, there in present.items() if there),
+    )
 
 
 def model_config(loaded: LoadedRecipe, prepared: Prepared, reporter: Reporter) -> PreTrainedConfig:
@@ -115,6 +149,8 @@ def decided_recipe(loaded: LoadedRecipe, plan: Plan) -> dict[str, Any]:
     train_section["micro_batch_size"] = plan.micro_batch_size
     train_section["precision"] = plan.precision
     train_section["compile"] = plan.compile
+    # Our own kernel has no name in a recipe; `auto` finds it again.
+    train_section["attention"] = "auto" if plan.attention == BLOCKS else plan.attention
     recipe["launch"]["processes"] = plan.processes
     if recipe["data"].get("workers") == "auto":
         recipe["data"]["workers"] = 0

@@ -11,7 +11,7 @@ there, so that they are never whole and nothing is computed twice (as in Liger's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,21 @@ from torch.nn import functional
 
 from gptcli.model.build import output_head
 from gptcli.model.load import evaluating
+from gptcli.train import liger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from gptcli.reporting import Reporter
+    from gptcli.train.plan import Plan
+
 IGNORED = -100
 PROBE_TOKENS = 8
+# logits [n, vocabulary], bias, targets [n], z_loss, dtype -> [nats, objective], the gradient and the bias's.
+Slopes = Callable[
+    [torch.Tensor, torch.Tensor | None, torch.Tensor, float, torch.dtype],
+    tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+]
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -56,18 +65,40 @@ class TrainingLoss:
         model: the model itself, without wrappers.
         block: positions whose logits are there at once; None: all.
         z_loss: weight of `summed_squares`.
+        kernel: blocks, or liger for its fused kernel (see `liger.py`) where that gives the same loss.
+        compiled: whether the arithmetic between a block's products is one compiled kernel.
 
     Attributes:
+        kernel: the one that is used.
         in_blocks: whether the logits are made in blocks: a model whose head is no plain matrix, or which does more with
             what the head returns, gets whole ones. That is not looked up but tried, on a few tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, *, block: int | None, z_loss: float) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        block: int | None,
+        z_loss: float,
+        kernel: str = "blocks",
+        compiled: bool = False,
+    ) -> None:
         head = output_head(model)
         self._head = head if type(head) is torch.nn.Linear else None
         self._block = block
         self._z_loss = z_loss
-        self.in_blocks = block is not None and self._head is not None and self._is_exact(model)
+        self._slopes: Slopes = torch.compile(block_slopes, dynamic=False) if compiled else block_slopes
+        self.in_blocks, self.kernel = False, "whole"
+        for name in dict.fromkeys((kernel, "blocks")) if block is not None and self._head is not None else ():
+            self.kernel = name
+            if self._is_exact(model):
+                self.in_blocks = True
+                return
+        self.kernel = "whole"
+
+    def uncompile(self) -> None:
+        """From now on without the compiler."""
+        self._slopes = block_slopes
 
     def __call__(
         self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor
@@ -97,8 +128,10 @@ class TrainingLoss:
             kind = hidden.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
             rows = hidden.flatten(0, -2).to(dtype)
+            if self.kernel == "liger":
+                return liger.losses(rows, head.weight, head.bias, labels.flatten(), self._z_loss)
             values: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                rows, head.weight, head.bias, labels.flatten(), self._block, self._z_loss
+                rows, head.weight, head.bias, labels.flatten(), self._block, self._z_loss, self._slopes
             )
             return values
 
@@ -117,16 +150,61 @@ class TrainingLoss:
             try:
                 with self._taking(ids):
                     found = model(input_ids=ids).logits
-            except (RuntimeError, IndexError, TypeError, ValueError):  # something else is done with the logits
+            except (RuntimeError, IndexError, TypeError, ValueError, ImportError):  # something else is done with them
                 return False
         return found.shape == (2,) and torch.allclose(found[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def build_loss(model: PreTrainedModel, plan: Plan, z_loss: float, reporter: Reporter) -> TrainingLoss:
+    """The loss that a plan has for a model, or the next best one that is exact, which is said."""
+    loss = TrainingLoss(model, block=plan.loss_block, z_loss=z_loss, kernel=plan.loss_kernel, compiled=plan.compile)
+    if plan.loss_block is not None and not loss.in_blocks:
+        reporter.say("loss: this model does more than multiply in its head: the logits of a micro-batch are whole")
+    elif loss.in_blocks and loss.kernel != plan.loss_kernel:
+        reporter.say(f"loss: {plan.loss_kernel} does not give this model's loss here: in blocks of our own")
+    return loss
+
+
+def block_slopes(
+    logits: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, z_loss: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """[nats, objective] of a block, the objective's gradient by its logits in `dtype`, and by the bias in fp32.
+
+    Args:
+        logits: [n, vocabulary] without the bias; fp32 ones are overwritten.
+        bias: [vocabulary] or None.
+        targets: [n], -100 where there is none.
+        z_loss: weight of `summed_squares`.
+        dtype: of the gradient.
+    """
+    logits = logits.float()
+    if bias is not None:
+        logits += bias
+    known = targets.ne(IGNORED)
+    picked = targets.clamp(min=0)[:, None]
+    normalisers = logits.logsumexp(-1)
+    nats = ((normalisers - logits.gather(1, picked)[:, 0]) * known).sum()
+    sums = torch.stack([nats, nats + z_loss * (normalisers.square() * known).sum()])
+    # The gradient of the objective: softmax * (1 + 2 z normaliser), less one at the label.
+    slopes = logits.sub_(normalisers[:, None]).exp_()
+    if z_loss:
+        slopes *= (1 + 2 * z_loss * normalisers)[:, None]
+    if torch.compiler.is_compiling():
+        # Pointwise, so that the compiler makes one pass of all of it; a scatter would be passes of its own.
+        slopes = slopes - torch.arange(slopes.shape[1], device=slopes.device).eq(picked).float()
+    else:
+        slopes.scatter_add_(1, picked, slopes.new_full((1, 1), -1.0).expand(len(targets), 1))
+    slopes *= known[:, None]
+    return sums, slopes.to(dtype), None if bias is None else slopes.sum(0)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """[nats, nats + z_loss * squares] of hidden [n, width], weight [vocabulary, width], bias and labels [n]."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, block: int, z_loss: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, block: int, z_loss: float, slopes_of: Slopes
+    ) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             wanted = ctx.needs_input_grad[:3]
             matrix = weight.to(hidden.dtype)
@@ -137,25 +215,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for rows, targets, at in zip(
                 hidden.split(block), labels.split(block), range(0, len(hidden), block), strict=True
             ):
-                logits = (rows @ matrix.mT).float()
-                if bias is not None:
-                    logits += bias
-                known = targets.ne(IGNORED)
-                picked = targets.clamp(min=0)[:, None]
-                normalisers = logits.logsumexp(-1)
-                nats = ((normalisers - logits.gather(1, picked)[:, 0]) * known).sum()
-                sums += torch.stack([nats, nats + z_loss * (normalisers.square() * known).sum()])
-                if not any(wanted):
-                    continue
-                # The gradient of the objective: softmax * (1 + 2 z normaliser), less one at the label.
-                slopes = logits.sub_(normalisers[:, None]).exp_()
-                if z_loss:
-                    slopes *= (1 + 2 * z_loss * normalisers)[:, None]
-                slopes.scatter_add_(1, picked, slopes.new_full((1, 1), -1.0).expand(len(targets), 1))
-                slopes *= known[:, None]
-                if for_bias is not None:
-                    for_bias += slopes.sum(0)
-                slopes = slopes.to(hidden.dtype)
+                # A last block of another size is not worth compiling for.
+                make = slopes_of if len(rows) == block else block_slopes
+                values, slopes, bias_slopes = make(rows @ matrix.mT, bias, targets, z_loss, hidden.dtype)
+                sums += values
+                if for_bias is not None and bias_slopes is not None:
+                    for_bias += bias_slopes
                 if for_hidden is not None:
                     torch.mm(slopes, matrix, out=for_hidden[at : at + block])
                 if for_weight is not None and hidden.dtype == torch.float32:
@@ -176,4 +241,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if values is None else values.mul_(slope).to(dtype)
             for values, dtype in zip((for_hidden, for_weight, for_bias), dtypes, strict=True)
         ]
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)

@@ -6,12 +6,13 @@ Training reads a `Plan`, `gptcli plan` prints it, and no second place computes t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError, UsageError
+from gptcli.train import modes
 
 if TYPE_CHECKING:
     from gptcli.model.build import Counts
@@ -20,13 +21,10 @@ if TYPE_CHECKING:
 
 CPU_MICRO_BATCH_TOKENS = 8 * 1024
 GPU_MICRO_BATCH_TOKENS = 32 * 1024
-# Whole logits below this, blocks of about as much above (fp32).
+# Whole logits below this, blocks of about as much above (fp32); a GPU's products need more rows to be fast.
 LOGIT_BYTES = 32 << 20
+GPU_LOGIT_BYTES = 256 << 20
 LEAST_BLOCK = 256
-# Causal attention in blocks (model/attention.py): in bf16 on a CPU, up to this length of a row, faster than torch's
-# kernel (benchmarks/attention.py).
-BLOCKS = "blocks"
-BLOCKS_LONGEST = 512
 _LENGTH_KEYS = ("max_tokens", "max_steps", "epochs")
 
 
@@ -40,6 +38,10 @@ class Hardware:
         bf16_reason: how that is known.
         processes: the number of training processes (the world size).
         memory_bytes: of one device.
+        capability: a GPU's compute capability, (8, 0) for an A100; None without one.
+        rocm: whether the GPU is AMD's.
+        compiler: whether torch.compile has a compiler to build with.
+        packages: those of triton, torchao, liger_kernel, flash_attn and flash_attn_interface that can be used.
     """
 
     kind: str
@@ -47,6 +49,10 @@ class Hardware:
     processes: int
     memory_bytes: int
     bf16_reason: str = ""
+    capability: tuple[int, int] | None = None
+    rocm: bool = False
+    compiler: bool = False
+    packages: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,11 @@ class Plan:
     eval_every: int
     save_every: int
     precision: str
+    tf32: bool
     compile: bool
     attention: str
     loss_block: int | None
+    loss_kernel: str
     parameters: int
     matrix_parameters: int
     flops_per_token: int
@@ -107,6 +115,7 @@ def make_plan(
     *,
     rows_per_epoch: int | None,
     decided: Mapping[str, str] | None = None,
+    usable: Set[str] = frozenset(),
 ) -> Plan:
     """Derive everything.
 
@@ -118,6 +127,7 @@ def make_plan(
             `train.epochs` cannot be planned).
         decided: what `auto` stood for in the checkpoint that the run goes on from: used again, so that a resume on
             another machine does not change the arithmetic.
+        usable: the attention implementations that the model's code can use.
 
     Raises:
         RecipeError: no length of training, or batches that do not divide.
@@ -132,15 +142,30 @@ def make_plan(
     steps, total_rows = _steps(loaded, length, batch, rows_per_epoch, decisions)
     warmup = _count("train.warmup", train.warmup, steps, decisions)
     decay = _count("train.decay", train.decay, steps, decisions) if train.lr_scheduler == "wsd" else 0
-    precision = _precision(train, hardware, decided or {}, decisions)
-    compiled = train.compile is True
-    if train.compile == "auto":
-        decisions.append(Decision("train.compile", "off", "not measured to pay yet"))
-    attention = _attention(train, hardware, precision, length, compiled, decided or {}, decisions)
-    block = None if compiled else loss_block(micro * length, counts.vocabulary)
+    choice, packing = _Choices(decided or {}, decisions), data.packing or "concat"
+    precision = choice("train.precision", train.precision, lambda: modes.auto_precision(hardware))
+    tf32 = modes.auto_tf32(hardware) and "tf32" not in train.trainer_args
+    if tf32 and precision == "fp32":
+        reason = "fp32 products rounded to 10 bits of mantissa on this GPU; train.trainer_args={tf32: false}: not"
+        decisions.append(Decision("tf32", "on", reason))
+    compiled = (
+        choice("train.compile", train.compile, lambda: modes.auto_compile(hardware, precision=precision, steps=steps))
+        == "on"
+    )
+    attention = choice(
+        "train.attention",
+        train.attention,
+        lambda: modes.auto_attention(
+            hardware, usable=usable, precision=precision, length=length, packing=packing, compiled=compiled
+        ),
+    )
+    logit_bytes = LOGIT_BYTES if hardware.kind == "cpu" else GPU_LOGIT_BYTES
+    block = loss_block(micro * length, counts.vocabulary, logit_bytes)
+    kernel = modes.loss_kernel(hardware, block=block, compiled=compiled)
     if block is not None:
         whole = mebibytes(4 * counts.vocabulary * micro * length)
-        decisions.append(Decision("loss", f"in blocks of {block:,} positions", f"whole logits are {whole}"))
+        value = f"in blocks of {block:,} positions" if kernel != "liger" else "Liger's fused kernel"
+        decisions.append(Decision("loss", value, f"whole logits are {whole}"))
     flops_per_token = 6 * counts.matrix + 12 * counts.layers * counts.width * length
     memory = memory_estimate(counts, train, micro * length, block)
     checkpoint = 4 * counts.total + memory["optimizer"]
@@ -161,9 +186,11 @@ def make_plan(
         eval_every=train.eval_every,
         save_every=train.save_every,
         precision=precision,
+        tf32=tf32,
         compile=compiled,
         attention=attention,
         loss_block=block,
+        loss_kernel=kernel,
         parameters=counts.total,
         matrix_parameters=counts.matrix,
         flops_per_token=flops_per_token,
@@ -177,11 +204,12 @@ def make_plan(
     )
 
 
-def loss_block(micro_tokens: int, vocabulary: int) -> int | None:
+def loss_block(micro_tokens: int, vocabulary: int, logit_bytes: int | None = None) -> int | None:
     """Positions whose logits are made at once, a power of two; None: those of the whole micro-batch."""
-    if 4 * vocabulary * micro_tokens <= LOGIT_BYTES:
+    limit = logit_bytes or LOGIT_BYTES
+    if 4 * vocabulary * micro_tokens <= limit:
         return None
-    block = max(LEAST_BLOCK, 1 << (LOGIT_BYTES // (4 * vocabulary)).bit_length() - 1)
+    block = max(LEAST_BLOCK, 1 << (limit // (4 * vocabulary)).bit_length() - 1)
     return block if block < micro_tokens else None
 
 
@@ -306,34 +334,21 @@ def _count(key: str, value: int | float, steps: int, decisions: list[Decision]) 
     return count
 
 
-def _precision(train: Train, hardware: Hardware, decided: Mapping[str, str], decisions: list[Decision]) -> str:
-    if train.precision != "auto":
-        return train.precision
-    if before := decided.get("train.precision"):
-        decisions.append(Decision("train.precision", before, "as this run began"))
-        return before
-    precision = "bf16" if hardware.fast_bf16 else "fp32"
-    decisions.append(Decision("train.precision", precision, hardware.bf16_reason))
-    return precision
+class _Choices:
+    """What the recipe says, else what the run began with, else a choice, which is written down with its reason."""
+
+    def __init__(self, decided: Mapping[str, str], decisions: list[Decision]) -> None:
+        self._decided = decided
+        self._decisions = decisions
+
+    def __call__(self, key: str, given: str | bool, choose: Callable[[], tuple[str | bool, str]]) -> str:
+        if given != "auto":
+            return _text(given)
+        before = self._decided.get(key)
+        value, reason = (before, "as this run began") if before else choose()
+        self._decisions.append(Decision(key, _text(value), reason))
+        return _text(value)
 
 
-def _attention(
-    train: Train,
-    hardware: Hardware,
-    precision: str,
-    length: int,
-    compiled: bool,
-    decided: Mapping[str, str],
-    decisions: list[Decision],
-) -> str:
-    """The recipe's attention; `auto` is the model's own (sdpa where it has it), or `BLOCKS` where that is faster."""
-    if train.attention != "auto":
-        return train.attention
-    if before := decided.get("train.attention"):
-        decisions.append(Decision("train.attention", before, "as this run began"))
-        return before
-    if hardware.kind == "cpu" and precision == "bf16" and length <= BLOCKS_LONGEST and not compiled:
-        reason = f"bf16 on a CPU, rows of at most {BLOCKS_LONGEST}: faster than torch's kernel"
-        decisions.append(Decision("train.attention", BLOCKS, reason))
-        return BLOCKS
-    return "auto"
+def _text(value: str | bool) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else value

@@ -19,7 +19,8 @@ from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.train.assemble import Assembly, assemble, decided_recipe, describe
-from gptcli.train.plan import BLOCKS, mebibytes
+from gptcli.train.modes import BLOCKS
+from gptcli.train.plan import mebibytes
 from gptcli.train.resume import Start, check_unchanged, clear, find_start, locked
 
 if TYPE_CHECKING:
@@ -148,10 +149,14 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
 
 
 def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Reporter, progress: Any) -> CausalTrainer:
+    import torch
+
     from gptcli.data.dataset import TrainingRows
     from gptcli.model.attention import attend_in_blocks
     from gptcli.model.build import build_model
+    from gptcli.model.kernels import GPU_ONLY, attend_without_mask
     from gptcli.model.load import load_model, load_tokenizer, quiet
+    from gptcli.train import float8
     from gptcli.train.arguments import training_arguments
     from gptcli.train.callbacks import Schedule
     from gptcli.train.samples import Sampler
@@ -160,7 +165,7 @@ def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Report
     loaded, plan = assembly.loaded, assembly.plan
     recipe = loaded.recipe
     assert recipe.model is not None and recipe.data is not None
-    attention = recipe.train.attention
+    attention = "auto" if recipe.train.attention in GPU_ONLY else recipe.train.attention
     model: PreTrainedModel
     if recipe.model.from_ is not None:
         model = load_model(
@@ -178,6 +183,12 @@ def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Report
         )
     if plan.attention == BLOCKS and not attend_in_blocks(model):
         reporter.say("attention: this model has its own, which stays")
+    elif plan.attention == "sdpa" and (plan.compile or assembly.device.type == "cuda"):
+        attend_without_mask(model)
+    if plan.precision == "fp8":
+        reporter.say(f"fp8: {float8.check_layers(loaded, model)} linear layers")
+    if plan.tf32:
+        torch.set_float32_matmul_precision("high")
     tokenizer = load_tokenizer(assembly.prepared.tokenizer)
     arguments = training_arguments(loaded, plan, assembly.run.path, assembly.device.type)
     facts = {

@@ -22,11 +22,14 @@ from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.recipe.schema import Source, Tail
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
+from gptcli.train.modes import lacks
+from gptcli.train.plan import Hardware
 from gptcli.train.run import Options, train
 
 if TYPE_CHECKING:
     from gptcli.recipe.schema import Data
 
+NO_GPU = Hardware("cpu", fast_bf16=False, processes=1, memory_bytes=0)
 ROWS = 64
 VOCABULARY = 512
 SEQUENCE_LENGTH = 64
@@ -119,9 +122,14 @@ def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
         "train.sample_every": 2,
         "train.max_time": None,
         "train.precision": "bf16" if recipe.train.precision == "bf16" else "fp32",
+        "train.compile": False,
+        "train.attention": "auto" if lacks(recipe.train.attention, NO_GPU) else recipe.train.attention,
         "generate.max_new_tokens": 8,
         "tracking.to": [],
     }
+    for key, value in (("precision", recipe.train.precision), ("attention", recipe.train.attention)):
+        if lacks(value, NO_GPU) is not None:
+            reporter.say(f"smoke: train.{key} {value} needs a GPU; {cuts[f'train.{key}']} stands in for it")
     if recipe.eval.data:
         cuts["eval.data"] = [_cut_source(s, folder, f"eval-{i}", reporter) for i, s in enumerate(recipe.eval.data)]
     cuts |= _data_cuts(recipe.data, folder, reporter)

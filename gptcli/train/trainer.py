@@ -19,12 +19,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from gptcli.device import memory_in_use, peak_flops
 from gptcli.errors import CheckpointError, DivergedError
 from gptcli.evaluation.loss import LossResult, document_loss
+from gptcli.model.kernels import one_stream_rows
 from gptcli.model.load import quiet
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, optim
-from gptcli.train.lean import LeanTrainer
-from gptcli.train.loss import IGNORED, TrainingLoss
-from gptcli.train.rows import RunRows, inputs_and_labels
+from gptcli.train.ahead import AheadTrainer
+from gptcli.train.compiling import Compiler
+from gptcli.train.loss import IGNORED, build_loss
+from gptcli.train.rows import RunRows, whole
+from gptcli.train.scaling import ScaledSteps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 MEMORY_SECONDS = 2.0
 
 
-class CausalTrainer(LeanTrainer):
+class CausalTrainer(AheadTrainer):
     """Train a causal language model on packed rows.
 
     Args:
@@ -110,7 +113,7 @@ class CausalTrainer(LeanTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=inputs_and_labels,
+            data_collator=whole,
             train_dataset=self._run_rows,
             processing_class=tokenizer,
             callbacks=[schedule],
@@ -121,9 +124,10 @@ class CausalTrainer(LeanTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
         self._peak_flops = peak_flops(args.device, plan.precision)
-        self._loss = TrainingLoss(self.plain_model, block=plan.loss_block, z_loss=recipe.train.z_loss)
-        if plan.loss_block is not None and not self._loss.in_blocks:
-            reporter.say("loss: this model does more than multiply in its head: the logits of a micro-batch are whole")
+        self._loss = build_loss(self.plain_model, plan, recipe.train.z_loss, reporter)
+        self._compiler = Compiler(self.plain_model, self._loss, plan, reporter)
+        if (scaler := self.accelerator.scaler) is not None:
+            self.add_callback(ScaledSteps(scaler, str(run.path), reporter))
 
     # ---- data, optimizer, schedule ----
 
@@ -174,7 +178,8 @@ class CausalTrainer(LeanTrainer):
         with its own coefficient; the logged loss is the cross entropy alone.
         """
         labels = inputs.pop("labels")
-        outputs, nats, objective = self._loss(model, inputs, labels)
+        with self._compiler.used_for(inputs):
+            outputs, nats, objective = self._loss(model, inputs, labels)
         self._nats = self._nats.to(nats.device) + nats.double()
         balance = getattr(outputs, "aux_loss", None)
         if balance is not None:
@@ -192,6 +197,8 @@ class CausalTrainer(LeanTrainer):
 
     def _check_finite(self, step: int) -> None:
         """Raise before an update (CPU) or before a log line or a save (GPU, where looking means waiting)."""
+        if self.accelerator.scaler is not None:
+            return  # what is not finite then is the scaler's, see `scaling`
         if self._grad_norm is None or torch.isfinite(torch.as_tensor(self._grad_norm)):
             return
         first = (step - 1) * self._plan.global_batch_size
@@ -345,7 +352,7 @@ class CausalTrainer(LeanTrainer):
     def run_from(self, start: Path | None) -> None:
         """Train to the end, or until the schedule stops it, from a checkpoint or from the first step."""
         self._train_started = time.perf_counter()
-        with self.lean():
+        with self.lean(), one_stream_rows():
             self.train(resume_from_checkpoint=None if start is None else str(start))
 
     def start_at(self, manifest: dict[str, Any]) -> None:

@@ -41,8 +41,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "train.objective=masked",
         "train.neftune_noise_alpha=5",
         "train.profile={start: 1}",
-        "train.precision=fp16",
-        "train.attention=flash_attention_2",
         "train.on_save_error=continue",
         "train.non_finite=skip",
         "train.early_stopping_patience=3",
@@ -88,7 +86,9 @@ def test_eval_refuses_metrics_of_later(recipe: str, override: str) -> None:
     "override",
     [
         "train.precision=bf16",
+        "train.precision=fp8",
         "train.attention=sdpa",
+        "train.attention=flash_attention_2",
         "train.compile=true",
         "train.optimizer=lion",
         "train.lr_scheduler=polynomial",

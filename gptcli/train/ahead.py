@@ -1,0 +1,63 @@
+"""A Trainer that lets the host run ahead of a GPU: within a step nothing waits for the device.
+
+What transformers 5.23 does in a step was read for that. A batch is one tensor in pinned memory and one copy that the
+host does not wait for (it was two, each a wait, since slices are no contiguous memory); labels are counted from its
+shape; rows are not searched for documents (`model.kernels`); norms and losses stay on the device until a log line.
+The one wait that is left is that of fp16's loss scaling, which has to know whether a gradient overflowed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptcli.model.kernels import settle_attention
+from gptcli.train import float8
+from gptcli.train.lean import LeanTrainer
+from gptcli.train.rows import RunRows, inputs_and_labels, label_count
+
+if TYPE_CHECKING:
+    from gptcli.train.compiling import Compiler
+    from gptcli.train.plan import Plan
+
+
+class AheadTrainer(LeanTrainer):
+    """A Trainer whose batches are tensors [n, T + 1] of token ids; fp8 by accelerate's own way.
+
+    A subclass sets what follows before it trains: the plan, the run's rows, how the model is compiled, and the facts
+    that a checkpoint records.
+    """
+
+    _plan: Plan
+    _run_rows: RunRows
+    _compiler: Compiler
+    _facts: dict[str, Any]
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared: Any = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        # Only now is the model as it will be trained: on its device, under autocast.
+        model: Any = self.accelerator.unwrap_model(self.model)
+        settle_attention(model, self._plan.attention)
+        if not self._compiler.settle(self._prepare_inputs(self._run_rows.first(self._plan.micro_batch_size))):
+            self._facts["decided"]["train.compile"] = "off"
+        return prepared
+
+    def _get_num_items_in_batch(self, batch_samples: list[torch.Tensor], device: torch.device) -> Any:
+        """The labels of an optimizer step, over all processes: all of them count, as rows hold no padding."""
+        count = sum(label_count(batch) for batch in batch_samples)
+        if self.args.world_size == 1:
+            return count
+        return self.accelerator.gather(torch.tensor(count, device=device)).sum()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The model's inputs and the labels, two views of the batch that is on the device already."""
+        if not isinstance(inputs, torch.Tensor):
+            return super()._prepare_inputs(inputs)
+        return inputs_and_labels(inputs.to(self.args.device, non_blocking=True))
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        if self.args.mixed_precision == "fp8":
+            arguments["kwargs_handlers"].append(float8.handler())
+        return arguments
