@@ -135,11 +135,19 @@ class Train(Section):
     )
     profile: Profile | None = Field(default=None, description="A torch profiler trace in the run's folder.")
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
-        default="auto", description="The arithmetic of training; on a CPU auto times this model in both."
+        default="auto",
+        description="The arithmetic of training. auto: bf16 on GPUs from Ampere on, scaled fp16 on Volta and Turing; a "
+        "CPU with fast bf16 times this model in both. fp8: with torchao, on Ada, Hopper and later.",
     )
-    compile: AutoOrBool = Field(default="auto", description="torch.compile.")
+    compile: AutoOrBool = Field(
+        default="auto",
+        description="torch.compile of the model below its head, tried before the first step and given up, with a line, "
+        "where it fails. auto: on a GPU, for 500 steps or more.",
+    )
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
-        default="auto", description="The attention kernel; on a CPU in bf16 auto takes our own for short rows."
+        default="auto",
+        description="The attention kernel. auto: FlashAttention 3 on Hopper where it is installed, our own for short "
+        "rows in bf16 on a CPU, else sdpa.",
     )
     activation_checkpointing: bool = Field(
         default=False, description="Compute activations twice instead of keeping them."

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from gptcli.train.callbacks import Schedule
     from gptcli.train.plan import Plan
 
-
 MEMORY_SECONDS = 2.0
 
 
@@ -126,8 +125,10 @@ class CausalTrainer(AheadTrainer):
         self._peak_flops = peak_flops(args.device, plan.precision)
         self._loss = build_loss(self.plain_model, plan, recipe.train.z_loss, reporter)
         self._compiler = Compiler(self.plain_model, self._loss, plan, reporter)
-        if (scaler := self.accelerator.scaler) is not None:
-            self.add_callback(ScaledSteps(scaler, str(run.path), reporter))
+        scaler = self.accelerator.scaler
+        self._scaled = None if scaler is None else ScaledSteps(scaler, args.device, str(run.path), reporter)
+        if self._scaled is not None:
+            self.add_callback(self._scaled)
 
     # ---- data, optimizer, schedule ----
 
@@ -191,14 +192,16 @@ class CausalTrainer(AheadTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         self._grad_norm = norm
-        if self.args.device.type == "cpu":
+        if self._scaled is not None:
+            self._scaled.watch(norm)
+        elif self.args.device.type == "cpu":
             self._check_finite(self.state.global_step + 1)
         return norm
 
     def _check_finite(self, step: int) -> None:
         """Raise before an update (CPU) or before a log line or a save (GPU, where looking means waiting)."""
-        if self.accelerator.scaler is not None:
-            return  # what is not finite then is the scaler's, see `scaling`
+        if self._scaled is not None:
+            return self._scaled.check(step)
         if self._grad_norm is None or torch.isfinite(torch.as_tensor(self._grad_norm)):
             return
         first = (step - 1) * self._plan.global_batch_size

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gptcli.train.loss import TrainingLoss, summed_loss, summed_squares
+from gptcli.train.loss import TrainingLoss, block_slopes, summed_loss, summed_squares
 from gptcli.train.plan import LOGIT_BYTES, loss_block
 
 VOCABULARY = 97
@@ -114,3 +114,45 @@ def test_no_logits_are_whole_when_they_would_be_large() -> None:
     for tokens, vocabulary in ((4096, 16_384), (32_768, 32_000), (1 << 20, 2048)):
         block = loss_block(tokens, vocabulary)
         assert block is not None and 4 * block * vocabulary <= LOGIT_BYTES
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_compiled_block_is_the_same_in_one_pass(z_loss: float, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(16, VOCABULARY), rows()[1].flatten()[:16]
+    bias = torch.randn(VOCABULARY) if has_bias else None
+    compiled = torch.compile(block_slopes, backend="eager", dynamic=False)
+    found = compiled(logits.clone(), bias, labels, z_loss, torch.float32)
+    expected = block_slopes(logits.clone(), bias, labels, z_loss, torch.float32)
+    for ours, plain in zip(found, expected, strict=True):
+        assert (ours is None) == (plain is None)
+        if plain is not None:
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_ligers_kernel_is_left_where_it_cannot_run() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here, on which it can")
+    loss = TrainingLoss(make("llama"), block=4, z_loss=0.0, kernel="liger")
+    assert loss.in_blocks
+    assert loss.kernel == "blocks"
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("kind", list(TYPES))
+def test_ligers_kernel_gives_the_loss_and_the_gradients_of_whole_logits(kind: str, z_loss: float) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("Liger's kernels need a GPU")
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    model = make(kind).cuda()
+    ids, labels = (tensor.cuda() for tensor in rows())
+    loss = TrainingLoss(model, block=4, z_loss=z_loss, kernel="liger")
+    assert loss.kernel == "liger"
+    other = copy.deepcopy(model)
+    logits = other(input_ids=ids).logits
+    wanted = gradients(other, summed_loss(logits, labels) + z_loss * summed_squares(logits, labels))
+    _, nats, minimised = loss(model, {"input_ids": ids}, labels)
+    torch.testing.assert_close(nats, summed_loss(logits, labels).detach(), rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients(model, minimised).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5, msg=name)

@@ -1,0 +1,55 @@
+"""Cards by the names that their drivers give them; a name that is not known has no peak."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptcli.device import data_sheet_flops
+
+
+@pytest.mark.parametrize(
+    "name, teraflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A40", 149.7),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla V100-PCIE-16GB", 112),
+        ("Tesla T4", 65),
+        ("AMD Instinct MI300X", 1307),
+    ],
+)
+def test_a_known_card_has_its_data_sheets_peak(name: str, teraflops: float) -> None:
+    assert data_sheet_flops(name) == teraflops * 1e12
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA RTX A1000",
+        "NVIDIA RTX A4000",
+        "NVIDIA T400 4GB",
+        "Quadro RTX 6000",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "GRID A100-10C",
+        "",
+    ],
+)
+def test_a_card_that_only_looks_like_one_has_none(name: str) -> None:
+    assert data_sheet_flops(name) is None
