@@ -41,12 +41,13 @@ recipes: $(STAMP)
 faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup tests/faults tests/resume --all-faults
 
-## Every figure of benchmarks/RESULTS.md. NANOGPT=PATH, a checkout of karpathy/nanoGPT, adds that peer.
+## Every figure of benchmarks/RESULTS.md but a GPU's (benchmarks/gpu.py). NANOGPT=PATH, a checkout of karpathy/nanoGPT, adds that peer.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/tokenize.py
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/train.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	$(BIN)/python benchmarks/time_to_loss.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
 

@@ -28,7 +28,15 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
     out = console(json=json, quiet=quiet)
     out.say("looking at this machine ...")
 
-    from gptcli.device import best_device, cpu_cores, device_name, has_fast_bf16, peak_flops, total_memory
+    from gptcli.device import (
+        best_device,
+        c_compiler,
+        cpu_cores,
+        device_name,
+        has_fast_bf16,
+        peak_flops,
+        total_memory,
+    )
     from gptcli.files import cache_root
     from gptcli.runs.folder import runs_root
     from gptcli.train.record import versions
@@ -43,7 +51,7 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
         "memory_bytes": total_memory(device),
         "fast_bf16": has_fast_bf16(device),
         "peak_flops": peak,
-        "c_compiler": shutil.which("cc") or shutil.which("gcc"),
+        "c_compiler": c_compiler(device.type),
         "cache": str(cache_root()),
         "cache_free_bytes": free,
         "runs": str(runs_root()),
@@ -65,7 +73,7 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
             ["cores, memory", f"{machine['cores']}, {total_memory(device) / 2**30:.1f} GiB"],
             ["matrix products", "unknown" if peak is None else f"{peak / 1e9:,.0f} GFLOP/s ({measured})"],
             ["fast bf16", "yes" if machine["fast_bf16"] else "no: train in fp32 here"],
-            ["C compiler", str(machine["c_compiler"] or "none: train.compile cannot be used")],
+            ["C compiler", str(machine["c_compiler"] or "none: train.compile has nothing to build with")],
             ["cache", f"{cache_root()} ({free / 2**30:.1f} GiB free)"],
             ["runs", str(runs_root())],
             ["offline", "yes (HF_HUB_OFFLINE=1)" if machine["offline"] else "no"],

@@ -15,11 +15,21 @@ from transformers import TrainerCallback
 from gptcli.errors import DivergedError
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
     from gptcli.reporting import Reporter
 
 MOST_IN_A_ROW = 10
+
+
+def follow_scaler(trainer: Trainer, where: str, reporter: Reporter) -> ScaledSteps | None:
+    """What follows a trainer's scaled steps, as one of its callbacks; None where nothing is scaled."""
+    scaler = trainer.accelerator.scaler
+    if scaler is None:
+        return None
+    steps = ScaledSteps(scaler, trainer.args.device, where, reporter)
+    trainer.add_callback(steps)
+    return steps
 
 
 class ScaledSteps(TrainerCallback):

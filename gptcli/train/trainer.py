@@ -27,7 +27,7 @@ from gptcli.train.ahead import AheadTrainer
 from gptcli.train.compiling import Compiler
 from gptcli.train.loss import IGNORED, build_loss
 from gptcli.train.rows import RunRows, whole
-from gptcli.train.scaling import ScaledSteps
+from gptcli.train.scaling import follow_scaler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -125,10 +125,7 @@ class CausalTrainer(AheadTrainer):
         self._peak_flops = peak_flops(args.device, plan.precision)
         self._loss = build_loss(self.plain_model, plan, recipe.train.z_loss, reporter)
         self._compiler = Compiler(self.plain_model, self._loss, plan, reporter)
-        scaler = self.accelerator.scaler
-        self._scaled = None if scaler is None else ScaledSteps(scaler, args.device, str(run.path), reporter)
-        if self._scaled is not None:
-            self.add_callback(self._scaled)
+        self._scaled = follow_scaler(self, str(run.path), reporter)
 
     # ---- data, optimizer, schedule ----
 
@@ -232,6 +229,7 @@ class CausalTrainer(AheadTrainer):
     # ---- log, evaluate, sample, save ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.wait()
         if self._step_started:
             self._step_seconds += time.perf_counter() - self._step_started
             self._step_started = 0.0
