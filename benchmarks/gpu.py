@@ -64,7 +64,7 @@ TOYS = {
     "1b": replace(
         CASES["1b"],
         model={"type": "llama", "config": TOY_LLAMA},
-        shape=Shape(2, 64, 4, 64, 2, 512, 0, 1),
+        shape=Shape(2, 64, 4, 64, 2, 512, 0, 5),
         accumulation=2,
     ),
 }
