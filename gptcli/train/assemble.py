@@ -48,6 +48,8 @@ def assemble(
     verify: bool = False,
 ) -> Assembly:
     """Data, configuration, device and plan of a recipe (`decided`: see `make_plan`; `verify`: see `prepare`)."""
+    import torch
+
     from gptcli.model.build import count_parameters
 
     prepared = prepare(loaded, reporter, verify=verify or None)
@@ -55,11 +57,11 @@ def assemble(
     config = model_config(loaded, prepared, reporter)
     device = best_device()
     counts = count_parameters(config)
-    hardware = Hardware(device.type, False, 1, total_memory(device))
+    hardware = Hardware(device.type, False, 1, total_memory(device), threads=torch.get_num_threads())
     plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided)
     if loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
         batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}
-        fast, reason = choose_bf16(loaded, config, device, **batch)
+        fast, reason = choose_bf16(loaded, config, device, **batch, halves=plan.halves)
         hardware = replace(hardware, fast_bf16=fast, bf16_reason=reason)
         plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided)
     fingerprints = {

@@ -27,6 +27,10 @@ LEAST_BLOCK = 256
 # kernel (benchmarks/attention.py).
 BLOCKS = "blocks"
 BLOCKS_LONGEST = 512
+# Work of a micro-batch from which two threads with half of its rows each are faster than two threads that share every
+# operation (train/halves.py, benchmarks/halves.py). Below, Python's lock is what they wait for.
+HALVES_FLOPS = 2e9
+HALVES = "micro-batch"
 _LENGTH_KEYS = ("max_tokens", "max_steps", "epochs")
 
 
@@ -40,6 +44,7 @@ class Hardware:
         bf16_reason: how that is known.
         processes: the number of training processes (the world size).
         memory_bytes: of one device.
+        threads: that an operation on a CPU is shared by.
     """
 
     kind: str
@@ -47,6 +52,7 @@ class Hardware:
     processes: int
     memory_bytes: int
     bf16_reason: str = ""
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class Plan:
     compile: bool
     attention: str
     loss_block: int | None
+    halves: bool
     parameters: int
     matrix_parameters: int
     flops_per_token: int
@@ -141,6 +148,7 @@ def make_plan(
     if block is not None:
         whole = mebibytes(4 * counts.vocabulary * micro * length)
         decisions.append(Decision("loss", f"in blocks of {block:,} positions", f"whole logits are {whole}"))
+    halves = not compiled and _halves(hardware, micro, 6 * counts.matrix * micro * length, decided or {}, decisions)
     flops_per_token = 6 * counts.matrix + 12 * counts.layers * counts.width * length
     memory = memory_estimate(counts, train, micro * length, block)
     checkpoint = 4 * counts.total + memory["optimizer"]
@@ -164,6 +172,7 @@ def make_plan(
         compile=compiled,
         attention=attention,
         loss_block=block,
+        halves=halves,
         parameters=counts.total,
         matrix_parameters=counts.matrix,
         flops_per_token=flops_per_token,
@@ -315,6 +324,24 @@ def _precision(train: Train, hardware: Hardware, decided: Mapping[str, str], dec
     precision = "bf16" if hardware.fast_bf16 else "fp32"
     decisions.append(Decision("train.precision", precision, hardware.bf16_reason))
     return precision
+
+
+def _halves(
+    hardware: Hardware, micro: int, flops: float, decided: Mapping[str, str], decisions: list[Decision]
+) -> bool:
+    """Whether two threads take half of the rows of a micro-batch each; `flops`: of its matrix products."""
+    if hardware.kind != "cpu" or hardware.processes > 1 or micro < 2:
+        return False
+    if decided:
+        if halves := HALVES in decided:
+            decisions.append(Decision(HALVES, decided[HALVES], "as this run began"))
+        return halves
+    if hardware.threads < 2 or flops < HALVES_FLOPS:
+        return False
+    decisions.append(
+        Decision(HALVES, "two threads, half of the rows each", "they wait once a pass, not at each operation")
+    )
+    return True
 
 
 def _attention(

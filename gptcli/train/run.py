@@ -149,6 +149,7 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
 
 def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Reporter, progress: Any) -> CausalTrainer:
     from gptcli.data.dataset import TrainingRows
+    from gptcli.model.activation import keep_derivatives
     from gptcli.model.attention import attend_in_blocks
     from gptcli.model.build import build_model
     from gptcli.model.load import load_model, load_tokenizer, quiet
@@ -178,6 +179,8 @@ def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Report
         )
     if plan.attention == BLOCKS and not attend_in_blocks(model):
         reporter.say("attention: this model has its own, which stays")
+    if assembly.device.type == "cpu" and not plan.compile:
+        keep_derivatives(model)
     tokenizer = load_tokenizer(assembly.prepared.tokenizer)
     arguments = training_arguments(loaded, plan, assembly.run.path, assembly.device.type)
     facts = {
