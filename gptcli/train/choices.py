@@ -104,7 +104,7 @@ def _pass_seconds(model: PreTrainedModel, rows: int, length: int, halves: bool) 
 
     model.config.use_cache = False
     vocabulary = int(model.config.get_text_config().vocab_size)
-    loss = TrainingLoss(model, block=loss_block(rows * length, vocabulary), z_loss=0.0)
+    loss = TrainingLoss(model, block=loss_block(rows * length, vocabulary, 2 if halves else 1), z_loss=0.0)
     ids = (torch.arange(rows * length) % vocabulary).view(rows, length)
 
     def step(inputs: Inputs, to_bf16: bool) -> None:

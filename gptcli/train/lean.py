@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
+from gptcli.device import return_freed_memory
 from gptcli.train.halves import Halves, Inputs, why_whole
 
 
@@ -51,6 +52,7 @@ class LeanTrainer(Trainer):
             # Everything that is there by now stays: collections in between steps need not look at it.
             gc.collect()
             gc.freeze()
+            return_freed_memory()
             yield
         finally:
             gc.unfreeze()
@@ -67,6 +69,7 @@ class LeanTrainer(Trainer):
         halves = Halves(parameters)
         model.train()
         reason = why_whole(halves, parameters, partial(self._pass, model, 1), self.args.device)
+        return_freed_memory()
         if reason is None:
             self._halves = halves
         else:

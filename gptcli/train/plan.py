@@ -144,11 +144,11 @@ def make_plan(
     if train.compile == "auto":
         decisions.append(Decision("train.compile", "off", "not measured to pay yet"))
     attention = _attention(train, hardware, precision, length, compiled, decided or {}, decisions)
-    block = None if compiled else loss_block(micro * length, counts.vocabulary)
+    halves = not compiled and _halves(hardware, micro, 6 * counts.matrix * micro * length, decided or {}, decisions)
+    block = None if compiled else loss_block(micro * length, counts.vocabulary, 2 if halves else 1)
     if block is not None:
         whole = mebibytes(4 * counts.vocabulary * micro * length)
         decisions.append(Decision("loss", f"in blocks of {block:,} positions", f"whole logits are {whole}"))
-    halves = not compiled and _halves(hardware, micro, 6 * counts.matrix * micro * length, decided or {}, decisions)
     flops_per_token = 6 * counts.matrix + 12 * counts.layers * counts.width * length
     memory = memory_estimate(counts, train, micro * length, block)
     checkpoint = 4 * counts.total + memory["optimizer"]
@@ -186,12 +186,15 @@ def make_plan(
     )
 
 
-def loss_block(micro_tokens: int, vocabulary: int) -> int | None:
-    """Positions whose logits are made at once, a power of two; None: those of the whole micro-batch."""
+def loss_block(micro_tokens: int, vocabulary: int, parts: int = 1) -> int | None:
+    """Positions whose logits are made at once, a power of two; None: all of them.
+
+    `parts` of the micro-batch are worked on at once, each in blocks of its own.
+    """
     if 4 * vocabulary * micro_tokens <= LOGIT_BYTES:
         return None
-    block = max(LEAST_BLOCK, 1 << (LOGIT_BYTES // (4 * vocabulary)).bit_length() - 1)
-    return block if block < micro_tokens else None
+    block = max(LEAST_BLOCK, 1 << (LOGIT_BYTES // parts // (4 * vocabulary)).bit_length() - 1)
+    return block if block < micro_tokens // parts else None
 
 
 def memory_estimate(counts: Counts, train: Train, micro_tokens: int, block: int | None = None) -> dict[str, int]:
