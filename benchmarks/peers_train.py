@@ -80,11 +80,13 @@ def bare(path: str) -> list[float]:
     """Our model, rows, loss and optimizer in the shortest loop."""
     from gptcli.cli.console import console
     from gptcli.data.dataset import TrainingRows
+    from gptcli.model.activation import keep_derivatives
     from gptcli.model.attention import attend_in_blocks
     from gptcli.model.build import build_model
     from gptcli.recipe.load import load_recipe
     from gptcli.runs.folder import RunFolder
     from gptcli.train.assemble import assemble
+    from gptcli.train.halves import Halves
     from gptcli.train.loss import TrainingLoss
     from gptcli.train.modes import BLOCKS
     from gptcli.train.optim import build_optimizer
@@ -93,6 +95,7 @@ def bare(path: str) -> list[float]:
     assembly = assemble(loaded, RunFolder(Path("runs/bare")), console(quiet=True))
     plan, train = assembly.plan, loaded.recipe.train
     model = build_model(loaded, assembly.config, seed=1, attention=None)
+    keep_derivatives(model)
     if plan.attention == BLOCKS:
         attend_in_blocks(model)
     model.train()
@@ -101,16 +104,26 @@ def bare(path: str) -> list[float]:
     assert optimizer is not None and train.max_grad_norm is not None
     rows = TrainingRows(assembly.prepared.train, sequence_length=plan.sequence_length, seed=1, shuffle=True)
     loss_of = TrainingLoss(model, block=plan.loss_block, z_loss=train.z_loss)
+    parameters = list(model.parameters())
+    halves = Halves(parameters) if plan.halves else None
     batch = plan.micro_batch_size
-    times: list[float] = []
-    for step in range(plan.steps):
-        started = time.perf_counter()
-        ids = torch.from_numpy(rows.batch(np.arange(step * batch, (step + 1) * batch)))
+
+    def run(inputs: dict[str, torch.Tensor]) -> None:
+        ids = inputs["ids"]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=plan.precision == "bf16"):
             _, _, objective = loss_of(model, {"input_ids": ids[:, :-1]}, ids[:, 1:])
             loss = objective / (batch * plan.sequence_length)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
+
+    times: list[float] = []
+    for step in range(plan.steps):
+        started = time.perf_counter()
+        inputs = {"ids": torch.from_numpy(rows.batch(np.arange(step * batch, (step + 1) * batch)))}
+        if halves is None:
+            run(inputs)
+        else:
+            halves(inputs, run)
+        torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - started)

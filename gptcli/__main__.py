@@ -21,7 +21,7 @@ def run() -> None:
     # on the same cores longer spinning made training up to nine times slower, and none at all costs a tenth of a small
     # model's step (benchmarks/waiting.py).
     if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
-        os.environ.setdefault("GOMP_SPINCOUNT", "500")
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Until training has its own handlers, SIGTERM ends a command as Ctrl+C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.unraisablehook = _repeat_interrupt

@@ -194,6 +194,14 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc keeps what lies between)."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _process_tree(pid: int) -> list[int]:
     children: list[int] = []
     with contextlib.suppress(OSError, ValueError):

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 NAME = "gptcli_blocks"
 BLOCK_QUERIES = 128
-BLOCK_BYTES = 4 << 20
+# Scores that are there at once, for each thread: what its cache holds.
+BLOCK_BYTES = 1 << 20
 
 
 def attend_in_blocks(model: PreTrainedModel) -> bool:
@@ -101,9 +102,9 @@ class _CausalAttention(torch.autograd.Function):
                 weights = _weights(queries, keys, ctx.scale)
                 for_scores = torch._softmax_backward_data(
                     torch.bmm(slope, value[heads, seen].mT), weights, -1, weights.dtype
-                ).mul_(ctx.scale)
-                for_query[heads, at] = torch.bmm(for_scores, keys)
-                for_key[heads, seen] += torch.bmm(for_scores.mT, queries)
+                )
+                for_query[heads, at] = _scaled_bmm(for_scores, keys, ctx.scale)
+                for_key[heads, seen] += _scaled_bmm(for_scores.mT, queries, ctx.scale)
                 for_value[heads, seen] += torch.bmm(weights.mT, slope)
         return for_query, for_key, for_value, None
 
@@ -112,7 +113,7 @@ def _blocks(query: torch.Tensor) -> list[tuple[slice, slice, slice]]:
     """Heads, queries and the keys that they may see, block by block."""
     count, length, _ = query.shape
     width = min(length, BLOCK_QUERIES)
-    heads = max(1, BLOCK_BYTES // (length * width * query.element_size()))
+    heads = max(1, BLOCK_BYTES * torch.get_num_threads() // (length * width * query.element_size()))
     return [
         (slice(head, head + heads), slice(at, min(at + width, length)), slice(0, min(at + width, length)))
         for head in range(0, count, heads)
@@ -122,7 +123,12 @@ def _blocks(query: torch.Tensor) -> list[tuple[slice, slice, slice]]:
 
 def _weights(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     """The probabilities [heads, queries, keys]; the last key is that of the last query."""
-    scores = torch.bmm(query, key.mT).mul_(scale)
+    scores = _scaled_bmm(query, key.mT, scale)
     size = query.shape[1]
     scores[:, :, -size:] += scores.new_full((size, size), float("-inf")).triu_(1)
     return scores.softmax(-1)
+
+
+def _scaled_bmm(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    # The product's own factor: one pass over the scores less than multiplying them afterwards.
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale)

@@ -61,7 +61,7 @@ def assemble(
     plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided, usable=usable)
     if loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
         batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}
-        fast, reason = choose_bf16(loaded, config, device, **batch)
+        fast, reason = choose_bf16(loaded, config, device, **batch, halves=plan.halves)
         hardware = replace(hardware, fast_bf16=fast, bf16_reason=reason)
         plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided, usable=usable)
     check_modes(loaded, plan, hardware, usable)
@@ -100,6 +100,7 @@ def look_at(device: torch.device) -> Hardware:
         fast_bf16=False,
         processes=1,
         memory_bytes=total_memory(device),
+        threads=torch.get_num_threads(),
         capability=capability(device),
         rocm=torch.version.hip is not None,
         compiler=c_compiler(device.type) is not None,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gptcli.device import cpu_name, has_fast_bf16
 from gptcli.files import cache_root, fingerprint, read_json, write_json
+from gptcli.train.modes import BLOCKS_LONGEST
 from gptcli.train.plan import loss_block
 
 if TYPE_CHECKING:
@@ -28,11 +30,11 @@ PASS_FLOPS = 5e10
 SECONDS = 2.0
 LEAST_ROUNDS = 3  # the first is slow: memory, kernels
 LEAST_TOKENS = 128
-FORMAT = 2
+FORMAT = 3
 
 
 def choose_bf16(
-    loaded: LoadedRecipe, config: PreTrainedConfig, device: torch.device, *, rows: int, length: int
+    loaded: LoadedRecipe, config: PreTrainedConfig, device: torch.device, *, rows: int, length: int, halves: bool
 ) -> tuple[bool, str]:
     """Whether to train in bf16 here, and why: on a CPU that has it, by timing the model itself in both.
 
@@ -45,64 +47,85 @@ def choose_bf16(
         device: where it trains.
         rows: of a micro-batch.
         length: tokens of a row.
+        halves: whether it trains on the halves of a micro-batch at once.
     """
     if not has_fast_bf16(device):
         return False, "this CPU has neither AVX512-BF16 nor AMX" if device.type == "cpu" else "no fast bf16 here"
     if device.type == "cuda":
         return True, "this GPU multiplies bf16 fast"
-    full, half = timed_passes(loaded, config, rows, length)
+    full, half = timed_passes(loaded, config, rows, length, halves)
     ratio = full / half if half else 0.0
     verdict = "" if ratio >= MARGIN else f", less than {MARGIN}"
     return ratio >= MARGIN, f"this model is {ratio:.2f} times as fast in bf16 as in fp32 here{verdict}"
 
 
-def timed_passes(loaded: LoadedRecipe, config: PreTrainedConfig, rows: int, length: int) -> tuple[float, float]:
+def timed_passes(
+    loaded: LoadedRecipe, config: PreTrainedConfig, rows: int, length: int, halves: bool
+) -> tuple[float, float]:
     """Seconds of a forward and backward pass of the model in fp32 and in bf16 on the CPU: stored, else measured.
 
-    The whole model with random weights, of the micro-batch as much as `PASS_FLOPS` allow.
+    The whole model with random weights, as it is trained, of the micro-batch as much as `PASS_FLOPS` allow.
     """
     import torch
     import transformers
 
     versions = torch.__version__, transformers.__version__
     shape = config.to_dict() | {"vocab_size": config.get_text_config().vocab_size}
-    key = [FORMAT, "passes", cpu_name(), torch.get_num_threads(), versions, shape, rows, length]
+    key = [FORMAT, "passes", cpu_name(), torch.get_num_threads(), versions, shape, rows, length, halves]
     path = cache_root() / "choices" / f"{fingerprint(key)}.json"
     try:
         stored = read_json(path)
         return float(stored["fp32"]), float(stored["bf16"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or no file of ours: measured anew
+    from gptcli.model.activation import keep_derivatives
+    from gptcli.model.attention import attend_in_blocks
     from gptcli.model.build import build_model
 
     with torch.random.fork_rng(devices=[]):
         model = build_model(loaded, copy.deepcopy(config), seed=0, attention=None).train()
+        keep_derivatives(model)
+        if length <= BLOCKS_LONGEST:
+            attend_in_blocks(model)
         tokens = max(LEAST_TOKENS, int(PASS_FLOPS / (6 * model.num_parameters())))
         length = min(length, tokens)
-        full, half = _pass_seconds(model, max(1, min(rows, tokens // length)), length)
+        rows = max(1, min(rows, tokens // length))
+        full, half = _pass_seconds(model, rows + rows % 2 if halves else rows, length, halves)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"fp32": full, "bf16": half})
     return full, half
 
 
-def _pass_seconds(model: PreTrainedModel, rows: int, length: int) -> tuple[float, float]:
+def _pass_seconds(model: PreTrainedModel, rows: int, length: int, halves: bool) -> tuple[float, float]:
     """The median time of a pass over [rows, length] tokens in fp32, and under autocast to bf16, taken in turns."""
     import torch
 
+    from gptcli.train.halves import Halves, Inputs
     from gptcli.train.loss import TrainingLoss
 
     model.config.use_cache = False
     vocabulary = int(model.config.get_text_config().vocab_size)
-    loss = TrainingLoss(model, block=loss_block(rows * length, vocabulary), z_loss=0.0)
+    loss = TrainingLoss(model, block=loss_block(rows * length, vocabulary, 2 if halves else 1), z_loss=0.0)
     ids = (torch.arange(rows * length) % vocabulary).view(rows, length)
+
+    def step(inputs: Inputs, to_bf16: bool) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=to_bf16):
+            objective = loss(model, inputs, inputs["input_ids"])[2]
+        objective.backward()  # type: ignore[no-untyped-call]
+
+    both = Halves(list(model.parameters())) if halves else None
     times: tuple[list[float], list[float]] = [], []
     started = time.perf_counter()
     while len(times[0]) < LEAST_ROUNDS or time.perf_counter() - started < SECONDS:
-        for index in (0, 1):
+        for index, found in enumerate(times):
             begin = time.perf_counter()
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=index == 1):
-                objective = loss(model, {"input_ids": ids}, ids)[2]
-            objective.backward()  # type: ignore[no-untyped-call]
+            run = partial(step, to_bf16=index == 1)
+            if both is None:
+                run({"input_ids": ids})
+            else:
+                both({"input_ids": ids}, run)
             model.zero_grad(set_to_none=True)
-            times[index].append(time.perf_counter() - begin)
+            found.append(time.perf_counter() - begin)
+    if both is not None:
+        both.close()
     return statistics.median(times[0][1:]), statistics.median(times[1][1:])

@@ -56,7 +56,7 @@ class Compiler:
     def settle(self, inputs: dict[str, torch.Tensor]) -> bool:
         """Compile on a micro-batch that is thrown away; False where compiling fails: training then goes on without it.
 
-        Random state, gradients and weights are left as they were, so that the run is the one without the compiler.
+        Random state, gradients and weights are left as they were: it is as if compiling had not been tried.
         """
         if self._forward is None:
             return True

@@ -5,8 +5,10 @@ Each of them walks the modules of the model, which is a millisecond a step for a
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +16,24 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
+from gptcli.device import return_freed_memory
+from gptcli.train.halves import Halves, Inputs, why_whole
+
 
 class LeanTrainer(Trainer):
     """A Trainer whose own share of a step is small. What it does not know goes the Trainer's way."""
 
     _parameters: list[torch.nn.Parameter] | None = None
     _short = False
+    _halves: Halves | None = None
+
+    def losses(self, model: Any, inputs: Inputs, num_items_in_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a micro-batch adds to the loss of a step and to the nats that are logged; two threads may be inside."""
+        raise NotImplementedError
+
+    def count(self, nats: torch.Tensor) -> None:
+        """Add to the nats that are logged."""
+        raise NotImplementedError
 
     @contextmanager
     def lean(self) -> Iterator[None]:
@@ -35,10 +49,32 @@ class LeanTrainer(Trainer):
             and not arguments.fp16
         )
         try:
+            # Everything that is there by now stays: collections in between steps need not look at it.
+            gc.collect()
+            gc.freeze()
+            return_freed_memory()
             yield
         finally:
-            self._parameters, self._short = None, False
+            gc.unfreeze()
+            if self._halves is not None:
+                self._halves.close()
+            self._parameters, self._short, self._halves = None, False, None
             self.model.__dict__.pop("zero_grad", None)
+
+    def halve(self, model: Any) -> str | None:
+        """Take micro-batches in two halves at once from now on; or the reason why they cannot be."""
+        if not self._short:
+            return "this optimizer needs the Trainer's own step"
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        halves = Halves(parameters)
+        model.train()
+        reason = why_whole(halves, parameters, partial(self._pass, model, 1), self.args.device)
+        return_freed_memory()
+        if reason is None:
+            self._halves = halves
+        else:
+            halves.close()
+        return reason
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a micro-batch; see `transformers.Trainer.training_step`."""
@@ -50,11 +86,20 @@ class LeanTrainer(Trainer):
         if "zero_grad" not in model.__dict__:
             model.zero_grad = self._zero_grad
         inputs = self._prepare_inputs(inputs)
+        run = partial(self._pass, model, num_items_in_batch)
+        passes = [run(inputs)] if self._halves is None else self._halves(inputs, run)
+        for _, nats in passes:
+            self.count(nats)
+        total = passes[0][0]
+        for loss, _ in passes[1:]:
+            total = total + loss
+        return total
+
+    def _pass(self, model: Any, num_items_in_batch: Any, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         with self.compute_loss_context_manager():
-            loss: Any = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            loss, nats = self.losses(model, inputs, num_items_in_batch)
         self.accelerator.backward(loss)
-        done: torch.Tensor = loss.detach()
-        return done
+        return loss.detach(), nats
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Nothing: the plan knows the FLOPs; counting parameters at every step costs time."""

@@ -11,6 +11,7 @@ there, so that they are never whole and nothing is computed twice (as in Liger's
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,9 @@ class TrainingLoss:
         self._head = head if type(head) is torch.nn.Linear else None
         self._block = block
         self._z_loss = z_loss
+        self._labels = threading.local()
+        self._taking_lock = threading.Lock()
+        self._takers = 0
         self._slopes: Slopes = torch.compile(block_slopes, dynamic=False) if compiled else block_slopes
         self.in_blocks, self.kernel = False, "whole"
         for name in dict.fromkeys((kernel, "blocks")) if block is not None and self._head is not None else ():
@@ -119,27 +123,35 @@ class TrainingLoss:
     def _taking(self, labels: torch.Tensor) -> Iterator[None]:
         """Inside, the head takes hidden states to [nats, objective]; what the head returns is the model's `logits`.
 
-        In the head's own forward, since that is where wrappers (DDP, FSDP) have its weights ready.
+        In the head's own forward, since that is where wrappers (DDP, FSDP) have its weights ready. Several threads may
+        be inside, each with its own labels.
         """
         head = self._head
-        assert head is not None and self._block is not None
-
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            kind = hidden.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-            rows = hidden.flatten(0, -2).to(dtype)
-            if self.kernel == "liger":
-                return liger.losses(rows, head.weight, head.bias, labels.flatten(), self._z_loss)
-            values: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                rows, head.weight, head.bias, labels.flatten(), self._block, self._z_loss, self._slopes
-            )
-            return values
-
-        head.forward = forward  # type: ignore[method-assign, assignment]
+        assert head is not None
+        self._labels.flat = labels.flatten()
+        with self._taking_lock:
+            self._takers += 1
+            head.forward = self._take  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            del head.forward
+            with self._taking_lock:
+                self._takers -= 1
+                if not self._takers:
+                    del head.forward
+
+    def _take(self, hidden: torch.Tensor) -> torch.Tensor:
+        head = self._head
+        assert head is not None and self._block is not None
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        rows = hidden.flatten(0, -2).to(dtype)
+        if self.kernel == "liger":
+            return liger.losses(rows, head.weight, head.bias, self._labels.flat, self._z_loss)
+        values: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            rows, head.weight, head.bias, self._labels.flat, self._block, self._z_loss, self._slopes
+        )
+        return values
 
     def _is_exact(self, model: PreTrainedModel) -> bool:
         """Whether the loss through the head is that of the model's own logits."""

@@ -25,6 +25,10 @@ GPU_MICRO_BATCH_TOKENS = 32 * 1024
 LOGIT_BYTES = 32 << 20
 GPU_LOGIT_BYTES = 256 << 20
 LEAST_BLOCK = 256
+# Work of a micro-batch from which two threads with half of its rows each are faster than two threads that share every
+# operation (train/halves.py, benchmarks/halves.py). Below, Python's lock is what they wait for.
+HALVES_FLOPS = 2e9
+HALVES = "micro-batch"
 _LENGTH_KEYS = ("max_tokens", "max_steps", "epochs")
 
 
@@ -42,6 +46,7 @@ class Hardware:
         rocm: whether the GPU is AMD's.
         compiler: whether torch.compile has a compiler to build with.
         packages: those of triton, torchao, liger_kernel, flash_attn and flash_attn_interface that can be used.
+        threads: that an operation on a CPU is shared by.
     """
 
     kind: str
@@ -53,6 +58,7 @@ class Hardware:
     rocm: bool = False
     compiler: bool = False
     packages: frozenset[str] = frozenset()
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class Plan:
     attention: str
     loss_block: int | None
     loss_kernel: str
+    halves: bool
     parameters: int
     matrix_parameters: int
     flops_per_token: int
@@ -160,7 +167,8 @@ def make_plan(
         ),
     )
     logit_bytes = LOGIT_BYTES if hardware.kind == "cpu" else GPU_LOGIT_BYTES
-    block = loss_block(micro * length, counts.vocabulary, logit_bytes)
+    halves = not compiled and _halves(hardware, micro, 6 * counts.matrix * micro * length, decided or {}, decisions)
+    block = loss_block(micro * length, counts.vocabulary, 2 if halves else 1, logit_bytes)
     kernel = modes.loss_kernel(hardware, block=block, compiled=compiled)
     if block is not None:
         whole = mebibytes(4 * counts.vocabulary * micro * length)
@@ -191,6 +199,7 @@ def make_plan(
         attention=attention,
         loss_block=block,
         loss_kernel=kernel,
+        halves=halves,
         parameters=counts.total,
         matrix_parameters=counts.matrix,
         flops_per_token=flops_per_token,
@@ -204,13 +213,16 @@ def make_plan(
     )
 
 
-def loss_block(micro_tokens: int, vocabulary: int, logit_bytes: int | None = None) -> int | None:
-    """Positions whose logits are made at once, a power of two; None: those of the whole micro-batch."""
+def loss_block(micro_tokens: int, vocabulary: int, parts: int = 1, logit_bytes: int | None = None) -> int | None:
+    """Positions whose logits are made at once, a power of two; None: all of them.
+
+    `parts` of the micro-batch are worked on at once, each in blocks of its own.
+    """
     limit = logit_bytes or LOGIT_BYTES
     if 4 * vocabulary * micro_tokens <= limit:
         return None
-    block = max(LEAST_BLOCK, 1 << (limit // (4 * vocabulary)).bit_length() - 1)
-    return block if block < micro_tokens else None
+    block = max(LEAST_BLOCK, 1 << (limit // parts // (4 * vocabulary)).bit_length() - 1)
+    return block if block < micro_tokens // parts else None
 
 
 def memory_estimate(counts: Counts, train: Train, micro_tokens: int, block: int | None = None) -> dict[str, int]:
@@ -352,3 +364,21 @@ class _Choices:
 
 def _text(value: str | bool) -> str:
     return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+def _halves(
+    hardware: Hardware, micro: int, flops: float, decided: Mapping[str, str], decisions: list[Decision]
+) -> bool:
+    """Whether two threads take half of the rows of a micro-batch each; `flops`: of its matrix products."""
+    if hardware.kind != "cpu" or hardware.processes > 1 or micro < 2:
+        return False
+    if decided:
+        if halves := HALVES in decided:
+            decisions.append(Decision(HALVES, decided[HALVES], "as this run began"))
+        return halves
+    if hardware.threads < 2 or flops < HALVES_FLOPS:
+        return False
+    decisions.append(
+        Decision(HALVES, "two threads, half of the rows each", "they wait once a pass, not at each operation")
+    )
+    return True

@@ -152,6 +152,7 @@ def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Report
     import torch
 
     from gptcli.data.dataset import TrainingRows
+    from gptcli.model.activation import keep_derivatives
     from gptcli.model.attention import attend_in_blocks
     from gptcli.model.build import build_model
     from gptcli.model.kernels import GPU_ONLY, attend_without_mask
@@ -189,6 +190,8 @@ def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Report
         reporter.say(f"fp8: {float8.check_layers(loaded, model)} linear layers")
     if plan.tf32:
         torch.set_float32_matmul_precision("high")
+    if assembly.device.type == "cpu" and not plan.compile:
+        keep_derivatives(model)
     tokenizer = load_tokenizer(assembly.prepared.tokenizer)
     arguments = training_arguments(loaded, plan, assembly.run.path, assembly.device.type)
     facts = {

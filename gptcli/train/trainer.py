@@ -18,16 +18,18 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gptcli.device import memory_in_use, peak_flops
 from gptcli.errors import CheckpointError, DivergedError
-from gptcli.evaluation.loss import LossResult, document_loss
+from gptcli.evaluation.loss import LossResult
 from gptcli.model.kernels import one_stream_rows
 from gptcli.model.load import quiet
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, optim
 from gptcli.train.ahead import AheadTrainer
 from gptcli.train.compiling import Compiler
+from gptcli.train.halves import Inputs
 from gptcli.train.loss import IGNORED, build_loss
 from gptcli.train.rows import RunRows, whole
 from gptcli.train.scaling import follow_scaler
+from gptcli.train.validation import validation_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -104,6 +106,7 @@ class CausalTrainer(AheadTrainer):
         self._total_step_seconds = 0.0
         self._start_step = 0
         self._sampled_at = 0
+        self._halve_due = plan.halves
         self.last_loss: float | None = None
         self.validation_result: LossResult | None = None
         self.peak_bytes = self._memory_bytes = 0
@@ -164,27 +167,40 @@ class CausalTrainer(AheadTrainer):
         """One micro-batch, forward and backward; the time between steps (saving, evaluating) is not counted."""
         if self._step_started == 0.0:
             self._step_started = time.perf_counter()
+        if self._halve_due:
+            self._halve_due = False
+            if (reason := self.halve(model)) is not None:
+                self._reporter.say(f"rows: a micro-batch is not halved: {reason}")
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Summed cross entropy over the tokens of the global batch.
+        """The Trainer's way to `losses`, where it does not take the short one."""
+        loss, nats = self.losses(model, inputs, num_items_in_batch)
+        self.count(nats)
+        return (loss, {}) if return_outputs else loss
+
+    def losses(self, model: Any, inputs: Inputs, num_items_in_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross entropy over the tokens of the global batch, and its sum.
 
         A mixture of experts that returns its balancing loss (`output_router_logits` in model.config) has it added
         with its own coefficient; the logged loss is the cross entropy alone.
         """
-        labels = inputs.pop("labels")
-        with self._compiler.used_for(inputs):
-            outputs, nats, objective = self._loss(model, inputs, labels)
-        self._nats = self._nats.to(nats.device) + nats.double()
+        labels = inputs["labels"]
+        given = {name: values for name, values in inputs.items() if name != "labels"}
+        with self._compiler.used_for(given):
+            outputs, nats, objective = self._loss(model, given, labels)
         balance = getattr(outputs, "aux_loss", None)
         if balance is not None:
             weight = self.plain_model.config.get_text_config().router_aux_loss_coef
             objective = objective + weight * balance * labels.ne(IGNORED).sum()
-        loss = objective / num_items_in_batch * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return objective / num_items_in_batch * self.accelerator.num_processes, nats
+
+    def count(self, nats: torch.Tensor) -> None:
+        """Add the nats of a micro-batch to those of the next log line."""
+        self._nats = self._nats.to(nats.device) + nats.double()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
@@ -379,20 +395,3 @@ def save_pretrained(
     with quiet():
         model.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(str(folder))
-
-
-def validation_loss(model: PreTrainedModel, shards: Shards, recipe: Recipe) -> LossResult:
-    """The loss over the held-out documents, as DEFINITIONS has it."""
-    from itertools import islice
-
-    assert recipe.data is not None
-    documents = islice(shards.evaluation_documents(), recipe.eval.limit)
-    prefix = shards.specials.eos if shards.specials.bos is None else shards.specials.bos
-    assert prefix is not None  # tokenizing refuses a tokenizer without an end token
-    return document_loss(
-        model,
-        documents,
-        prefix_id=prefix,
-        sequence_length=recipe.data.sequence_length,
-        stride=recipe.eval.stride,
-    )
