@@ -22,8 +22,8 @@ from gptcli.evaluation.loss import LossResult, document_loss
 from gptcli.model.load import quiet
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, optim
-from gptcli.train.lean import LeanTrainer
-from gptcli.train.loss import IGNORED, TrainingLoss
+from gptcli.train.backoff import BackOffTrainer, Replan
+from gptcli.train.loss import IGNORED
 from gptcli.train.rows import RunRows, inputs_and_labels
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 MEMORY_SECONDS = 2.0
 
 
-class CausalTrainer(LeanTrainer):
+class CausalTrainer(BackOffTrainer):
     """Train a causal language model on packed rows.
 
     Args:
@@ -53,7 +53,8 @@ class CausalTrainer(LeanTrainer):
         validation: the held-out documents, or None.
         tokenizer: saved with every checkpoint.
         run: the run's folder.
-        facts: what a checkpoint's manifest records (fingerprints, recipe, decided values).
+        facts: what a checkpoint's manifest records beside the decided values (fingerprints, recipe).
+        replan: the plan with fewer rows at once, given those and the reason; called when memory runs out.
         schedule: the callback that decides when to log, evaluate, save, sample and stop.
         sample: generates and records texts; called between steps.
         reporter: where lines are printed.
@@ -75,6 +76,7 @@ class CausalTrainer(LeanTrainer):
         tokenizer: PreTrainedTokenizerBase,
         run: RunFolder,
         facts: dict[str, Any],
+        replan: Replan,
         schedule: Schedule,
         sample: Callable[[PreTrainedModel, int], None],
         reporter: Reporter,
@@ -87,6 +89,7 @@ class CausalTrainer(LeanTrainer):
         self._validation = validation
         self._run = run
         self._facts = facts
+        self._replan = replan
         self._schedule = schedule
         self._sample = sample
         self._reporter = reporter
@@ -121,7 +124,7 @@ class CausalTrainer(LeanTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
         self._peak_flops = peak_flops(args.device, plan.precision)
-        self._loss = TrainingLoss(self.plain_model, block=plan.loss_block, z_loss=recipe.train.z_loss)
+        self._loss = self._make_loss()
         if plan.loss_block is not None and not self._loss.in_blocks:
             reporter.say("loss: this model does more than multiply in its head: the logits of a micro-batch are whole")
 
@@ -136,12 +139,6 @@ class CausalTrainer(LeanTrainer):
             self.optimizer = optim.build_optimizer(self.plain_model, self._recipe.train)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
-
-    @property
-    def plain_model(self) -> PreTrainedModel:
-        """The model itself, without what accelerate, DDP or the compiler wrap around it."""
-        model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
-        return model
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The recipe's learning-rate schedule; names other than ours are built by transformers."""
@@ -311,6 +308,7 @@ class CausalTrainer(LeanTrainer):
         step = self.state.global_step
         facts = {
             **self._facts,
+            "decided": self._plan.decided,
             "tokens": self._plan.tokens_at(step),
             "steps": self._plan.steps,
             # The loss since the last log line, so that the next line is the same after a resume.
