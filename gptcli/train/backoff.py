@@ -13,14 +13,11 @@ import torch
 
 from gptcli.device import free_memory, is_out_of_memory
 from gptcli.train.lean import LeanTrainer
-from gptcli.train.loss import TrainingLoss
 from gptcli.train.plan import next_smaller
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from gptcli.recipe.schema import Recipe
     from gptcli.reporting import Reporter
+    from gptcli.train.loss import TrainingLoss
     from gptcli.train.plan import Plan
 
 Replan = Callable[[int, str], "Plan"]
@@ -36,8 +33,8 @@ class BackOffTrainer(LeanTrainer):
         in_pass: whether a forward or backward pass is running, or was when an error was raised.
     """
 
+    _loss: TrainingLoss
     _plan: Plan
-    _recipe: Recipe
     _replan: Replan
     _reporter: Reporter
     _nats: torch.Tensor
@@ -46,12 +43,6 @@ class BackOffTrainer(LeanTrainer):
     _nats_before: torch.Tensor
     _micro_batches: list[dict[str, torch.Tensor]]
     in_pass = False
-
-    @property
-    def plain_model(self) -> PreTrainedModel:
-        """The model itself, without what accelerate, DDP or the compiler wrap around it."""
-        model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
-        return model
 
     @property
     def plan(self) -> Plan:
@@ -91,9 +82,6 @@ class BackOffTrainer(LeanTrainer):
             losses.append(super().training_step(model, dict(zip(inputs, part, strict=True)), num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def _make_loss(self) -> TrainingLoss:
-        return TrainingLoss(self.plain_model, block=self._plan.loss_block, z_loss=self._recipe.train.z_loss)
-
     def _begin_again(self, model: Any, error: BaseException) -> None:
         """Drop what the step has gathered and what the failed pass holds; micro-batches are smaller from now on."""
         model.zero_grad(set_to_none=True)
@@ -107,4 +95,4 @@ class BackOffTrainer(LeanTrainer):
             f"{plan.gradient_accumulation_steps}; the global batch stays {plan.global_batch_size}"
         )
         self._plan, self._pass_rows = plan, plan.micro_batch_size
-        self._loss = self._make_loss()  # in the blocks that a resume will take, so that it is exact
+        self._loss.use_block(plan.loss_block)  # what a resume will take, so that it is exact

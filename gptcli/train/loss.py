@@ -69,6 +69,10 @@ class TrainingLoss:
         self._z_loss = z_loss
         self.in_blocks = block is not None and self._head is not None and self._is_exact(model)
 
+    def use_block(self, block: int | None) -> None:
+        """Take another block, or whole logits (None): for smaller micro-batches. What was tried of the model holds."""
+        self._block, self.in_blocks = block, self.in_blocks and block is not None
+
     def __call__(
         self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:

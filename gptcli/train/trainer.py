@@ -23,7 +23,7 @@ from gptcli.model.load import quiet
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, optim
 from gptcli.train.backoff import BackOffTrainer, Replan
-from gptcli.train.loss import IGNORED
+from gptcli.train.loss import IGNORED, TrainingLoss
 from gptcli.train.rows import RunRows, inputs_and_labels
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class CausalTrainer(BackOffTrainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
         self._peak_flops = peak_flops(args.device, plan.precision)
-        self._loss = self._make_loss()
+        self._loss = TrainingLoss(self.plain_model, block=plan.loss_block, z_loss=recipe.train.z_loss)
         if plan.loss_block is not None and not self._loss.in_blocks:
             reporter.say("loss: this model does more than multiply in its head: the logits of a micro-batch are whole")
 
@@ -139,6 +139,12 @@ class CausalTrainer(BackOffTrainer):
             self.optimizer = optim.build_optimizer(self.plain_model, self._recipe.train)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
+
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        """The model itself, without what accelerate, DDP or the compiler wrap around it."""
+        model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
+        return model
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The recipe's learning-rate schedule; names other than ours are built by transformers."""

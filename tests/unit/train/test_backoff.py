@@ -107,14 +107,26 @@ def test_three_rows_become_one(tmp_path: Path) -> None:
     assert figures(found) == figures(by_ones)
 
 
-def test_a_resume_after_it_is_exact(tmp_path: Path) -> None:
-    # Step 3 of 8; blocks of logits depend on the micro-batch, so they have to be the same after a resume.
-    through, broken = (make_project(tmp_path / name) for name in ("through", "broken") if not (tmp_path / name).mkdir())
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("blocks_until_rows", [1, 4])
+def test_a_resume_after_it_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, blocks_until_rows: int
+) -> None:
+    # Step 3 of 8. Whether logits are made in blocks depends on the micro-batch: 4 rows are, 2 rows in one of the cases.
+    monkeypatch.setattr("gptcli.train.plan.LOGIT_BYTES", 4 * 258 * (32 * blocks_until_rows - 1))
+    monkeypatch.setattr("gptcli.train.plan.LEAST_BLOCK", 16)
+    through, broken = tmp_path / "through", tmp_path / "broken"
+    for folder in (through, broken):
+        folder.mkdir()
+        make_project(folder)
+    settings = ("train.micro_batch_size=4", f"train.precision={precision}")
     with running_out(6):
-        whole, _ = run(through, "x", "train.micro_batch_size=4")
+        whole, _ = run(through, "x", *settings)
     with running_out(6), pytest.raises(StoppedError):
-        run(broken, "x", "train.micro_batch_size=4", stop_after=5)
-    resumed, said = run(broken, "x", "train.micro_batch_size=4")
+        run(broken, "x", *settings, stop_after=5)
+    resumed, said = run(broken, "x", *settings)
+    block = json.loads((resumed / "run.json").read_text())["plan"]["loss_block"]
+    assert (block is not None) == (blocks_until_rows == 1)
     assert not said
     assert json.loads((resumed / "run.json").read_text())["plan"]["micro_batch_size"] == 2
     assert figures(resumed) == figures(whole)
