@@ -66,7 +66,7 @@ class _TanhGelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
-        (derivatives,) = ctx.saved_tensors
+        derivatives: torch.Tensor = ctx.saved_tensors[0]
         return outputs[0] * derivatives
 
 

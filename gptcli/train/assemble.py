@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
 from gptcli.train.choices import choose_bf16
 from gptcli.train.plan import Hardware, Plan, make_plan
+from gptcli.train.shortage import explained, out_of_memory
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
     from gptcli.data.mixing import Proportions
+    from gptcli.model.build import Counts
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Assembly:
     loaded: LoadedRecipe
     prepared: Prepared
     config: PreTrainedConfig
+    counts: Counts
     plan: Plan
     device: torch.device
     run: RunFolder
@@ -61,7 +65,9 @@ def assemble(
     plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided)
     if loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
         batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}
-        fast, reason = choose_bf16(loaded, config, device, **batch, halves=plan.halves)
+        what = "out of memory while the model was timed in fp32 and bf16"
+        with explained(partial(out_of_memory, what, loaded, config, counts, plan, device)):
+            fast, reason = choose_bf16(loaded, config, device, **batch, halves=plan.halves)
         hardware = replace(hardware, fast_bf16=fast, bf16_reason=reason)
         plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided)
     fingerprints = {
@@ -72,7 +78,7 @@ def assemble(
         "prepared": prepared.train.folder.parent.name,
         "tokenizer": prepared.tokenizer_fingerprint,
     }
-    return Assembly(loaded, prepared, config, plan, device, run, fingerprints)
+    return Assembly(loaded, prepared, config, counts, plan, device, run, fingerprints)
 
 
 def model_config(loaded: LoadedRecipe, prepared: Prepared, reporter: Reporter) -> PreTrainedConfig:

@@ -73,6 +73,10 @@ class TrainingLoss:
         self._takers = 0
         self.in_blocks = block is not None and self._head is not None and self._is_exact(model)
 
+    def use_block(self, block: int | None) -> None:
+        """Take another block, or whole logits (None): for smaller micro-batches. What was tried of the model holds."""
+        self._block, self.in_blocks = block, self.in_blocks and block is not None
+
     def __call__(
         self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
@@ -100,7 +104,7 @@ class TrainingLoss:
         self._labels.flat = labels.flatten()
         with self._taking_lock:
             self._takers += 1
-            head.forward = self._take  # type: ignore[method-assign]
+            head.forward = self._take  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

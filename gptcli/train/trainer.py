@@ -22,8 +22,8 @@ from gptcli.evaluation.loss import LossResult, document_loss
 from gptcli.model.load import quiet
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, optim
+from gptcli.train.backoff import BackOffTrainer, Replan
 from gptcli.train.halves import Inputs
-from gptcli.train.lean import LeanTrainer
 from gptcli.train.loss import IGNORED, TrainingLoss
 from gptcli.train.rows import RunRows, inputs_and_labels
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 MEMORY_SECONDS = 2.0
 
 
-class CausalTrainer(LeanTrainer):
+class CausalTrainer(BackOffTrainer):
     """Train a causal language model on packed rows.
 
     Args:
@@ -54,7 +54,8 @@ class CausalTrainer(LeanTrainer):
         validation: the held-out documents, or None.
         tokenizer: saved with every checkpoint.
         run: the run's folder.
-        facts: what a checkpoint's manifest records (fingerprints, recipe, decided values).
+        facts: what a checkpoint's manifest records beside the decided values (fingerprints, recipe).
+        replan: the plan with fewer rows at once, given those and the reason; called when memory runs out.
         schedule: the callback that decides when to log, evaluate, save, sample and stop.
         sample: generates and records texts; called between steps.
         reporter: where lines are printed.
@@ -76,6 +77,7 @@ class CausalTrainer(LeanTrainer):
         tokenizer: PreTrainedTokenizerBase,
         run: RunFolder,
         facts: dict[str, Any],
+        replan: Replan,
         schedule: Schedule,
         sample: Callable[[PreTrainedModel, int], None],
         reporter: Reporter,
@@ -88,6 +90,7 @@ class CausalTrainer(LeanTrainer):
         self._validation = validation
         self._run = run
         self._facts = facts
+        self._replan = replan
         self._schedule = schedule
         self._sample = sample
         self._reporter = reporter
@@ -326,6 +329,7 @@ class CausalTrainer(LeanTrainer):
         step = self.state.global_step
         facts = {
             **self._facts,
+            "decided": self._plan.decided,
             "tokens": self._plan.tokens_at(step),
             "steps": self._plan.steps,
             # The loss since the last log line, so that the next line is the same after a resume.
