@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import gc
 import math
 import os
 import re
 import shutil
+import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -200,6 +203,40 @@ def return_freed_memory() -> None:
 
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+# What torch's allocators and CUDA's libraries say, each as a plain RuntimeError.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or this machine had no memory left."""
+    if isinstance(error, MemoryError):  # Python, numpy, C++
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if not isinstance(error, RuntimeError):
+        return False
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def free_memory(error: BaseException | None = None) -> None:
+    """Give back what nothing uses: garbage, and the cache of a GPU's allocator.
+
+    Args:
+        error: one that was caught: the frames of its traceback hold the tensors that filled the memory, and are
+            emptied. The traceback can still be printed.
+    """
+    import torch
+
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _process_tree(pid: int) -> list[int]:

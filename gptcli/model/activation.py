@@ -66,9 +66,8 @@ class _TanhGelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
-        (derivatives,) = ctx.saved_tensors
-        slopes: torch.Tensor = outputs[0] * derivatives
-        return slopes
+        derivatives: torch.Tensor = ctx.saved_tensors[0]
+        return outputs[0] * derivatives
 
 
 def gelu_with_derivative(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

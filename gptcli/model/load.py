@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptcli.device import best_device, has_fast_bf16
+from gptcli.device import best_device, has_fast_bf16, is_out_of_memory
 from gptcli.errors import CheckpointError, GptcliError, MissingError, OutOfMemoryError, UsageError
 
 if TYPE_CHECKING:
@@ -239,13 +239,9 @@ def _typed_errors(folder: Path, what: str) -> Iterator[None]:
 @contextmanager
 def memory_errors(remedy: str) -> Iterator[None]:
     """Turn a device or a machine without enough memory into `OutOfMemoryError` with a remedy."""
-    import torch
-
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError("not enough memory for this model", remedy=remedy) from error
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError("not enough memory for this model", remedy=remedy) from error

@@ -102,7 +102,8 @@ class Train(Section):
     global_batch_tokens: Count | None = Field(default=None, description="The same, in tokens.")
     micro_batch_size: AutoOrCount = Field(
         default="auto",
-        description="Rows at once on a device; auto: the largest that fits. Never changes the global batch.",
+        description="Rows at once on a device; auto: the largest that a dry step fits in (a CPU: 8K tokens). "
+        "Halved when memory runs out. Never changes the global batch.",
     )
     optimizer: str = Field(
         default="adamw",

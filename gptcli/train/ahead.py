@@ -8,39 +8,30 @@ The one wait that is left is that of fp16's loss scaling, which has to know whet
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from gptcli.model.kernels import settle_attention
 from gptcli.train import float8
-from gptcli.train.lean import LeanTrainer
+from gptcli.train.backoff import BackOffTrainer
 from gptcli.train.rows import RunRows, inputs_and_labels, label_count
 
-if TYPE_CHECKING:
-    from gptcli.train.compiling import Compiler
-    from gptcli.train.plan import Plan
 
-
-class AheadTrainer(LeanTrainer):
+class AheadTrainer(BackOffTrainer):
     """A Trainer whose batches are tensors [n, T + 1] of token ids; fp8 by accelerate's own way.
 
-    A subclass sets what follows before it trains: the plan, the run's rows, how the model is compiled, and the facts
-    that a checkpoint records.
+    A subclass sets the run's rows before it trains.
     """
 
-    _plan: Plan
     _run_rows: RunRows
-    _compiler: Compiler
-    _facts: dict[str, Any]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared: Any = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         # Only now is the model as it will be trained: on its device, under autocast.
         model: Any = self.accelerator.unwrap_model(self.model)
         settle_attention(model, self._plan.attention)
-        if not self._compiler.settle(self._prepare_inputs(self._run_rows.first(self._plan.micro_batch_size))):
-            self._facts["decided"]["train.compile"] = "off"
+        self._compiler.settle(self._prepare_inputs(self._run_rows.first(self._plan.micro_batch_size)))
         return prepared
 
     def wait(self) -> None:

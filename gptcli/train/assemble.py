@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,24 +18,29 @@ from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
 from gptcli.train.choices import choose_bf16
+from gptcli.train.decisions import Hardware
 from gptcli.train.modes import BLOCKS, check_modes
-from gptcli.train.plan import Hardware, Plan, make_plan
+from gptcli.train.plan import Plan, make_plan, without_compiler
+from gptcli.train.shortage import explained, out_of_memory
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
     from gptcli.data.mixing import Proportions
+    from gptcli.model.build import Counts
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """What is known before the first step."""
+    """What is known before the first step; `uncompiled`: the plan for a compiler that fails, None without compiling."""
 
     loaded: LoadedRecipe
     prepared: Prepared
     config: PreTrainedConfig
+    counts: Counts
     plan: Plan
+    uncompiled: Plan | None
     device: torch.device
     run: RunFolder
     fingerprints: dict[str, str]
@@ -58,13 +64,17 @@ def assemble(
     device = best_device()
     counts = count_parameters(config)
     hardware, usable = look_at(device), usable_attention(config)
-    plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided, usable=usable)
+    planned = partial(make_plan, counts=counts, rows_per_epoch=rows, decided=decided, usable=usable)
+    plan = planned(loaded, hardware=hardware)
     if loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
         batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}
-        fast, reason = choose_bf16(loaded, config, device, **batch, halves=plan.halves)
+        what = "out of memory while the model was timed in fp32 and bf16"
+        with explained(partial(out_of_memory, what, loaded, config, counts, plan, device)):
+            fast, reason = choose_bf16(loaded, config, device, **batch, halves=plan.halves)
         hardware = replace(hardware, fast_bf16=fast, bf16_reason=reason)
-        plan = make_plan(loaded, counts, hardware, rows_per_epoch=rows, decided=decided, usable=usable)
+        plan = planned(loaded, hardware=hardware)
     check_modes(loaded, plan, hardware, usable)
+    uncompiled = without_compiler(planned(_not_compiling(loaded), hardware=hardware)) if plan.compile else None
     fingerprints = {
         "recipe": fingerprint(loaded.written),
         "data": prepared.fingerprint,
@@ -73,7 +83,7 @@ def assemble(
         "prepared": prepared.train.folder.parent.name,
         "tokenizer": prepared.tokenizer_fingerprint,
     }
-    return Assembly(loaded, prepared, config, plan, device, run, fingerprints)
+    return Assembly(loaded, prepared, config, counts, plan, uncompiled, device, run, fingerprints)
 
 
 def look_at(device: torch.device) -> Hardware:
@@ -196,6 +206,11 @@ def _config_of(loaded: LoadedRecipe, prepared: Prepared) -> PreTrainedConfig:
             remedy=f"Set data.sequence_length to {limit} or less.",
         )
     return config
+
+
+def _not_compiling(loaded: LoadedRecipe) -> LoadedRecipe:
+    section = loaded.recipe.train.model_copy(update={"compile": False})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"train": section}))
 
 
 def _length(loaded: LoadedRecipe) -> int:

@@ -12,11 +12,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CheckpointError
 from gptcli.files import committed_folder, read_json, sha256_file, write_json
 from gptcli.runs.folder import CHECKPOINT, MANIFEST, RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = 1
 
@@ -139,3 +142,22 @@ def _not_written(target: Path, error: OSError) -> CheckpointError:
         where=str(target),
         remedy="Nothing that was saved before is lost. Make room (or mend the folder) and run the same command again.",
     )
+
+
+def check_filled(model: PreTrainedModel, load_result: Any, where: str) -> None:
+    """Refuse weights that do not fill a model, where transformers only warns; tied ones are saved once.
+
+    Raises:
+        CheckpointError: tensors that the model has not, or lacks.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = set(load_result.missing_keys)
+    loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    lacking = sorted(name for name in missing if id(parameters.get(name)) not in loaded)
+    if lacking or load_result.unexpected_keys:
+        names = ", ".join([*lacking, *load_result.unexpected_keys][:3])
+        raise CheckpointError(
+            f"the checkpoint's weights are not this model's: {names}",
+            where=where,
+            remedy="The model was changed. --overwrite trains anew; name=NAME trains another.",
+        )

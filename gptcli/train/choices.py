@@ -34,7 +34,13 @@ FORMAT = 3
 
 
 def choose_bf16(
-    loaded: LoadedRecipe, config: PreTrainedConfig, device: torch.device, *, rows: int, length: int, halves: bool
+    loaded: LoadedRecipe,
+    config: PreTrainedConfig,
+    device: torch.device,
+    *,
+    rows: int,
+    length: int,
+    halves: bool = False,
 ) -> tuple[bool, str]:
     """Whether to train in bf16 here, and why: on a CPU that has it, by timing the model itself in both.
 
@@ -60,7 +66,7 @@ def choose_bf16(
 
 
 def timed_passes(
-    loaded: LoadedRecipe, config: PreTrainedConfig, rows: int, length: int, halves: bool
+    loaded: LoadedRecipe, config: PreTrainedConfig, rows: int, length: int, halves: bool = False
 ) -> tuple[float, float]:
     """Seconds of a forward and backward pass of the model in fp32 and in bf16 on the CPU: stored, else measured.
 

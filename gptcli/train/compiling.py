@@ -7,11 +7,13 @@ batch take the plain one, so that no other shape is ever compiled. Names of weig
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from gptcli.device import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from gptcli.reporting import Reporter
     from gptcli.train.loss import TrainingLoss
     from gptcli.train.plan import Plan
+
+
+class CompilingFailed(Exception):
+    """The compiler cannot do this model here; the message is the reason in one line."""
 
 
 class Compiler:
@@ -39,6 +45,10 @@ class Compiler:
         self._shape = (plan.micro_batch_size, plan.sequence_length)
         self._forward = torch.compile(self._body.forward, dynamic=False) if plan.compile else None
 
+    def use_rows(self, rows: int) -> None:
+        """Compile for micro-batches of so many rows from now on."""
+        self._shape = (rows, self._shape[1])
+
     def used_for(self, inputs: dict[str, torch.Tensor]) -> Any:
         """A context in which the body runs compiled, if `input_ids` [rows, time] have the shape that it is made for."""
         if self._forward is None or tuple(inputs["input_ids"].shape) != self._shape:
@@ -53,30 +63,25 @@ class Compiler:
         finally:
             del self._body.forward
 
-    def settle(self, inputs: dict[str, torch.Tensor]) -> bool:
-        """Compile on a micro-batch that is thrown away; False where compiling fails: training then goes on without it.
+    def settle(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Compile on a micro-batch that is thrown away. Random state, gradients and weights are left as they were.
 
-        Random state, gradients and weights are left as they were: it is as if compiling had not been tried.
+        Raises:
+            CompilingFailed: nothing of it is left; the run has to be begun without a compiler.
         """
         if self._forward is None:
-            return True
-        began = time.monotonic()
+            return
         if self._body is self._model:
-            reason: str | None = "this model has no part below its head"
-            self._give_up()
-        else:
-            reason = failure(lambda: self._try(inputs), lambda: self._give_up(inputs))
-        if reason is None:
-            self._reporter.say(f"compile: ready after {time.monotonic() - began:.0f} s")
-            return True
-        self._reporter.say(f"compile: {reason}; training goes on uncompiled")
-        return False
-
-    def _give_up(self, inputs: dict[str, torch.Tensor] | None = None) -> None:
-        self._forward = None
-        self._loss.uncompile()
-        if inputs is not None:
+            raise CompilingFailed("this model has no part below its head")
+        began = time.monotonic()
+        try:
             self._try(inputs)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise CompilingFailed(reason(error)) from error
+            free_memory(error)  # the first step halves its micro-batch, and compiles for that
+        else:
+            self._reporter.say(f"compile: ready after {time.monotonic() - began:.0f} s")
 
     def _try(self, inputs: dict[str, torch.Tensor]) -> None:
         """One forward and backward pass without a trace."""
@@ -94,23 +99,9 @@ class Compiler:
                     parameter.grad = None
 
 
-def failure(compiled: Callable[[], None], plain: Callable[[], None]) -> str | None:
-    """Why the first of two ways through a step fails where the second does not; None: it does not fail.
-
-    What fails both ways is no fault of the compiler, and is raised; so is a lack of memory.
-    """
-    try:
-        compiled()
-        return None
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        plain()
-        return _reason(error)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what a compiler said, with the kind of error where the line does not name it."""
+def reason(error: BaseException) -> str:
+    """The first line of what a compiler said, with the kind of error where the line does not name one."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    name = type(error).__name__
-    return text[:200] if text.startswith(name) or "Error" in text or "Invalid" in text else f"{name}: {text}"[:200]
+    if not ("Error" in text or "Invalid" in text):
+        text = f"{type(error).__name__}: {text}"
+    return text[:200]

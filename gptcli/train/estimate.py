@@ -10,7 +10,8 @@ from gptcli.device import best_device, device_name, peak_flops, total_memory
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
 from gptcli.train.assemble import assemble
-from gptcli.train.plan import Plan, mebibytes
+from gptcli.train.memory import mebibytes
+from gptcli.train.plan import Plan
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe

@@ -70,7 +70,7 @@ class TrainingLoss:
         compiled: whether the arithmetic between a block's products is one compiled kernel.
 
     Attributes:
-        kernel: the one that is used.
+        kernel: the one that is used where logits are not whole.
         in_blocks: whether the logits are made in blocks: a model whose head is no plain matrix, or which does more with
             what the head returns, gets whole ones. That is not looked up but tried, on a few tokens.
     """
@@ -92,17 +92,16 @@ class TrainingLoss:
         self._taking_lock = threading.Lock()
         self._takers = 0
         self._slopes: Slopes = torch.compile(block_slopes, dynamic=False) if compiled else block_slopes
-        self.in_blocks, self.kernel = False, "whole"
-        for name in dict.fromkeys((kernel, "blocks")) if block is not None and self._head is not None else ():
-            self.kernel = name
-            if self._is_exact(model):
-                self.in_blocks = True
-                return
-        self.kernel = "whole"
+        self.in_blocks, self.kernel = False, kernel
+        if block is not None and self._head is not None:
+            self.in_blocks = self._is_exact(model)
+            if not self.in_blocks and kernel != "blocks":
+                self.kernel = "blocks"
+                self.in_blocks = self._is_exact(model)
 
-    def uncompile(self) -> None:
-        """From now on without the compiler."""
-        self._slopes = block_slopes
+    def use_block(self, block: int | None) -> None:
+        """Take another block, or whole logits (None): for smaller micro-batches. What was tried of the model holds."""
+        self._block, self.in_blocks = block, self.in_blocks and block is not None
 
     def __call__(
         self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor
@@ -169,11 +168,11 @@ class TrainingLoss:
 
 def build_loss(model: PreTrainedModel, plan: Plan, z_loss: float, reporter: Reporter) -> TrainingLoss:
     """The loss that a plan has for a model, or the next best one that is exact, which is said."""
-    loss = TrainingLoss(model, block=plan.loss_block, z_loss=z_loss, kernel=plan.loss_kernel, compiled=plan.compile)
+    loss = TrainingLoss(model, block=plan.loss_block, z_loss=z_loss, kernel=plan.block_kernel, compiled=plan.compile)
     if plan.loss_block is not None and not loss.in_blocks:
         reporter.say("loss: this model does more than multiply in its head: the logits of a micro-batch are whole")
-    elif loss.in_blocks and loss.kernel != plan.loss_kernel:
-        reporter.say(f"loss: {plan.loss_kernel} does not give this model's loss here: in blocks of our own")
+    elif loss.in_blocks and loss.kernel != plan.block_kernel:
+        reporter.say(f"loss: {plan.block_kernel} does not give this model's loss here: in blocks of our own")
     return loss
 
 

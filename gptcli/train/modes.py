@@ -13,7 +13,8 @@ from gptcli.errors import MissingError
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
-    from gptcli.train.plan import Hardware, Plan
+    from gptcli.train.decisions import Hardware
+    from gptcli.train.plan import Plan
 
 VOLTA, AMPERE, ADA, HOPPER = (7, 0), (8, 0), (8, 9), (9, 0)
 MI300 = (9, 4)
@@ -103,14 +104,12 @@ def auto_attention(
     return "sdpa", "torch's fused kernel, causal without a mask"
 
 
-def loss_kernel(hardware: Hardware, *, block: int | None, compiled: bool) -> str:
-    """Which loss of `train.loss`: whole logits, our blocks, or Liger's kernel where it is installed on a GPU.
+def block_kernel(hardware: Hardware, *, compiled: bool) -> str:
+    """What makes a loss whose logits are not whole: our blocks, or Liger's kernel where it is installed on a GPU.
 
     Compiled blocks are fused as Liger's kernel is, keep the head's gradient in fp32, and do not stall: Liger's counts
     the labels with `.item()` in every call (liger_kernel/ops/fused_linear_cross_entropy.py, 0.8.5).
     """
-    if block is None:
-        return "whole"
     return "liger" if hardware.kind == "cuda" and "liger_kernel" in hardware.packages and not compiled else "blocks"
 
 

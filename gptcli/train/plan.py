@@ -6,13 +6,15 @@ Training reads a `Plan`, `gptcli plan` prints it, and no second place computes t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Set
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError, UsageError
 from gptcli.train import modes
+from gptcli.train.decisions import Choices, Decision, Hardware
+from gptcli.train.memory import mebibytes, memory_estimate
 
 if TYPE_CHECKING:
     from gptcli.model.build import Counts
@@ -20,7 +22,12 @@ if TYPE_CHECKING:
     from gptcli.recipe.schema import Train
 
 CPU_MICRO_BATCH_TOKENS = 8 * 1024
-GPU_MICRO_BATCH_TOKENS = 32 * 1024
+# More at once gains nothing on a GPU: n tokens by a w x w matrix are n w / (2 n + w) operations a byte in bf16, for 64K
+# tokens and w = 1024 within 1% of the most that it can be, and a pass of 64K tokens through 124 M parameters is 5e13
+# FLOPs, a tenth of a second on an H100, beside which launching some thousand kernels is little.
+GPU_MICRO_BATCH_TOKENS = 64 * 1024
+# Of a GPU's memory, what a dry step leaves: fragments, libraries' workspaces, evaluation.
+HEAD_ROOM = 0.05
 # Whole logits below this, blocks of about as much above (fp32); a GPU's products need more rows to be fast.
 LOGIT_BYTES = 32 << 20
 GPU_LOGIT_BYTES = 256 << 20
@@ -29,56 +36,23 @@ LEAST_BLOCK = 256
 # operation (train/halves.py, benchmarks/halves.py). Below, Python's lock is what they wait for.
 HALVES_FLOPS = 2e9
 HALVES = "micro-batch"
+MICRO_BATCH = "train.micro_batch_size"
 _LENGTH_KEYS = ("max_tokens", "max_steps", "epochs")
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """What a plan needs to know of the machine.
-
-    Attributes:
-        kind: cpu, cuda or mps.
-        fast_bf16: whether this model trains faster in bf16 than in fp32.
-        bf16_reason: how that is known.
-        processes: the number of training processes (the world size).
-        memory_bytes: of one device.
-        capability: a GPU's compute capability, (8, 0) for an A100; None without one.
-        rocm: whether the GPU is AMD's.
-        compiler: whether torch.compile has a compiler to build with.
-        packages: those of triton, torchao, liger_kernel, flash_attn and flash_attn_interface that can be used.
-        threads: that an operation on a CPU is shared by.
-    """
-
-    kind: str
-    fast_bf16: bool
-    processes: int
-    memory_bytes: int
-    bf16_reason: str = ""
-    capability: tuple[int, int] | None = None
-    rocm: bool = False
-    compiler: bool = False
-    packages: frozenset[str] = frozenset()
-    threads: int = 1
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A value that `auto` (or a share, or another unit) stood for, and why."""
-
-    key: str
-    value: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The derived numbers of a run. Batches are counted in rows, sizes in bytes, work in FLOPs."""
+    """The derived numbers of a run. Batches are counted in rows, sizes in bytes, work in FLOPs.
+
+    `dry_step`: the micro-batch is an estimate, which a dry step on the device is to put right before training.
+    """
 
     sequence_length: int
     global_batch_size: int
     processes: int
     micro_batch_size: int
     gradient_accumulation_steps: int
+    dry_step: bool
     steps: int
     total_rows: int
     total_tokens: int
@@ -94,7 +68,8 @@ class Plan:
     compile: bool
     attention: str
     loss_block: int | None
-    loss_kernel: str
+    logit_bytes: int
+    block_kernel: str
     halves: bool
     parameters: int
     matrix_parameters: int
@@ -109,6 +84,11 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values."""
         return asdict(self)
+
+    @property
+    def decided(self) -> dict[str, str]:
+        """Each decided value by its key, as a checkpoint records it."""
+        return {decision.key: decision.value for decision in self.decisions}
 
     def tokens_at(self, step: int) -> int:
         """Input tokens consumed after `step` steps."""
@@ -145,11 +125,12 @@ def make_plan(
     length = data.sequence_length
     decisions: list[Decision] = []
     batch = _global_batch(loaded, length, decisions)
-    micro, accumulation = _micro_batch(loaded, length, batch, hardware, decisions)
+    micro, dry_step = _micro_batch(loaded, counts, batch, hardware, decided or {}, decisions)
+    accumulation = batch // hardware.processes // micro
     steps, total_rows = _steps(loaded, length, batch, rows_per_epoch, decisions)
     warmup = _count("train.warmup", train.warmup, steps, decisions)
     decay = _count("train.decay", train.decay, steps, decisions) if train.lr_scheduler == "wsd" else 0
-    choice, packing = _Choices(decided or {}, decisions), data.packing or "concat"
+    choice, packing = Choices(decided or {}, decisions), data.packing or "concat"
     precision = choice("train.precision", train.precision, lambda: modes.auto_precision(hardware))
     tf32 = modes.auto_tf32(hardware) and "tf32" not in train.trainer_args
     if tf32 and precision == "fp32":
@@ -168,14 +149,10 @@ def make_plan(
     )
     logit_bytes = LOGIT_BYTES if hardware.kind == "cpu" else GPU_LOGIT_BYTES
     halves = not compiled and _halves(hardware, micro, 6 * counts.matrix * micro * length, decided or {}, decisions)
-    block = loss_block(micro * length, counts.vocabulary, 2 if halves else 1, logit_bytes)
-    kernel = modes.loss_kernel(hardware, block=block, compiled=compiled)
-    if block is not None:
-        whole = mebibytes(4 * counts.vocabulary * micro * length)
-        value = f"in blocks of {block:,} positions" if kernel != "liger" else "Liger's fused kernel"
-        decisions.append(Decision("loss", value, f"whole logits are {whole}"))
+    block_kernel = modes.block_kernel(hardware, compiled=compiled)
+    block = _loss(micro * length, counts, halves, logit_bytes, block_kernel, decisions)
     flops_per_token = 6 * counts.matrix + 12 * counts.layers * counts.width * length
-    memory = memory_estimate(counts, train, micro * length, block)
+    memory = _memory(counts, train, micro * length, block, halves=halves, accumulation=accumulation)
     checkpoint = 4 * counts.total + memory["optimizer"]
     return Plan(
         sequence_length=length,
@@ -183,6 +160,7 @@ def make_plan(
         processes=hardware.processes,
         micro_batch_size=micro,
         gradient_accumulation_steps=accumulation,
+        dry_step=dry_step,
         steps=steps,
         total_rows=total_rows,
         total_tokens=total_rows * length,
@@ -198,7 +176,8 @@ def make_plan(
         compile=compiled,
         attention=attention,
         loss_block=block,
-        loss_kernel=kernel,
+        logit_bytes=logit_bytes,
+        block_kernel=block_kernel,
         halves=halves,
         parameters=counts.total,
         matrix_parameters=counts.matrix,
@@ -213,6 +192,45 @@ def make_plan(
     )
 
 
+def with_micro_batch(plan: Plan, train: Train, counts: Counts, rows: int, reason: str) -> Plan:
+    """The same plan with micro-batches of `rows`, and `reason` as that of the decision; the global batch stays."""
+    decisions = [decision for decision in plan.decisions if decision.key not in (MICRO_BATCH, "loss")]
+    decisions.append(Decision(MICRO_BATCH, str(rows), reason))
+    tokens = rows * plan.sequence_length
+    halves = plan.halves and rows > 1
+    block = _loss(tokens, counts, halves, plan.logit_bytes, plan.block_kernel, decisions)
+    accumulation = plan.micro_batch_size * plan.gradient_accumulation_steps // rows
+    memory = _memory(counts, train, tokens, block, halves=halves, accumulation=accumulation)
+    return replace(
+        plan,
+        micro_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        dry_step=False,
+        loss_block=block,
+        halves=halves,
+        memory=memory,
+        memory_bytes=sum(memory.values()),
+        decisions=tuple(decisions),
+    )
+
+
+def without_compiler(plan: Plan) -> Plan:
+    """A plan that was made not to compile, with that as a decision, so that a resume does not compile either."""
+    return replace(plan, decisions=(*plan.decisions, Decision("train.compile", "off", "the compiler failed")))
+
+
+def dry_step_sizes(plan: Plan) -> list[int]:
+    """The micro-batches that a dry step chooses from, in rows, ascending: what divides a process's share."""
+    share = plan.micro_batch_size * plan.gradient_accumulation_steps
+    sizes = [size for size in _divisors(share) if size * plan.sequence_length <= GPU_MICRO_BATCH_TOKENS]
+    return sizes or [1]
+
+
+def next_smaller(rows: int) -> int:
+    """The largest divisor of a micro-batch that is at most half of it."""
+    return max(size for size in _divisors(rows) if size <= max(1, rows // 2))
+
+
 def loss_block(micro_tokens: int, vocabulary: int, parts: int = 1, logit_bytes: int | None = None) -> int | None:
     """Positions whose logits are made at once, a power of two; None: all of them.
 
@@ -223,34 +241,6 @@ def loss_block(micro_tokens: int, vocabulary: int, parts: int = 1, logit_bytes: 
         return None
     block = max(LEAST_BLOCK, 1 << (limit // parts // (4 * vocabulary)).bit_length() - 1)
     return block if block < micro_tokens // parts else None
-
-
-def memory_estimate(counts: Counts, train: Train, micro_tokens: int, block: int | None = None) -> dict[str, int]:
-    """Bytes that training needs on one device, by use, in fp32 master weights.
-
-    Activations: about 34 values of the model's width a layer and token are kept for the backward pass (Korthikanti
-    et al. 2022, arXiv:2205.05198, without the attention matrix, which sdpa does not keep), 4 bytes each, or 2 with
-    activation checkpointing; the logits, their gradient and the softmax 4 bytes each, of `block` positions.
-    """
-    if train.optimizer == "muon":
-        optimizer = 4 * counts.hidden_matrices + 8 * (counts.total - counts.hidden_matrices)
-    elif train.optimizer in {"sgd", "lion"}:
-        optimizer = 4 * counts.total
-    else:
-        optimizer = 8 * counts.total
-    kept = 2 if train.activation_checkpointing else 34
-    return {
-        "weights": 4 * counts.total,
-        "gradients": 4 * counts.total,
-        "optimizer": optimizer,
-        "activations": 4 * kept * counts.layers * counts.width * micro_tokens,
-        "logits": 3 * 4 * counts.vocabulary * (block or micro_tokens),
-    }
-
-
-def mebibytes(count: int) -> str:
-    """Bytes as estimates show them: MiB, or GiB from one on."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _global_batch(loaded: LoadedRecipe, length: int, decisions: list[Decision]) -> int:
@@ -271,10 +261,44 @@ def _global_batch(loaded: LoadedRecipe, length: int, decisions: list[Decision]) 
     return batch
 
 
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _loss(
+    micro_tokens: int, counts: Counts, halves: bool, logit_bytes: int, kernel: str, decisions: list[Decision]
+) -> int | None:
+    block = loss_block(micro_tokens, counts.vocabulary, 2 if halves else 1, logit_bytes)
+    if block is not None:
+        whole = mebibytes(4 * counts.vocabulary * micro_tokens)
+        value = f"in blocks of {block:,} positions" if kernel == "blocks" else "Liger's fused kernel"
+        decisions.append(Decision("loss", value, f"whole logits are {whole}"))
+    return block
+
+
+def _memory(
+    counts: Counts, train: Train, micro_tokens: int, block: int | None, *, halves: bool, accumulation: int
+) -> dict[str, int]:
+    """`memory_estimate`, with what halves hold twice: blocks of logits, and gradients that were there before."""
+    memory = memory_estimate(counts, train, micro_tokens, 2 * block if block and halves else block)
+    if halves and accumulation > 1:
+        memory["gradients"] *= 2
+    return memory
+
+
 def _micro_batch(
-    loaded: LoadedRecipe, length: int, batch: int, hardware: Hardware, decisions: list[Decision]
-) -> tuple[int, int]:
-    given, processes = loaded.recipe.train.micro_batch_size, hardware.processes
+    loaded: LoadedRecipe,
+    counts: Counts,
+    batch: int,
+    hardware: Hardware,
+    decided: Mapping[str, str],
+    decisions: list[Decision],
+) -> tuple[int, bool]:
+    """Rows of a micro-batch, and whether a dry step is to find them."""
+    train, processes = loaded.recipe.train, hardware.processes
+    given = train.micro_batch_size
+    assert loaded.recipe.data is not None
+    length = loaded.recipe.data.sequence_length
     if batch % processes:
         near = sorted({max(1, batch // processes) * processes, (batch // processes + 1) * processes})
         raise RecipeError(
@@ -283,29 +307,41 @@ def _micro_batch(
             remedy=f"The nearest that do: {' and '.join(map(str, near))}.",
         )
     share = batch // processes
-    divisors = [size for size in range(1, share + 1) if share % size == 0]
+    divisors = _divisors(share)
+    if isinstance(given, int) and given not in divisors:
+        near = [
+            max((d for d in divisors if d < given), default=1),
+            min((d for d in divisors if d > given), default=share),
+        ]
+        raise RecipeError(
+            f"train.micro_batch_size: {given} does not divide the {share} rows of a process",
+            where=loaded.where("train.micro_batch_size"),
+            remedy=f"The nearest that do: {' and '.join(map(str, dict.fromkeys(near)))}; or auto.",
+        )
+    before = decided.get(MICRO_BATCH, "")
+    if before in [str(size) for size in divisors]:
+        decisions.append(Decision(MICRO_BATCH, before, "as at the checkpoint"))
+        return int(before), False
     if isinstance(given, int):
-        if given not in divisors:
-            near = [
-                max((d for d in divisors if d < given), default=1),
-                min((d for d in divisors if d > given), default=share),
-            ]
-            raise RecipeError(
-                f"train.micro_batch_size: {given} does not divide the {share} rows of a process",
-                where=loaded.where("train.micro_batch_size"),
-                remedy=f"The nearest that do: {' and '.join(map(str, dict.fromkeys(near)))}; or auto.",
-            )
-        micro = given
-    elif hardware.kind == "cpu":
+        return given, False
+    if hardware.kind == "cpu":
         micro = next((size for size in divisors if size * length >= CPU_MICRO_BATCH_TOKENS), share)
         reason = f"CPU: the smallest that holds {CPU_MICRO_BATCH_TOKENS // 1024}K tokens"
         reason += "" if micro * length >= CPU_MICRO_BATCH_TOKENS else ", at most the global batch"
-        decisions.append(Decision("train.micro_batch_size", str(micro), reason))
-    else:
-        micro = max((size for size in divisors if size * length <= GPU_MICRO_BATCH_TOKENS), default=1)
-        reason = f"the largest within {GPU_MICRO_BATCH_TOKENS // 1024}K tokens that divides the batch"
-        decisions.append(Decision("train.micro_batch_size", str(micro), reason))
-    return micro, share // micro
+        decisions.append(Decision(MICRO_BATCH, str(micro), reason))
+        return micro, False
+
+    def fits(rows: int) -> bool:
+        tokens = rows * length
+        needed = memory_estimate(counts, train, tokens, loss_block(tokens, counts.vocabulary))
+        return tokens <= GPU_MICRO_BATCH_TOKENS and sum(needed.values()) <= (1 - HEAD_ROOM) * hardware.memory_bytes
+
+    micro = max(filter(fits, divisors), default=1)
+    dry_step = hardware.kind == "cuda"
+    reason = f"the largest that is estimated to fit, within {GPU_MICRO_BATCH_TOKENS // 1024}K tokens"
+    reason += "; a dry step before training decides" if dry_step else ""
+    decisions.append(Decision(MICRO_BATCH, str(micro), reason))
+    return micro, dry_step
 
 
 def _steps(
@@ -344,26 +380,6 @@ def _count(key: str, value: int | float, steps: int, decisions: list[Decision]) 
     count = round(value * steps)
     decisions.append(Decision(key, f"{count} steps", f"{value:.3%} of {steps:,}".replace(".000%", "%")))
     return count
-
-
-class _Choices:
-    """What the recipe says, else what the run began with, else a choice, which is written down with its reason."""
-
-    def __init__(self, decided: Mapping[str, str], decisions: list[Decision]) -> None:
-        self._decided = decided
-        self._decisions = decisions
-
-    def __call__(self, key: str, given: str | bool, choose: Callable[[], tuple[str | bool, str]]) -> str:
-        if given != "auto":
-            return _text(given)
-        before = self._decided.get(key)
-        value, reason = (before, "as this run began") if before else choose()
-        self._decisions.append(Decision(key, _text(value), reason))
-        return _text(value)
-
-
-def _text(value: str | bool) -> str:
-    return ("on" if value else "off") if isinstance(value, bool) else value
 
 
 def _halves(

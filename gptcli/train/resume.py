@@ -21,6 +21,7 @@ from gptcli.files import read_json
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import MANIFEST, RunFolder
 from gptcli.train.checkpoint import newest_good, remove_leftovers, verify
+from gptcli.train.plan import MICRO_BATCH
 
 _LENGTH_KEYS = ("train.max_steps", "train.max_tokens", "train.epochs")
 _HARMLESS = (
@@ -37,7 +38,7 @@ _HARMLESS = (
     "train.save_every",
     "train.sample_every",
     "train.save_total_limit",
-    "train.micro_batch_size",
+    MICRO_BATCH,
     "train.on_save_error",
     "train.eval_at_start",
     "train.max_time",
@@ -187,6 +188,15 @@ def _replaced(start: Start, found: str, prepared: Path) -> DataError:
         "To go on with this data all the same: --allow-changes data\n"
         "To train anew: --overwrite, or another name=NAME.",
     )
+
+
+def decided_before(start: Start, recipe: dict[str, Any]) -> dict[str, str]:
+    """What the checkpoint says that `auto` stood for, and its micro-batch, unless the recipe has another one since."""
+    decided: dict[str, str] = dict(start.manifest.get("decided") or {})
+    then = _flatten(start.manifest.get("recipe") or {})
+    if then.get(MICRO_BATCH) != _flatten(recipe).get(MICRO_BATCH):
+        decided.pop(MICRO_BATCH, None)
+    return decided
 
 
 @contextmanager

@@ -7,8 +7,9 @@ import platform
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.train.assemble import Assembly, assemble, decided_recipe, describe
+from gptcli.train.memory import mebibytes
 from gptcli.train.modes import BLOCKS
-from gptcli.train.plan import mebibytes
-from gptcli.train.resume import Start, check_unchanged, clear, find_start, locked
+from gptcli.train.plan import MICRO_BATCH, Plan, with_micro_batch
+from gptcli.train.resume import Start, check_unchanged, clear, decided_before, find_start, locked
+from gptcli.train.shortage import explained, out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +72,7 @@ def train(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> dict[st
 
 def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
     start = find_start(run, resume=options.resume, overwrite=options.overwrite, reporter=reporter)
-    assembly = assemble(loaded, run, reporter, decided=start.manifest.get("decided"), verify=options.verify)
+    assembly = assemble(loaded, run, reporter, decided=decided_before(start, resolved(loaded)), verify=options.verify)
     if start.checkpoint is not None:
         harmless = check_unchanged(
             start,
@@ -96,7 +99,7 @@ def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, report
         clear(run)
     _write_start(assembly, options)
     try:
-        result = _run_trainer(assembly, options, start, reporter)
+        result = _run_compiled_or_not(assembly, options, start, reporter)
     except GptcliError as error:
         status = "stopped" if isinstance(error, StoppedError) else "failed"
         run.update(status=status, reason=error.what, ended=_now())
@@ -110,6 +113,28 @@ def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, report
     return result
 
 
+def _run_compiled_or_not(assembly: Assembly, options: Options, start: Start, reporter: Reporter) -> dict[str, Any]:
+    """The run as it is planned; where the compiler fails, which is before the first step, as planned without it."""
+    if assembly.uncompiled is None:
+        return _run_trainer(assembly, options, start, reporter)
+    from gptcli.device import free_memory
+    from gptcli.train.compiling import CompilingFailed
+
+    try:
+        return _run_trainer(assembly, options, start, reporter)
+    except CompilingFailed as error:
+        reason = str(error)
+        free_memory(error)
+    plan = assembly.uncompiled
+    reporter.say(f"compile: {reason}; training goes on uncompiled")
+    for decision in plan.decisions:
+        if decision not in assembly.plan.decisions:
+            reporter.say(f"auto: {decision.key} = {decision.value} ({decision.reason})")
+    plain = replace(assembly, plan=plan, uncompiled=None)
+    _write_start(plain, options)
+    return _run_trainer(plain, options, start, reporter)
+
+
 def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: Reporter) -> dict[str, Any]:
     from gptcli.train.callbacks import StopRequest
 
@@ -117,20 +142,20 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
     stop = StopRequest(max_seconds=train_section.max_time, after_step=options.stop_after)
     began = time.monotonic()
     with stop.on_signals(), reporter.progress("train", assembly.plan.steps, "steps") as progress:
-        trainer = _build_trainer(assembly, stop, start, reporter, progress)
+        with explained(lambda: _out_of_memory(assembly, assembly.plan, "out of memory while the model was built")):
+            model = _build_model(assembly, reporter)
+            if assembly.plan.dry_step:
+                assembly = _fitted(assembly, model, reporter)
+            trainer = _build_trainer(assembly, model, stop, reporter, progress)
         metrics.truncate(assembly.run.metrics, start.step)
         metrics.truncate(assembly.run.samples, start.step)
         progress.update(start.step)
         if start.checkpoint is not None:
             trainer.start_at(start.manifest)
-        try:
+        with explained(lambda: _out_of_memory(assembly, trainer.plan, _what_ran_out(trainer))):
             if train_section.eval_at_start and start.checkpoint is None:
                 trainer.evaluate()
             trainer.run_from(start.checkpoint)
-        except RuntimeError as error:
-            if _is_out_of_memory(error):
-                raise _out_of_memory(assembly) from error
-            raise
         step = int(trainer.state.global_step)
         result = _result(assembly, trainer, step, time.monotonic() - began)
         if step < assembly.plan.steps:
@@ -148,24 +173,19 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
     return result
 
 
-def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Reporter, progress: Any) -> CausalTrainer:
+def _build_model(assembly: Assembly, reporter: Reporter) -> PreTrainedModel:
     import torch
 
-    from gptcli.data.dataset import TrainingRows
     from gptcli.model.activation import keep_derivatives
     from gptcli.model.attention import attend_in_blocks
     from gptcli.model.build import build_model
     from gptcli.model.kernels import GPU_ONLY, attend_without_mask
-    from gptcli.model.load import load_model, load_tokenizer, quiet
+    from gptcli.model.load import load_model
     from gptcli.train import float8
-    from gptcli.train.arguments import training_arguments
-    from gptcli.train.callbacks import Schedule
-    from gptcli.train.samples import Sampler
-    from gptcli.train.trainer import CausalTrainer
 
     loaded, plan = assembly.loaded, assembly.plan
     recipe = loaded.recipe
-    assert recipe.model is not None and recipe.data is not None
+    assert recipe.model is not None
     attention = "auto" if recipe.train.attention in GPU_ONLY else recipe.train.attention
     model: PreTrainedModel
     if recipe.model.from_ is not None:
@@ -192,13 +212,43 @@ def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Report
         torch.set_float32_matmul_precision("high")
     if assembly.device.type == "cpu" and not plan.compile:
         keep_derivatives(model)
+    return model
+
+
+def _fitted(assembly: Assembly, model: PreTrainedModel, reporter: Reporter) -> Assembly:
+    """The assembly with the micro-batch that a dry step on the device found, which is told and recorded."""
+    from gptcli.train.fitting import dry_step
+
+    section, length = assembly.loaded.recipe.train, assembly.plan.sequence_length
+    moved: Any = model.to(assembly.device)  # type: ignore[arg-type]
+    rows, reason = dry_step(moved, assembly.plan, section)
+    if rows is None:
+        one = with_micro_batch(assembly.plan, section, assembly.counts, 1, reason)
+        raise _out_of_memory(assembly, one, f"one row of {length:,} tokens does not fit")
+    plan = _replan(assembly, rows, reason)
+    reporter.say(f"auto: {MICRO_BATCH} = {rows} ({reason})")
+    return replace(assembly, plan=plan)
+
+
+def _build_trainer(
+    assembly: Assembly, model: PreTrainedModel, stop: Any, reporter: Reporter, progress: Any
+) -> CausalTrainer:
+    from gptcli.data.dataset import TrainingRows
+    from gptcli.model.load import load_tokenizer, quiet
+    from gptcli.train.arguments import training_arguments
+    from gptcli.train.callbacks import Schedule
+    from gptcli.train.samples import Sampler
+    from gptcli.train.trainer import CausalTrainer
+
+    loaded, plan = assembly.loaded, assembly.plan
+    recipe = loaded.recipe
+    assert recipe.data is not None
     tokenizer = load_tokenizer(assembly.prepared.tokenizer)
     arguments = training_arguments(loaded, plan, assembly.run.path, assembly.device.type)
     facts = {
         "processes": plan.processes,
         "fingerprints": assembly.fingerprints,
         "recipe": resolved(loaded),
-        "decided": {decision.key: decision.value for decision in plan.decisions},
     }
     with quiet():
         return CausalTrainer(
@@ -217,6 +267,7 @@ def _build_trainer(assembly: Assembly, stop: Any, start: Start, reporter: Report
             tokenizer=tokenizer,
             run=assembly.run,
             facts=facts,
+            replan=partial(_replan, assembly),
             schedule=Schedule(
                 plan,
                 recipe.train,
@@ -317,23 +368,24 @@ def _check_disk(assembly: Assembly) -> None:
         )
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    import torch
+def _replan(assembly: Assembly, rows: int, reason: str) -> Plan:
+    """The plan with micro-batches of `rows`, written to the run's folder."""
+    plan = with_micro_batch(assembly.plan, assembly.loaded.recipe.train, assembly.counts, rows, reason)
+    write_atomic(assembly.run.resolved, dump_yaml(decided_recipe(assembly.loaded, plan)))
+    assembly.run.update(plan=plan.as_dict())
+    return plan
 
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
+
+def _out_of_memory(assembly: Assembly, plan: Plan, what: str) -> OutOfMemoryError:
+    return out_of_memory(what, assembly.loaded, assembly.config, assembly.counts, plan, assembly.device)
 
 
-def _out_of_memory(assembly: Assembly) -> OutOfMemoryError:
-    plan = assembly.plan
-    smaller = max(1, plan.micro_batch_size // 2)
-    lines = [f"About {mebibytes(plan.memory_bytes)} are needed on {assembly.device}; change one of:"]
-    if plan.micro_batch_size > 1:
-        lines.append(f"train.micro_batch_size={smaller} (now {plan.micro_batch_size}; the global batch stays)")
-    if not assembly.loaded.recipe.train.activation_checkpointing:
-        lines.append("train.activation_checkpointing=true (slower by about a third)")
-    lines.append(f"data.sequence_length={max(1, plan.sequence_length // 2)} (now {plan.sequence_length})")
-    return OutOfMemoryError("not enough memory for a training step", remedy="\n".join(lines))
+def _what_ran_out(trainer: CausalTrainer) -> str:
+    done, plan = int(trainer.state.global_step), trainer.plan
+    if not trainer.in_pass:  # the optimizer's own state at the first step; evaluating, writing samples, saving
+        return f"out of memory after {done:,} finished steps, outside of a forward or backward pass"
+    rows = "one row" if plan.micro_batch_size == 1 else f"a micro-batch of {plan.micro_batch_size} rows"
+    return f"{rows} of {plan.sequence_length:,} tokens does not fit (step {done + 1:,})"
 
 
 def _now() -> str:

@@ -22,8 +22,8 @@ from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.recipe.schema import Source, Tail
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
+from gptcli.train.decisions import Hardware
 from gptcli.train.modes import lacks
-from gptcli.train.plan import Hardware
 from gptcli.train.run import Options, train
 
 if TYPE_CHECKING:

@@ -17,13 +17,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gptcli.device import memory_in_use, peak_flops
-from gptcli.errors import CheckpointError, DivergedError
+from gptcli.errors import DivergedError
 from gptcli.evaluation.loss import LossResult
 from gptcli.model.kernels import one_stream_rows
 from gptcli.model.load import quiet
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, optim
 from gptcli.train.ahead import AheadTrainer
+from gptcli.train.backoff import Replan
 from gptcli.train.compiling import Compiler
 from gptcli.train.halves import Inputs
 from gptcli.train.loss import IGNORED, build_loss
@@ -57,7 +58,8 @@ class CausalTrainer(AheadTrainer):
         validation: the held-out documents, or None.
         tokenizer: saved with every checkpoint.
         run: the run's folder.
-        facts: what a checkpoint's manifest records (fingerprints, recipe, decided values).
+        facts: what a checkpoint's manifest records beside the decided values (fingerprints, recipe).
+        replan: the plan with fewer rows at once, given those and the reason; called when memory runs out.
         schedule: the callback that decides when to log, evaluate, save, sample and stop.
         sample: generates and records texts; called between steps.
         reporter: where lines are printed.
@@ -79,6 +81,7 @@ class CausalTrainer(AheadTrainer):
         tokenizer: PreTrainedTokenizerBase,
         run: RunFolder,
         facts: dict[str, Any],
+        replan: Replan,
         schedule: Schedule,
         sample: Callable[[PreTrainedModel, int], None],
         reporter: Reporter,
@@ -91,6 +94,7 @@ class CausalTrainer(AheadTrainer):
         self._validation = validation
         self._run = run
         self._facts = facts
+        self._replan = replan
         self._schedule = schedule
         self._sample = sample
         self._reporter = reporter
@@ -229,18 +233,7 @@ class CausalTrainer(AheadTrainer):
         )
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse weights that do not fill the model, where transformers only warns; tied ones are saved once."""
-        parameters = dict(self.plain_model.named_parameters(remove_duplicate=False))
-        missing = set(load_result.missing_keys)
-        loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
-        lacking = sorted(name for name in missing if id(parameters.get(name)) not in loaded)
-        if lacking or load_result.unexpected_keys:
-            names = ", ".join([*lacking, *load_result.unexpected_keys][:3])
-            raise CheckpointError(
-                f"the checkpoint's weights are not this model's: {names}",
-                where=str(self._run.path),
-                remedy="The model was changed. --overwrite trains anew; name=NAME trains another.",
-            )
+        checkpoint.check_filled(self.plain_model, load_result, str(self._run.path))
 
     # ---- log, evaluate, sample, save ----
 
@@ -335,6 +328,7 @@ class CausalTrainer(AheadTrainer):
         step = self.state.global_step
         facts = {
             **self._facts,
+            "decided": self._plan.decided,
             "tokens": self._plan.tokens_at(step),
             "steps": self._plan.steps,
             # The loss since the last log line, so that the next line is the same after a resume.

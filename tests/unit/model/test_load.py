@@ -173,7 +173,8 @@ def test_transformers_own_verbosity_comes_back() -> None:
 
 
 def test_too_little_memory_is_told_from_other_errors() -> None:
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+    for error in (MemoryError(), full, OSError(12, "Cannot allocate memory")):
         with pytest.raises(OutOfMemoryError), memory_errors("less"):
             raise error
     with pytest.raises(RuntimeError, match="other"), memory_errors("less"):

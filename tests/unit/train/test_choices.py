@@ -42,7 +42,8 @@ def test_a_model_is_timed_once(tmp_path: Path, loaded: LoadedRecipe) -> None:
     assert len(stored(tmp_path)) == 1
     timed_passes(loaded, config(), 4, 32)
     timed_passes(loaded, config(n_inner=24), 2, 32)
-    assert len(stored(tmp_path)) == 3
+    timed_passes(loaded, config(), 2, 32, halves=True)
+    assert len(stored(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"fp32": 1}', '{"fp32": "x", "bf16": 1}'])
@@ -62,8 +63,14 @@ def test_random_state_and_the_configuration_are_left_alone(loaded: LoadedRecipe)
 
 
 @pytest.mark.parametrize(
-    "rows, length, flops, expected",
-    [(8, 32, 1e12, (8, 32)), (64, 32, 0.0, (4, 32)), (8, 256, 0.0, (1, 128)), (2, 32, 0.0, (2, 32))],
+    "rows, length, flops, halves, expected",
+    [
+        (8, 32, 1e12, False, (8, 32)),
+        (64, 32, 0.0, False, (4, 32)),
+        (8, 256, 0.0, False, (1, 128)),
+        (2, 32, 0.0, False, (2, 32)),
+        (8, 256, 0.0, True, (2, 128)),  # halves of a row there are none
+    ],
 )
 def test_a_large_micro_batch_is_timed_in_part(
     monkeypatch: pytest.MonkeyPatch,
@@ -71,17 +78,18 @@ def test_a_large_micro_batch_is_timed_in_part(
     rows: int,
     length: int,
     flops: float,
+    halves: bool,
     expected: tuple[int, int],
 ) -> None:
     seen: list[tuple[int, int]] = []
 
-    def timed(model: object, rows: int, length: int) -> tuple[float, float]:
+    def timed(model: object, rows: int, length: int, halves: bool) -> tuple[float, float]:
         seen.append((rows, length))
         return 2.0, 1.0
 
     monkeypatch.setattr(choices, "PASS_FLOPS", flops)
     monkeypatch.setattr(choices, "_pass_seconds", timed)
-    timed_passes(loaded, config(), rows, length)
+    timed_passes(loaded, config(), rows, length, halves)
     assert seen == [expected]
 
 

@@ -1,30 +1,10 @@
 from __future__ import annotations
 
-import pytest
-import torch
-
-from gptcli.train.compiling import failure
+from gptcli.train.compiling import reason
 
 
-def nothing() -> None:
-    pass
-
-
-def fails(error: Exception) -> None:
-    raise error
-
-
-def test_what_only_the_compiled_way_does_not_do_is_told_in_a_line() -> None:
-    assert failure(nothing, nothing) is None
-    reason = failure(lambda: fails(RuntimeError("no such thing\nand a long story")), nothing)
-    assert reason == "RuntimeError: no such thing"
-
-
-def test_what_fails_both_ways_is_no_fault_of_the_compiler() -> None:
-    with pytest.raises(ValueError, match="plain"):
-        failure(lambda: fails(RuntimeError("compiled")), lambda: fails(ValueError("plain")))
-
-
-def test_a_lack_of_memory_is_raised() -> None:
-    with pytest.raises(torch.OutOfMemoryError):
-        failure(lambda: fails(torch.OutOfMemoryError("full")), nothing)
+def test_what_a_compiler_said_becomes_one_line() -> None:
+    assert reason(RuntimeError("\n no such thing\nand a long story")) == "RuntimeError: no such thing"
+    assert reason(ValueError("InvalidCxxCompiler: none found\nmore")) == "InvalidCxxCompiler: none found"
+    assert reason(ValueError()) == "ValueError: "
+    assert len(reason(ValueError("x" * 999))) == 200

@@ -16,9 +16,9 @@ from gptcli.train.modes import (
     auto_compile,
     auto_precision,
     auto_tf32,
+    block_kernel,
     check_modes,
     lacks,
-    loss_kernel,
 )
 from gptcli.train.plan import Hardware, make_plan
 
@@ -153,11 +153,10 @@ def test_what_is_there_is_not_refused(value: str, hardware: Hardware) -> None:
 
 def test_the_loss_is_ligers_on_a_gpu_that_has_it_unless_ours_is_compiled() -> None:
     with_liger = gpu(8, 0, *PACKAGES)
-    assert loss_kernel(with_liger, block=1024, compiled=False) == "liger"
-    assert loss_kernel(with_liger, block=1024, compiled=True) == "blocks"
-    assert loss_kernel(A100, block=1024, compiled=False) == "blocks"
-    assert loss_kernel(replace(CPU, packages=PACKAGES), block=256, compiled=False) == "blocks"
-    assert loss_kernel(with_liger, block=None, compiled=False) == "whole"
+    assert block_kernel(with_liger, compiled=False) == "liger"
+    assert block_kernel(with_liger, compiled=True) == "blocks"
+    assert block_kernel(A100, compiled=False) == "blocks"
+    assert block_kernel(replace(CPU, packages=PACKAGES), compiled=False) == "blocks"
 
 
 COUNTS = Counts(total=1_200_000, matrix=1_000_000, hidden_matrices=800_000, head=200_000, layers=4, width=128)

@@ -8,7 +8,8 @@ import pytest
 from gptcli.errors import RecipeError
 from gptcli.model.build import Counts
 from gptcli.recipe.load import LoadedRecipe, load_recipe
-from gptcli.train.plan import Hardware, Plan, make_plan
+from gptcli.train.memory import memory_estimate
+from gptcli.train.plan import HEAD_ROOM, Hardware, Plan, dry_step_sizes, make_plan, next_smaller, with_micro_batch
 
 COUNTS = Counts(total=1_200_000, matrix=1_000_000, hidden_matrices=800_000, head=200_000, layers=4, width=128)
 CPU = Hardware("cpu", fast_bf16=False, processes=1, memory_bytes=2**34, bf16_reason="no AVX512-BF16")
@@ -65,6 +66,62 @@ def test_a_micro_batch_that_does_not_divide_names_the_nearest(tmp_path: Path) ->
     with pytest.raises(RecipeError) as caught:
         plan(recipe(tmp_path, "train.micro_batch_size=5"))
     assert "4 and 8" in str(caught.value.remedy)
+
+
+def test_on_a_gpu_the_micro_batch_is_an_estimate_until_a_dry_step(tmp_path: Path) -> None:
+    loaded = recipe(tmp_path, "train.global_batch_size=1024")
+    made = plan(loaded, GPU)
+    assert made.dry_step
+    assert made.micro_batch_size == 512  # 64K tokens
+    assert dry_step_sizes(made) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    small = replace(GPU, memory_bytes=256 << 20)
+    rows = plan(loaded, small).micro_batch_size
+    needed = [sum(memory_estimate(COUNTS, loaded.recipe.train, n * 128).values()) for n in (rows, 2 * rows)]
+    assert needed[0] <= (1 - HEAD_ROOM) * small.memory_bytes < needed[1]
+    assert not plan(recipe(tmp_path, "train.micro_batch_size=4"), GPU).dry_step
+    assert not plan(loaded, replace(GPU, kind="mps")).dry_step
+    assert not plan(loaded).dry_step
+    # Rows that are longer than a GPU's limit go one by one.
+    assert dry_step_sizes(plan(recipe(tmp_path, "data.sequence_length=100000"), GPU)) == [1]
+
+
+def test_a_resume_keeps_the_micro_batch_where_it_divides(tmp_path: Path) -> None:
+    for overrides in ((), ("train.micro_batch_size=16",)):
+        loaded = recipe(tmp_path, *overrides)
+        made = make_plan(loaded, COUNTS, GPU, rows_per_epoch=10, decided={"train.micro_batch_size": "2"})
+        assert (made.micro_batch_size, made.gradient_accumulation_steps, made.dry_step) == (2, 8, False)
+        assert made.decided["train.micro_batch_size"] == "2"
+        other = make_plan(loaded, COUNTS, CPU, rows_per_epoch=10, decided={"train.micro_batch_size": "3"})
+        assert other.micro_batch_size == 16
+
+
+def test_another_micro_batch_is_planned_as_if_the_recipe_had_it(tmp_path: Path) -> None:
+    settings = ("data.sequence_length=2048", "train.global_batch_size=64")
+    large = replace(COUNTS, head=128 * 32_000)
+    made = make_plan(recipe(tmp_path, *settings), large, CPU, rows_per_epoch=10)
+    for rows in (1, 2, 32):
+        loaded = recipe(tmp_path, *settings, f"train.micro_batch_size={rows}")
+        expected = make_plan(loaded, large, CPU, rows_per_epoch=10)
+        found = with_micro_batch(made, loaded.recipe.train, large, rows, "why")
+        assert {d.key: d for d in found.decisions}["train.micro_batch_size"].reason == "why"
+        others = tuple(d for d in found.decisions if d.key != "train.micro_batch_size")
+        assert replace(found, decisions=others) == expected
+
+
+def test_a_micro_batch_is_halved_to_one_that_divides_it() -> None:
+    assert [next_smaller(rows) for rows in (64, 12, 9, 15, 7, 3, 2)] == [32, 6, 3, 5, 1, 1, 1]
+
+
+def test_an_optimizers_state_is_counted_by_what_it_keeps(tmp_path: Path) -> None:
+    def state(name: str) -> int:
+        return plan(recipe(tmp_path, f"train.optimizer={name}")).memory["optimizer"]
+
+    assert state("adamw") == 8 * COUNTS.total
+    assert state("muon") == 8 * COUNTS.total - 4 * COUNTS.hidden_matrices
+    assert state("lion") == 4 * COUNTS.total
+    assert state("adamw_8bit") == 2 * COUNTS.total
+    assert state("sgd") == 0
+    assert 0 < state("adafactor") < COUNTS.total
 
 
 def test_a_batch_that_does_not_divide_over_processes_names_the_nearest(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from gptcli.errors import CheckpointError, DataError, UsageError
 from gptcli.reporting import Silent
 from gptcli.runs.folder import RunFolder
 from gptcli.train.checkpoint import committing
-from gptcli.train.resume import Start, check_unchanged, clear, find_start, locked
+from gptcli.train.resume import Start, check_unchanged, clear, decided_before, find_start, locked
 
 RECIPE: dict[str, Any] = {
     "name": "x",
@@ -59,6 +59,17 @@ def test_harmless_changes_are_listed_and_go_on() -> None:
         "train.log_every: 10 -> 20",
         "train.save_every: not set -> 5",
     ]
+
+
+def test_what_was_decided_is_taken_but_for_a_micro_batch_that_the_recipe_changed() -> None:
+    decided = {"train.precision": "bf16", "train.micro_batch_size": "4"}
+    for written in ("auto", 8):
+        recipe = {**RECIPE, "train": {**RECIPE["train"], "micro_batch_size": written}}
+        start = Start(Path("run/checkpoint-50"), {"step": 50, "recipe": recipe, "decided": decided})
+        assert decided_before(start, recipe) == decided
+        recipe = {**RECIPE, "train": {**RECIPE["train"], "micro_batch_size": 2}}
+        assert decided_before(start, recipe) == {"train.precision": "bf16"}
+    assert decided_before(Start(None, {}), RECIPE) == {}
 
 
 def test_a_longer_run_goes_on_and_a_shorter_one_does_not() -> None:
