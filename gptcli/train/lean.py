@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from gptcli.device import return_freed_memory
+from gptcli.train.base import Trainer
 from gptcli.train.halves import Halves, Inputs, why_whole
 
 

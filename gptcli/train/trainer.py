@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gptcli.device import memory_in_use, peak_flops
@@ -25,6 +24,7 @@ from gptcli.runs import metrics
 from gptcli.train import checkpoint, optim
 from gptcli.train.ahead import AheadTrainer
 from gptcli.train.backoff import Replan
+from gptcli.train.base import TRAINER_STATE_NAME
 from gptcli.train.compiling import Compiler
 from gptcli.train.halves import Inputs
 from gptcli.train.loss import IGNORED, build_loss
