@@ -8,7 +8,9 @@ the size of the data; logits of a whole batch are never kept where the model's h
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +29,9 @@ BUFFERED_BATCHES = 32
 LOGIT_BYTES = 64 << 20
 BATCH_LOGIT_BYTES = 512 << 20
 PROBE_TOKENS = 4
+# On a CPU a batch of more leaves the cache, and two threads with a batch each wait for each other less than two that
+# share every operation.
+CPU_BATCH_TOKENS = 2048
 
 Document = tuple[NDArray[np.int64], int | None]
 # Inputs [rows, length] and the mask of the positions to score -> their logits in blocks of [positions, vocabulary].
@@ -170,10 +175,26 @@ def score_windows(
     Rows are padded on the right, where a causal model cannot see it. The order of windows is not kept.
     Use it inside `scoring`.
     """
+    import torch
+
     forward = None
-    for batch in _batches(windows, _batch_limit(model, batch_tokens)):
-        forward = forward or _choose_forward(model, pad_id)
-        yield batch, _score(forward, batch, model.device, pad_id)
+    threads = torch.get_num_threads()
+    if model.device.type != "cpu" or threads < 2:
+        for batch in _batches(windows, _batch_limit(model, batch_tokens)):
+            forward = forward or _choose_forward(model, pad_id)
+            yield batch, _score(forward, batch, model.device, pad_id)
+        return
+    limit = _batch_limit(model, min(batch_tokens, CPU_BATCH_TOKENS))
+    running: deque[tuple[list[Window], Future[list[float]]]] = deque()
+    with ThreadPoolExecutor(2, "scoring", initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
+        for batch in _batches(windows, limit):
+            forward = forward or _choose_forward(model, pad_id)
+            running.append((batch, pool.submit(_score, forward, batch, model.device, pad_id)))
+            if len(running) > 2:
+                done, sums = running.popleft()
+                yield done, sums.result()
+        for done, sums in running:
+            yield done, sums.result()
 
 
 def _batch_limit(model: PreTrainedModel, batch_tokens: int) -> int:
@@ -222,10 +243,11 @@ def _score(forward: Forward, batch: list[Window], device: torch.device, pad_id: 
     labels = torch.from_numpy(targets)[mask].to(device)
     rows = mask.nonzero()[:, 0]
     nats, done = [], 0
-    for logits in forward(torch.from_numpy(inputs).to(device), mask.to(device)):
-        piece = labels[done : done + len(logits)]
-        nats.append(cross_entropy(logits.float(), piece, reduction="none").cpu().double())
-        done += len(logits)
+    with torch.no_grad():  # which belongs to a thread
+        for logits in forward(torch.from_numpy(inputs).to(device), mask.to(device)):
+            piece = labels[done : done + len(logits)]
+            nats.append(cross_entropy(logits.float(), piece, reduction="none").cpu().double())
+            done += len(logits)
     sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, torch.cat(nats))
     return [float(value) for value in sums]
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -111,7 +112,50 @@ def test_training_goes_on_after_an_evaluation() -> None:
     model(input_ids=ids, labels=ids).loss.backward()
 
 
-def test_documents_are_streamed_through_a_bounded_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def use_threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_one_and_two_threads_give_one_result(use_threads: Callable[[int], None]) -> None:
+    rng = np.random.default_rng(0)
+    documents = [(rng.integers(2, 300, size), int(size)) for size in (1, 40, 7, 200, 16, 90)]
+    found = []
+    for threads in (1, 2):
+        use_threads(threads)
+        found.append(
+            document_loss(make_model(), documents, prefix_id=0, sequence_length=WINDOW, batch_tokens=2 * WINDOW)
+        )
+        assert torch.get_num_threads() == threads
+    assert found[0].nats == pytest.approx(found[1].nats, rel=1e-6)
+    assert (found[0].tokens, found[0].bytes, found[0].documents) == (found[1].tokens, found[1].bytes, 6)
+
+
+def test_an_error_in_one_of_two_threads_is_raised(use_threads: Callable[[int], None]) -> None:
+    use_threads(2)
+    model = make_model()
+    calls = 0
+
+    def fail(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise RuntimeError("a batch that fails")
+
+    model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="a batch that fails"):
+        document_loss(model, [(np.full(400, 7), None)], prefix_id=0, sequence_length=WINDOW, batch_tokens=2 * WINDOW)
+    assert not any(thread.name.startswith("scoring") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("threads, at_once", [(1, 0), (2, 2)])
+def test_documents_are_streamed_through_a_bounded_buffer(
+    monkeypatch: pytest.MonkeyPatch, use_threads: Callable[[int], None], threads: int, at_once: int
+) -> None:
+    use_threads(threads)
     read = 0
 
     def endless(count: int) -> Iterator[tuple[np.ndarray, int | None]]:
@@ -132,7 +176,7 @@ def test_documents_are_streamed_through_a_bounded_buffer(monkeypatch: pytest.Mon
     )
     assert result.tokens == 100 * WINDOW
     assert result.bytes is None and result.bits_per_byte is None
-    assert max(ahead) <= 8
+    assert max(ahead) <= 8 + 4 * at_once  # two buffered batches, and those that are worked on
 
 
 def test_tokens_of_another_tokenizer_are_an_error_that_names_the_document() -> None:
