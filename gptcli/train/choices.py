@@ -33,7 +33,13 @@ FORMAT = 3
 
 
 def choose_bf16(
-    loaded: LoadedRecipe, config: PreTrainedConfig, device: torch.device, *, rows: int, length: int, halves: bool = False
+    loaded: LoadedRecipe,
+    config: PreTrainedConfig,
+    device: torch.device,
+    *,
+    rows: int,
+    length: int,
+    halves: bool = False,
 ) -> tuple[bool, str]:
     """Whether to train in bf16 here, and why: on a CPU that has it, by timing the model itself in both.
 
