@@ -48,6 +48,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/tokenize.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/compile.py
+	$(BIN)/python benchmarks/activation.py
+	$(BIN)/python benchmarks/halves.py
 	$(BIN)/python benchmarks/train.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	$(BIN)/python benchmarks/time_to_loss.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
 

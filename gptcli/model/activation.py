@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +66,7 @@ class _TanhGelu(torch.autograd.Function):
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
         derivatives: torch.Tensor = ctx.saved_tensors[0]
         return outputs[0] * derivatives
@@ -77,7 +79,7 @@ def gelu_with_derivative(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     size = PIECE * torch.get_num_threads()
     buffers = getattr(_kept, "buffers", None)
     if buffers is None or buffers.shape[1] < size:
-        buffers = _kept.buffers = torch.empty(3, size)
+        buffers = _kept.buffers = torch.empty(3, size, dtype=torch.float32)
     for start in range(0, len(flat), size):
         piece = slice(start, start + size)
         x, factor, gate = buffers[:, : len(flat[piece])]

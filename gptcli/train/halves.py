@@ -17,6 +17,7 @@ Inputs = dict[str, torch.Tensor]
 Found = TypeVar("Found")
 
 PROBE_TOKENS = 8
+NO_SUM = "this model's loss is not a sum over rows"
 
 
 class Halves:
@@ -78,8 +79,12 @@ def why_whole(
     over rows (the balance of a mixture of experts) is another one in halves. Gradients and random state are left as
     they were.
     """
-    ids = torch.arange(2 * PROBE_TOKENS, device=device).view(2, -1) % 2
+    # Two rows that differ: what depends on all rows at once would be the same in each of two equal ones.
+    ids = torch.arange(PROBE_TOKENS, device=device).remainder(2) * torch.tensor([[1], [0]], device=device)
     state = torch.get_rng_state()
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
     try:
         run({"input_ids": ids, "labels": ids})
         if not torch.equal(state, torch.get_rng_state()):
@@ -87,11 +92,11 @@ def why_whole(
         whole = _signature(parameters)
         halves({"input_ids": ids, "labels": ids}, run)
         same = torch.allclose(whole, _signature(parameters), rtol=1e-2, atol=1e-5)
-        return None if same else "this model's loss is not a sum over rows"
+        return None if same else NO_SUM
     finally:
         torch.set_rng_state(state)
-        for parameter in parameters:
-            parameter.grad = None
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
 
 
 def _signature(parameters: list[torch.nn.Parameter]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from gptcli.device import return_freed_memory
 from gptcli.train.base import Trainer
-from gptcli.train.halves import Halves, Inputs, why_whole
+from gptcli.train.halves import NO_SUM, Halves, Inputs, why_whole
 
 
 class LeanTrainer(Trainer):
@@ -65,6 +65,10 @@ class LeanTrainer(Trainer):
         """Take micro-batches in two halves at once from now on; or the reason why they cannot be."""
         if not self._short:
             return "this optimizer needs the Trainer's own step"
+        # The balance of a mixture of experts has so little weight that a trial sees it with some weights, not with
+        # others: a resume would not go on as the run began.
+        if getattr(model.config.get_text_config(), "output_router_logits", False):
+            return NO_SUM
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         halves = Halves(parameters)
         model.train()
