@@ -17,7 +17,7 @@ from gptcli.files import fingerprint
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
-from gptcli.train.choices import choose_bf16
+from gptcli.train.choices import SHORT_FLOPS, choose_bf16
 from gptcli.train.decisions import Hardware
 from gptcli.train.modes import BLOCKS, check_modes
 from gptcli.train.plan import Plan, make_plan, without_compiler
@@ -70,7 +70,8 @@ def assemble(
         batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}
         what = "out of memory while the model was timed in fp32 and bf16"
         with explained(partial(out_of_memory, what, loaded, config, counts, plan, device)):
-            fast, reason = choose_bf16(loaded, config, device, **batch, halves=plan.halves)
+            short = plan.total_flops < SHORT_FLOPS
+            fast, reason = choose_bf16(loaded, config, device, **batch, halves=plan.halves, short=short)
         hardware = replace(hardware, fast_bf16=fast, bf16_reason=reason)
         plan = planned(loaded, hardware=hardware)
     check_modes(loaded, plan, hardware, usable)

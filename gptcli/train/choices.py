@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 # What is faster by less is not worth another arithmetic.
 MARGIN = 1.2
-# Work of one timed pass, where the micro-batch is more; and the time that all of them may take.
+# Work of one timed pass, where the micro-batch is more; the time that all of them may take; and the part of it for
+# a run of less than `SHORT_FLOPS`, some ten seconds, whose choice is not kept for longer ones.
 PASS_FLOPS = 5e10
 SECONDS = 2.0
+SHORT_FLOPS = 2e12
+SHORT_SHARE = 0.15
 LEAST_ROUNDS = 3  # the first is slow: memory, kernels
 LEAST_TOKENS = 128
-FORMAT = 3
+FORMAT = 4
 
 
 def choose_bf16(
@@ -41,6 +44,7 @@ def choose_bf16(
     rows: int,
     length: int,
     halves: bool = False,
+    short: bool = False,
 ) -> tuple[bool, str]:
     """Whether to train in bf16 here, and why: on a CPU that has it, by timing the model itself in both.
 
@@ -54,19 +58,20 @@ def choose_bf16(
         rows: of a micro-batch.
         length: tokens of a row.
         halves: whether it trains on the halves of a micro-batch at once.
+        short: whether the run is, so that the timing is.
     """
     if not has_fast_bf16(device):
         return False, "this CPU has neither AVX512-BF16 nor AMX" if device.type == "cpu" else "no fast bf16 here"
     if device.type == "cuda":
         return True, "this GPU multiplies bf16 fast"
-    full, half = timed_passes(loaded, config, rows, length, halves)
+    full, half = timed_passes(loaded, config, rows, length, halves, short)
     ratio = full / half if half else 0.0
     verdict = "" if ratio >= MARGIN else f", less than {MARGIN}"
     return ratio >= MARGIN, f"this model is {ratio:.2f} times as fast in bf16 as in fp32 here{verdict}"
 
 
 def timed_passes(
-    loaded: LoadedRecipe, config: PreTrainedConfig, rows: int, length: int, halves: bool = False
+    loaded: LoadedRecipe, config: PreTrainedConfig, rows: int, length: int, halves: bool = False, short: bool = False
 ) -> tuple[float, float]:
     """Seconds of a forward and backward pass of the model in fp32 and in bf16 on the CPU: stored, else measured.
 
@@ -77,7 +82,7 @@ def timed_passes(
 
     versions = torch.__version__, transformers.__version__
     shape = config.to_dict() | {"vocab_size": config.get_text_config().vocab_size}
-    key = [FORMAT, "passes", cpu_name(), torch.get_num_threads(), versions, shape, rows, length, halves]
+    key = [FORMAT, "passes", cpu_name(), torch.get_num_threads(), versions, shape, rows, length, halves, short]
     path = cache_root() / "choices" / f"{fingerprint(key)}.json"
     try:
         stored = read_json(path)
@@ -96,13 +101,15 @@ def timed_passes(
         tokens = max(LEAST_TOKENS, int(PASS_FLOPS / (6 * model.num_parameters())))
         length = min(length, tokens)
         rows = max(1, min(rows, tokens // length))
-        full, half = _pass_seconds(model, rows + rows % 2 if halves else rows, length, halves)
+        full, half = _pass_seconds(
+            model, rows + rows % 2 if halves else rows, length, halves, SECONDS * SHORT_SHARE if short else SECONDS
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"fp32": full, "bf16": half})
     return full, half
 
 
-def _pass_seconds(model: PreTrainedModel, rows: int, length: int, halves: bool) -> tuple[float, float]:
+def _pass_seconds(model: PreTrainedModel, rows: int, length: int, halves: bool, seconds: float) -> tuple[float, float]:
     """The median time of a pass over [rows, length] tokens in fp32, and under autocast to bf16, taken in turns."""
     import torch
 
@@ -122,7 +129,7 @@ def _pass_seconds(model: PreTrainedModel, rows: int, length: int, halves: bool) 
     both = Halves(list(model.parameters())) if halves else None
     times: tuple[list[float], list[float]] = [], []
     started = time.perf_counter()
-    while len(times[0]) < LEAST_ROUNDS or time.perf_counter() - started < SECONDS:
+    while len(times[0]) < LEAST_ROUNDS or time.perf_counter() - started < seconds:
         for index, found in enumerate(times):
             begin = time.perf_counter()
             run = partial(step, to_bf16=index == 1)

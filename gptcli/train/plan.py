@@ -34,7 +34,7 @@ GPU_LOGIT_BYTES = 256 << 20
 LEAST_BLOCK = 256
 # Work of a micro-batch from which two threads with half of its rows each are faster than two threads that share every
 # operation (train/halves.py, benchmarks/halves.py). Below, Python's lock is what they wait for.
-HALVES_FLOPS = 2e9
+HALVES_FLOPS = 3e9
 HALVES = "micro-batch"
 MICRO_BATCH = "train.micro_batch_size"
 _LENGTH_KEYS = ("max_tokens", "max_steps", "epochs")

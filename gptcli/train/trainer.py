@@ -310,7 +310,7 @@ class CausalTrainer(AheadTrainer):
         del args, kwargs
         if self._validation is None:
             return {}
-        result = validation_loss(self.plain_model, self._validation, self._recipe)
+        result = validation_loss(self.plain_model, self._validation, self._recipe, self._plan.precision)
         self.validation_result = result
         step = self.state.global_step
         values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}

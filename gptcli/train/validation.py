@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING
+
+import torch
 
 from gptcli.evaluation.loss import LossResult, document_loss
 
@@ -14,16 +18,39 @@ if TYPE_CHECKING:
     from gptcli.recipe.schema import Recipe
 
 
-def validation_loss(model: PreTrainedModel, shards: Shards, recipe: Recipe) -> LossResult:
-    """The loss over the held-out documents, as DEFINITIONS has it."""
+# What products are rounded to on a GPU; on a CPU evaluation is in fp32, as `gptcli eval` is.
+_TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
+
+
+def validation_loss(model: PreTrainedModel, shards: Shards, recipe: Recipe, precision: str) -> LossResult:
+    """The loss over the held-out documents, as DEFINITIONS has it; `precision` is that of training."""
     assert recipe.data is not None
     documents = islice(shards.evaluation_documents(), recipe.eval.limit)
     prefix = shards.specials.eos if shards.specials.bos is None else shards.specials.bos
     assert prefix is not None  # tokenizing refuses a tokenizer without an end token
-    return document_loss(
-        model,
-        documents,
-        prefix_id=prefix,
-        sequence_length=recipe.data.sequence_length,
-        stride=recipe.eval.stride,
-    )
+    half = _TYPES.get(precision) if model.device.type == "cuda" else None
+    with _without_wrapper(model), torch.autocast(model.device.type, dtype=half, enabled=half is not None):
+        return document_loss(
+            model,
+            documents,
+            prefix_id=prefix,
+            sequence_length=recipe.data.sequence_length,
+            stride=recipe.eval.stride,
+        )
+
+
+@contextmanager
+def _without_wrapper(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's own forward: accelerate puts its autocast around the whole model, not around its parts.
+
+    So the head, applied to what the body gives, would be taken for another one than the model's.
+    """
+    wrapped = model.__dict__.get("forward") if hasattr(model, "_original_forward") else None
+    if wrapped is None:
+        yield
+        return
+    del model.__dict__["forward"]
+    try:
+        yield
+    finally:
+        model.__dict__["forward"] = wrapped

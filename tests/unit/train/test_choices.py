@@ -43,7 +43,8 @@ def test_a_model_is_timed_once(tmp_path: Path, loaded: LoadedRecipe) -> None:
     timed_passes(loaded, config(), 4, 32)
     timed_passes(loaded, config(n_inner=24), 2, 32)
     timed_passes(loaded, config(), 2, 32, halves=True)
-    assert len(stored(tmp_path)) == 4
+    timed_passes(loaded, config(), 2, 32, short=True)
+    assert len(stored(tmp_path)) == 5
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"fp32": 1}', '{"fp32": "x", "bf16": 1}'])
@@ -83,7 +84,7 @@ def test_a_large_micro_batch_is_timed_in_part(
 ) -> None:
     seen: list[tuple[int, int]] = []
 
-    def timed(model: object, rows: int, length: int, halves: bool) -> tuple[float, float]:
+    def timed(model: object, rows: int, length: int, halves: bool, seconds: float) -> tuple[float, float]:
         seen.append((rows, length))
         return 2.0, 1.0
 

@@ -192,13 +192,14 @@ def test_bf16_trains_close_to_fp32(tmp_path: Path) -> None:
     assert half != full
 
 
-def test_the_validation_loss_is_the_evaluations(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_validation_loss_is_the_evaluations(tmp_path: Path, precision: str) -> None:
     folder = make_project(tmp_path)
-    done = run(folder, "x")
+    done = run(folder, "x", f"train.precision={precision}")
     loaded = load_recipe(str(folder / "tiny.yaml"))
     validation = prepare(loaded, Silent()).validation
     assert validation is not None
     model = AutoModelForCausalLM.from_pretrained(done / "final")
-    result: LossResult = trainer_module.validation_loss(model, validation, loaded.recipe)
+    result: LossResult = trainer_module.validation_loss(model, validation, loaded.recipe, "fp32")
     said = json.loads((done / "run.json").read_text())["result"]["validation"]
     assert said["loss"] == pytest.approx(result.loss, abs=1e-6)
