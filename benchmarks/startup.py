@@ -1,8 +1,11 @@
-"""How long until the command line answers: `gptcli --help` and a recipe error, beside Python and `import torch`.
+"""How long until the command line answers, and until the first optimizer step is done.
 
     make bench            or: python benchmarks/startup.py
 
-Whole processes, one after the other in turn, median of 9 after one warm-up round. Goal: 0.30 s.
+`gptcli --help` and a recipe error, beside Python and `import torch`: whole processes, one after the other in turn,
+median of 9 after one warm-up round; goal 0.30 s. Then `gptcli pretrain quickstart`, tokenized before, until the line of
+step 1 is in metrics.jsonl (the run is ended there), beside a bare `from transformers import Trainer,
+AutoModelForCausalLM`: median of 5 in turn; goal: at most 2 s more.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import sys
 
 sys.path.append(sys.path.pop(0))  # this folder last: its tokenize.py would hide the standard library's
 
+import os
 import statistics
 import subprocess
 import tempfile
@@ -18,6 +22,9 @@ import time
 from pathlib import Path
 
 ROUNDS = 9
+STEP_ROUNDS = 5
+TRAINER = "from transformers import Trainer, AutoModelForCausalLM"
+POLL_SECONDS = 0.002
 
 
 def main() -> None:
@@ -40,8 +47,41 @@ def main() -> None:
                 subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
                 if turn:
                     seconds[name].append(time.perf_counter() - start)
+        first: dict[str, list[float]] = {f"python -c '{TRAINER}'": [], "gptcli pretrain quickstart, first step": []}
+        for turn in range(STEP_ROUNDS + 1):
+            for name, measure in zip(first, (until_imported, until_first_step), strict=True):
+                took = measure(Path(folder))
+                if turn:
+                    first[name].append(took)
+        seconds |= first
     for name, values in seconds.items():
         print(f"{statistics.median(values):6.3f} s  ({min(values):.3f} to {max(values):.3f})  {name}")
+    imported, stepped = (statistics.median(values) for values in first.values())
+    print(f"{stepped - imported:6.3f} s  the first step after the bare import; goal: at most 2")
+
+
+def until_imported(folder: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", TRAINER], cwd=folder, stderr=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
+
+
+def until_first_step(folder: Path) -> float:
+    """Seconds from the start of the command until the line of the first step is written."""
+    metrics = folder / "runs" / "quickstart" / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    command = [str(Path(sys.executable).parent / "gptcli"), "pretrain", "quickstart", "--overwrite", "--quiet"]
+    environment = {**os.environ, "GPTCLI_CACHE": str(folder / "cache")}
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
+    while not (metrics.is_file() and metrics.stat().st_size):
+        if process.poll() is not None:
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode} before its first step")
+        time.sleep(POLL_SECONDS)
+    took = time.perf_counter() - start
+    process.kill()
+    process.wait()
+    return took
 
 
 if __name__ == "__main__":

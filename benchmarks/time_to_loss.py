@@ -53,8 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--text", type=Path, default=TEXT)
-    parser.add_argument("--steps", type=int, default=300, help="of the short run [300]")
-    parser.add_argument("--long-steps", type=int, default=1500, help="of the long run, 0 for none [1500]")
+    parser.add_argument("--steps", type=int, default=225, help="of the short run [225]")
+    parser.add_argument("--long-steps", type=int, default=1300, help="of the long run, 0 for none [1300]")
     arguments = parser.parse_args()
     if not arguments.text.is_file():
         raise SystemExit(f"there is no {arguments.text}: give the text with --text")

@@ -2,7 +2,7 @@
 
     python benchmarks/waiting.py
 
-gptcli sets OMP_WAIT_POLICY=PASSIVE and GOMP_SPINCOUNT=500 unless the environment has them; this runs 12 steps of the
+gptcli sets OMP_WAIT_POLICY=PASSIVE and GOMP_SPINCOUNT=2000 unless the environment has them; this runs 12 steps of the
 quickstart with spinning threads, with sleeping ones, and so, in turn.
 """
 
