@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 PLAIN_PROGRESS_SECONDS = 10.0
 QUICK_TASK_SECONDS = 3.0
+# What a progress bar shows only in a terminal that has room for it.
+WIDE_COLUMNS = 120
+WIDE_FIELDS = ("mfu", "memory")
 
 
 class Console:
@@ -139,6 +142,8 @@ class _RichProgress:
         self._task = task
 
     def update(self, completed: float, **fields: str) -> None:
+        if self._bar.console.width < WIDE_COLUMNS:
+            fields = {key: value for key, value in fields.items() if key not in WIDE_FIELDS}
         text = "  ".join(f"[dim]{key}[/] {_escape(value)}" for key, value in fields.items())
         self._bar.update(self._task, completed=completed, fields=text)
 

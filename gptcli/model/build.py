@@ -182,6 +182,20 @@ def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in tables}
 
 
+def uses_a_matrix_twice(model: nn.Module) -> bool:
+    """Whether several places of a model multiply with one matrix, as in models that share layers; embeddings aside."""
+    from torch import nn
+
+    matrices = [
+        id(module.weight)
+        for _, module in model.named_modules(remove_duplicate=False)
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+        and module.weight.ndim >= 2
+        and not isinstance(module, nn.Embedding)
+    ]
+    return len(set(matrices)) < len(matrices)
+
+
 def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from transformers.training_args import OptimizerNames
 
 from gptcli.device import return_freed_memory
+from gptcli.model.build import uses_a_matrix_twice
 from gptcli.train.base import Trainer
 from gptcli.train.halves import NO_SUM, Halves, Inputs, why_whole
 
@@ -69,6 +70,10 @@ class LeanTrainer(Trainer):
         # others: a resume would not go on as the run began.
         if getattr(model.config.get_text_config(), "output_router_logits", False):
             return NO_SUM
+        # Autocast keeps a matrix's bf16 copy for all threads until one of them leaves it: whether two uses share a copy,
+        # and sum their gradients in bf16, would depend on the other thread.
+        if uses_a_matrix_twice(model):
+            return "this model uses a layer twice"
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         halves = Halves(parameters)
         model.train()

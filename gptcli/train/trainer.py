@@ -28,6 +28,7 @@ from gptcli.train.base import TRAINER_STATE_NAME
 from gptcli.train.compiling import Compiler
 from gptcli.train.halves import Inputs
 from gptcli.train.loss import IGNORED, build_loss
+from gptcli.train.memory import mebibytes
 from gptcli.train.rows import RunRows, whole
 from gptcli.train.scaling import follow_scaler
 from gptcli.train.validation import validation_loss
@@ -107,6 +108,7 @@ class CausalTrainer(AheadTrainer):
         self._train_started = 0.0
         self._grad_norm: torch.Tensor | float | None = None
         self._rate: float | None = None
+        self._mfu: float | None = None
         self._total_step_seconds = 0.0
         self._start_step = 0
         self._sampled_at = 0
@@ -264,7 +266,7 @@ class CausalTrainer(AheadTrainer):
         flops = rate * plan.flops_per_token / plan.processes
         memory = self._memory()
         self.last_loss = float(nats) / fresh
-        self._rate = rate
+        self._rate, self._mfu = rate, None if self._peak_flops is None else round(flops / self._peak_flops, 4)
         self._total_step_seconds += self._step_seconds
         line = {
             "step": step,
@@ -273,7 +275,7 @@ class CausalTrainer(AheadTrainer):
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": round(rate, 1),
-            "mfu": None if self._peak_flops is None else round(flops / self._peak_flops, 4),
+            "mfu": self._mfu,
             "memory": memory,
             "seconds": round(time.perf_counter() - self._train_started, 3),
         }
@@ -303,6 +305,9 @@ class CausalTrainer(AheadTrainer):
             fields["val"] = f"{self.validation_result.loss:.3f}"
         if self._rate is not None:
             fields["tok/s"] = f"{self._rate:,.0f}"
+            if self._mfu is not None:
+                fields["mfu"] = f"{self._mfu:.0%}"
+            fields["memory"] = mebibytes(self.peak_bytes)
         self._progress.update(self.state.global_step, **fields)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from gptcli.errors import RecipeError
-from gptcli.model.build import TokenIds, build_config, build_model, count_parameters, counts_of
+from gptcli.model.build import TokenIds, build_config, build_model, count_parameters, counts_of, uses_a_matrix_twice
 from gptcli.recipe.load import LoadedRecipe, load_recipe
+from tests.tiny import make_model
 
 IDS = TokenIds(vocab_size=258, bos=256, eos=256, pad=257)
 
@@ -100,3 +101,11 @@ def test_a_model_that_cannot_be_is_a_recipe_error_with_its_line(tmp_path: Path, 
         build_model(loaded, config, seed=1, attention=None)
     assert says in "\n".join(caught.value.lines())
     assert "r.yaml:2" in str(caught.value.where)
+
+
+def test_a_matrix_that_two_layers_share_is_found_and_a_tied_head_is_none() -> None:
+    for model in (make_model("llama"), make_model("llama", tie_word_embeddings=True), make_model("gpt2")):
+        assert not uses_a_matrix_twice(model)
+    model = make_model("llama")
+    model.model.layers[1] = model.model.layers[0]
+    assert uses_a_matrix_twice(model)
