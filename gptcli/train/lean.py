@@ -70,7 +70,7 @@ class LeanTrainer(Trainer):
         # others: a resume would not go on as the run began.
         if getattr(model.config.get_text_config(), "output_router_logits", False):
             return NO_SUM
-        # Autocast keeps a matrix's bf16 copy for all threads until one of them leaves it: whether two uses share a copy,
+        # Autocast keeps a matrix's bf16 copy for all threads until one of them leaves it: whether two uses share it,
         # and sum their gradients in bf16, would depend on the other thread.
         if uses_a_matrix_twice(model):
             return "this model uses a layer twice"
