@@ -223,6 +223,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
             for_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
             sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+            product: torch.Tensor | None = None
             for rows, targets, at in zip(
                 hidden.split(block), labels.split(block), range(0, len(hidden), block), strict=True
             ):
@@ -237,7 +238,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if for_weight is not None and hidden.dtype == torch.float32:
                     for_weight.addmm_(slopes.mT, rows)
                 elif for_weight is not None:
-                    for_weight += slopes.mT @ rows
+                    product = slopes.mT @ rows if product is None else torch.mm(slopes.mT, rows, out=product)
+                    for_weight += product
         ctx.save_for_backward(for_hidden, for_weight, for_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return sums

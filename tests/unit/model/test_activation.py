@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -42,6 +42,12 @@ def ours(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     found = TanhGelu()(inputs)
     assert type(found.grad_fn).__name__ == "_TanhGeluBackward"
     return found.detach(), torch.autograd.grad(found.sum(), inputs)[0]
+
+
+def both(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """GELU and its derivative."""
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    return out, gelu_with_derivative(values, out)
 
 
 def samples(count: int = 40_001) -> torch.Tensor:
@@ -115,10 +121,10 @@ def test_strides_do_not_matter(dtype: torch.dtype) -> None:
 def test_pieces_join_without_a_seam(monkeypatch: pytest.MonkeyPatch, size: int, threads: int) -> None:
     torch.manual_seed(3)
     values = torch.randn(size)
-    expected = gelu_with_derivative(values)
+    expected = both(values)
     torch.set_num_threads(threads)
     monkeypatch.setattr(activation, "PIECE", 16)
-    for found, whole in zip(gelu_with_derivative(values), expected, strict=True):
+    for found, whole in zip(both(values), expected, strict=True):
         torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6)
 
 
@@ -129,9 +135,9 @@ def test_any_shape_is_kept(shape: tuple[int, ...]) -> None:
 
 
 def test_a_second_call_leaves_the_first_ones_results_alone() -> None:
-    first = gelu_with_derivative(torch.ones(100))
+    first = both(torch.ones(100))
     before = [values.clone() for values in first]
-    gelu_with_derivative(torch.full((100,), -3.0))
+    both(torch.full((100,), -3.0))
     assert all(map(torch.equal, first, before))
 
 
@@ -139,13 +145,13 @@ def test_two_threads_at_once_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(activation, "PIECE", 512)
     torch.manual_seed(4)
     inputs = torch.randn(2, 200_000)
-    expected = [gelu_with_derivative(values) for values in inputs]
+    expected = [both(values) for values in inputs]
     together = Barrier(2)
 
     def work(index: int) -> bool:
         torch.set_num_threads(1)
         together.wait(timeout=60)
-        return all(all(map(torch.equal, gelu_with_derivative(inputs[index]), expected[index])) for _ in range(10))
+        return all(all(map(torch.equal, both(inputs[index]), expected[index])) for _ in range(10))
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, range(2))) == [True, True]
@@ -210,3 +216,48 @@ def test_a_model_trains_the_same_and_is_saved_the_same(
 def test_other_activations_stay() -> None:
     assert keep_derivatives(make_model("llama")) == 0
     assert keep_derivatives(make_model("gpt2", activation_function="gelu")) == 0
+
+
+def test_values_take_the_place_of_the_inputs_where_a_model_does_not_look_at_them_again() -> None:
+    model = make_model("gpt2", activation_function="gelu_new")
+    ids = torch.arange(2, 34)[None]
+    expected = model(input_ids=ids, labels=ids)
+    expected.loss.backward()
+    slopes = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    keep_derivatives(model)
+    ours = [module for module in model.modules() if isinstance(module, TanhGelu)]
+    assert all(module.in_place for module in ours)
+    assert all(p.grad is None for p in model.parameters())  # the trial leaves nothing
+    inputs: list[torch.Tensor] = []
+    ours[0].register_forward_hook(lambda module, given, found: inputs.extend((given[0], found)))
+    found = model(input_ids=ids, labels=ids)
+    assert inputs[0].data_ptr() == inputs[1].data_ptr()
+    found.loss.backward()
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, slopes[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("use", [lambda given, found: found + given, lambda given, found: found * given.sigmoid()])
+def test_a_model_that_looks_at_the_inputs_again_keeps_them(use: Callable[..., torch.Tensor]) -> None:
+    model = make_model("gpt2", activation_function="gelu_new")
+
+    class Again(torch.nn.Module):
+        """An MLP that uses what it gives to its activation once more."""
+
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.c_fc, self.c_proj, self.act = inner.c_fc, inner.c_proj, inner.act
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            given = self.c_fc(hidden)
+            return self.c_proj(use(given, self.act(given)))
+
+    for layer in model.transformer.h:
+        layer.mlp = Again(layer.mlp)
+    ids = torch.arange(2, 34)[None]
+    expected = model(input_ids=ids).logits
+    assert keep_derivatives(model) == 2
+    assert not any(module.in_place for module in model.modules() if isinstance(module, TanhGelu))
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
