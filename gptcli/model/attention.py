@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptcli.model.kernels import attend_in_place_of_sdpa
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -22,16 +24,9 @@ BLOCK_BYTES = 1 << 20
 
 def attend_in_blocks(model: PreTrainedModel) -> bool:
     """Let a model use these blocks in place of sdpa; False where it uses another attention, which then stays."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import sdpa_mask
 
-    config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
-        return False
-    AttentionInterface.register(NAME, _forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    return True
+    return attend_in_place_of_sdpa(model, NAME, _forward, sdpa_mask)
 
 
 def _forward(

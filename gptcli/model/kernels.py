@@ -7,7 +7,7 @@ which keeps torch from its fastest kernel (until torch 2.14, pytorch#176499). He
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +50,24 @@ def usable_attention(config: PreTrainedConfig) -> frozenset[str]:
 
 def attend_without_mask(model: PreTrainedModel) -> bool:
     """Let a model's sdpa leave out a mask that is plainly causal; False where it has another attention, which stays."""
-    from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return attend_in_place_of_sdpa(model, NAME, sdpa_attention_forward, _mask)
+
+
+def attend_in_place_of_sdpa(
+    model: PreTrainedModel, name: str, forward: Callable[..., Any], mask: Callable[..., Any]
+) -> bool:
+    """Register an attention with its mask under a name, and use it; False where the model's is not sdpa, and stays."""
+    from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
         return False
-    AttentionInterface.register(NAME, sdpa_attention_forward)
-    AttentionMaskInterface.register(NAME, _mask)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, mask)
+    model.set_attn_implementation(name)
     return True
 
 
