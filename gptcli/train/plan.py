@@ -152,7 +152,7 @@ def make_plan(
     block_kernel = modes.block_kernel(hardware, compiled=compiled)
     block = _loss(micro * length, counts, halves, logit_bytes, block_kernel, decisions)
     flops_per_token = 6 * counts.matrix + 12 * counts.layers * counts.width * length
-    memory = _memory(counts, train, micro * length, block, halves=halves, accumulation=accumulation)
+    memory = planned_memory(counts, train, micro * length, block, halves=halves, accumulation=accumulation)
     checkpoint = 4 * counts.total + memory["optimizer"]
     return Plan(
         sequence_length=length,
@@ -200,7 +200,7 @@ def with_micro_batch(plan: Plan, train: Train, counts: Counts, rows: int, reason
     halves = plan.halves and rows > 1
     block = _loss(tokens, counts, halves, plan.logit_bytes, plan.block_kernel, decisions)
     accumulation = plan.micro_batch_size * plan.gradient_accumulation_steps // rows
-    memory = _memory(counts, train, tokens, block, halves=halves, accumulation=accumulation)
+    memory = planned_memory(counts, train, tokens, block, halves=halves, accumulation=accumulation)
     return replace(
         plan,
         micro_batch_size=rows,
@@ -276,7 +276,7 @@ def _loss(
     return block
 
 
-def _memory(
+def planned_memory(
     counts: Counts, train: Train, micro_tokens: int, block: int | None, *, halves: bool, accumulation: int
 ) -> dict[str, int]:
     """`memory_estimate`, with what halves hold twice: blocks of logits, and gradients that were there before."""

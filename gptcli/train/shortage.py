@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from gptcli.device import free_memory, is_out_of_memory, total_memory
 from gptcli.errors import OutOfMemoryError, RecipeError
 from gptcli.recipe.presets import PRESETS
-from gptcli.train.memory import mebibytes, memory_estimate
-from gptcli.train.plan import loss_block, next_smaller
+from gptcli.train.memory import mebibytes
+from gptcli.train.plan import loss_block, next_smaller, planned_memory
 
 if TYPE_CHECKING:
     import torch
@@ -68,11 +68,13 @@ def savings(loaded: LoadedRecipe, config: PreTrainedConfig, counts: Counts, plan
         plan: its plan.
     """
     train, rows, length = loaded.recipe.train, plan.micro_batch_size, plan.sequence_length
+    share = rows * plan.gradient_accumulation_steps
 
     def needed(counts: Counts = counts, train: Train = train, rows: int = rows, length: int = length) -> int:
-        tokens = rows * length
-        block = None if plan.compile else loss_block(tokens, counts.vocabulary)
-        return sum(memory_estimate(counts, train, tokens, block).values())
+        halves, accumulation = plan.halves and rows > 1, share // rows
+        block = loss_block(rows * length, counts.vocabulary, 2 if halves else 1, logit_bytes=plan.logit_bytes)
+        memory = planned_memory(counts, train, rows * length, block, halves=halves, accumulation=accumulation)
+        return sum(memory.values())
 
     options: list[tuple[str, int, str]] = []
     if rows > 1:
