@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import train
 from measuring import MEBI, print_machine
 from train import Measured, Shape, watch, write_inputs
 
@@ -146,28 +147,16 @@ def run_gptcli(way: str, work: Path, case: Case, *, toy: bool) -> tuple[float, i
 def run_nanogpt(work: Path, case: Case, *, toy: bool) -> tuple[float, int]:
     """Tokens a second and peak bytes of nanoGPT's train.py."""
     shape, measured = case.shape, Measured()
-    flags = {
-        "dataset": "bench",
-        "device": "cpu" if toy else "cuda",
-        "compile": not toy,
-        "eval_interval": 10**9,
-        "eval_iters": 1,
-        "log_interval": 1,
-        "always_save_checkpoint": False,
-        "gradient_accumulation_steps": case.accumulation,
-        "batch_size": shape.batch,
-        "block_size": shape.length,
-        "n_layer": shape.layers,
-        "n_embd": shape.width,
-        "n_head": shape.heads,
-        "dropout": 0.0,
-        "bias": True,  # as GPT-2 has it
-        "max_iters": shape.steps,
-        "warmup_iters": 1,
-    }
-    command = [sys.executable, "-c", WRAPPER, "train.py", *(f"--{name}={value}" for name, value in flags.items())]
-    printed = watch(command, work / "nanogpt", measured)
-    times = [float(found) / 1000 for found in re.findall(r"^iter \d+: .*time ([\d.]+)ms", printed, re.MULTILINE)]
+    times, printed = train.run_nanogpt(
+        ["-c", WRAPPER, "train.py"],
+        work,
+        shape,
+        measured,
+        device="cpu" if toy else "cuda",
+        compile=not toy,
+        gradient_accumulation_steps=case.accumulation,
+        bias=True,  # as GPT-2 has it
+    )
     found = re.search(r"^peak bytes (\d+)$", printed, re.MULTILINE)
     assert found is not None
     return shape.tokens * case.accumulation / statistics.median(times[SKIPPED:]), int(

@@ -180,32 +180,40 @@ def run_way(way: str, work: Path, shape: Shape, nanogpt: Path | None, measured: 
         watch(command, work, measured)
         measured.seconds += from_metrics(work / "runs" / "bench" / "metrics.jsonl")
     elif way.startswith("nanogpt"):
-        flags = {
-            "dataset": "bench",
-            "device": "cpu",
-            "compile": way.endswith("compiled"),
-            "eval_interval": 10**9,
-            "eval_iters": 1,
-            "log_interval": 1,
-            "always_save_checkpoint": False,
-            "gradient_accumulation_steps": 1,
-            "batch_size": shape.batch,
-            "block_size": shape.length,
-            "n_layer": shape.layers,
-            "n_embd": shape.width,
-            "n_head": shape.heads,
-            "dropout": 0.0,
-            "max_iters": shape.steps,
-            "warmup_iters": 1,
-        }
-        command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in flags.items())]
-        printed = watch(command, work / "nanogpt", measured)
-        times = [float(found) / 1000 for found in re.findall(r"^iter \d+: .*time ([\d.]+)ms", printed, re.MULTILINE)]
+        times, _ = run_nanogpt(["train.py"], work, shape, measured, compile=way.endswith("compiled"))
         measured.seconds += windows(times[SKIPPED:], shape.window)
     else:
         command = [sys.executable, str(PEERS), way, "recipe.yaml"]
         times = json.loads(watch(command, work, measured).splitlines()[-1])
         measured.seconds += windows(times[SKIPPED:], shape.window)
+
+
+def run_nanogpt(
+    program: list[str], work: Path, shape: Shape, measured: Measured, **changes: str | int | bool
+) -> tuple[list[float], str]:
+    """Seconds of each step of nanoGPT's train.py, run by `program`, and what it printed; `changes`: further flags."""
+    flags: dict[str, str | int | float | bool] = {
+        "dataset": "bench",
+        "device": "cpu",
+        "eval_interval": 10**9,
+        "eval_iters": 1,
+        "log_interval": 1,
+        "always_save_checkpoint": False,
+        "gradient_accumulation_steps": 1,
+        "batch_size": shape.batch,
+        "block_size": shape.length,
+        "n_layer": shape.layers,
+        "n_embd": shape.width,
+        "n_head": shape.heads,
+        "dropout": 0.0,
+        "max_iters": shape.steps,
+        "warmup_iters": 1,
+        **changes,
+    }
+    command = [sys.executable, *program, *(f"--{name}={value}" for name, value in flags.items())]
+    printed = watch(command, work / "nanogpt", measured)
+    times = re.findall(r"^iter \d+: .*time ([\d.]+)ms", printed, re.MULTILINE)
+    return [float(found) / 1000 for found in times], printed
 
 
 def windows(times: list[float], size: int) -> list[float]:
