@@ -1,8 +1,9 @@
 """Causal attention in blocks for training in bf16 on a CPU, where torch's own kernel is slow on short rows.
 
-The probabilities of a block of queries fit in the cache and are computed again in the backward pass, as in
-FlashAttention (Dao et al. 2022, arXiv:2205.14135); here a block is a few batched products, which oneDNN multiplies with
-the hardware's bf16. Everything that is not plain causal attention under a gradient goes to transformers' sdpa.
+The probabilities of a block of queries fit in the cache and, but for short rows, are computed again in the backward
+pass, as in FlashAttention (Dao et al. 2022, arXiv:2205.14135); here a block is a few batched products, which oneDNN
+multiplies with the hardware's bf16. Everything that is not plain causal attention under a gradient goes to
+transformers' sdpa.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ NAME = "gptcli_blocks"
 BLOCK_QUERIES = 128
 # Scores that are there at once, for each thread: what its cache holds.
 BLOCK_BYTES = 1 << 20
+# Rows up to here keep their probabilities: at this length they are about a seventh of a layer's activations, and to
+# compute them again is 3% of a step.
+KEPT_LENGTH = 256
 
 
 def attend_in_blocks(model: PreTrainedModel) -> bool:
@@ -78,23 +82,26 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, scale: float) -> torch.Tensor:
         out = torch.empty_like(query)
+        blocks, kept = _blocks(query), []
         with torch.autocast("cpu", enabled=False):
-            for heads, at, seen in _blocks(query):
+            for heads, at, seen in blocks:
                 weights = _weights(query[heads, at], key[heads, seen], scale)
                 out[heads, at] = torch.bmm(weights, value[heads, seen])
-        ctx.save_for_backward(query, key, value)
-        ctx.scale = scale
+                if query.shape[1] <= KEPT_LENGTH:
+                    kept.append(weights)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         slopes = outputs[0]
         for_query, for_key, for_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         with torch.autocast("cpu", enabled=False):
-            for heads, at, seen in _blocks(query):
+            for number, (heads, at, seen) in enumerate(ctx.blocks):
                 queries, keys, slope = query[heads, at], key[heads, seen], slopes[heads, at]
-                weights = _weights(queries, keys, ctx.scale)
+                weights = kept[number] if kept else _weights(queries, keys, ctx.scale)
                 for_scores = torch._softmax_backward_data(
                     torch.bmm(slope, value[heads, seen].mT), weights, -1, weights.dtype
                 )

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 PROBE_TOKENS = 8
+# Values that a CPU works on at once, for each thread: in fp32 they fit in its cache.
+CACHED = 1 << 18
 # logits [n, vocabulary], bias, targets [n], z_loss, dtype -> [nats, objective], the gradient and the bias's.
 Slopes = Callable[
     [torch.Tensor, torch.Tensor | None, torch.Tensor, float, torch.dtype],
@@ -91,7 +93,7 @@ class TrainingLoss:
         self._labels = threading.local()
         self._taking_lock = threading.Lock()
         self._takers = 0
-        self._slopes: Slopes = torch.compile(block_slopes, dynamic=False) if compiled else block_slopes
+        self._slopes: Slopes = torch.compile(block_slopes, dynamic=False) if compiled else slopes_in_pieces
         self.in_blocks, self.kernel = False, kernel
         if block is not None and self._head is not None:
             self.in_blocks = self._is_exact(model)
@@ -193,20 +195,47 @@ def block_slopes(
         logits += bias
     known = targets.ne(IGNORED)
     picked = targets.clamp(min=0)[:, None]
-    normalisers = logits.logsumexp(-1)
-    nats = ((normalisers - logits.gather(1, picked)[:, 0]) * known).sum()
+    own = logits.gather(1, picked)[:, 0]
+    # One exponential for the loss and its gradient, in the logits' own memory: logsumexp would be one more, and a copy.
+    largest = logits.amax(-1, keepdim=True)
+    slopes = logits.sub_(largest).exp_()
+    total = slopes.sum(-1)
+    normalisers = total.log() + largest[:, 0]
+    nats = ((normalisers - own) * known).sum()
     sums = torch.stack([nats, nats + z_loss * (normalisers.square() * known).sum()])
     # The gradient of the objective: softmax * (1 + 2 z normaliser), less one at the label.
-    slopes = logits.sub_(normalisers[:, None]).exp_()
-    if z_loss:
-        slopes *= (1 + 2 * z_loss * normalisers)[:, None]
+    slopes *= (known * (1 + 2 * z_loss * normalisers) / total)[:, None]
     if torch.compiler.is_compiling():
         # Pointwise, so that the compiler makes one pass of all of it; a scatter would be passes of its own.
-        slopes = slopes - torch.arange(slopes.shape[1], device=slopes.device).eq(picked).float()
+        slopes = slopes - (torch.arange(slopes.shape[1], device=slopes.device).eq(picked) & known[:, None]).float()
     else:
-        slopes.scatter_add_(1, picked, slopes.new_full((1, 1), -1.0).expand(len(targets), 1))
-    slopes *= known[:, None]
+        slopes.scatter_add_(1, picked, -known[:, None].float())
     return sums, slopes.to(dtype), None if bias is None else slopes.sum(0)
+
+
+def slopes_in_pieces(
+    logits: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, z_loss: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`block_slopes` as it is fast without a compiler: on a CPU by rows that fit in its cache, in the logits' place."""
+    if logits.device.type != "cpu" or logits.dtype != dtype:
+        return block_slopes(logits, bias, targets, z_loss, dtype)
+    size = max(1, CACHED * torch.get_num_threads() // logits.shape[1])
+    sums, for_bias = torch.zeros(2), None if bias is None else torch.zeros(len(bias))
+    for rows, wanted in zip(torch.split(logits, size), torch.split(targets, size), strict=True):
+        values, slopes, bias_slopes = block_slopes(rows, bias, wanted, z_loss, torch.float32)
+        sums += values
+        if for_bias is not None and bias_slopes is not None:
+            for_bias += bias_slopes
+        if slopes.data_ptr() != rows.data_ptr():
+            rows.copy_(slopes)
+    return sums, logits, for_bias
+
+
+def _add(total: torch.Tensor, part: torch.Tensor) -> None:
+    """total += part, of another type; a CPU would convert all of the part first."""
+    size = max(1, CACHED * torch.get_num_threads() // total.shape[1]) if total.device.type == "cpu" else len(total)
+    for sums, values in zip(torch.split(total, size), torch.split(part, size), strict=True):
+        sums += values
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -223,13 +252,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
             for_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] else None
             sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+            logits = hidden.new_empty(min(block, len(hidden)), len(weight))
             product: torch.Tensor | None = None
             for rows, targets, at in zip(
                 hidden.split(block), labels.split(block), range(0, len(hidden), block), strict=True
             ):
                 # A last block of another size is not worth compiling for.
-                make = slopes_of if len(rows) == block else block_slopes
-                values, slopes, bias_slopes = make(rows @ matrix.mT, bias, targets, z_loss, hidden.dtype)
+                make = slopes_of if len(rows) == block else slopes_in_pieces
+                made = torch.mm(rows, matrix.mT, out=logits[: len(rows)])
+                values, slopes, bias_slopes = make(made, bias, targets, z_loss, hidden.dtype)
                 sums += values
                 if for_bias is not None and bias_slopes is not None:
                     for_bias += bias_slopes
@@ -239,7 +270,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     for_weight.addmm_(slopes.mT, rows)
                 elif for_weight is not None:
                     product = slopes.mT @ rows if product is None else torch.mm(slopes.mT, rows, out=product)
-                    for_weight += product
+                    _add(for_weight, product)
         ctx.save_for_backward(for_hidden, for_weight, for_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return sums

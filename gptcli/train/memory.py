@@ -14,7 +14,8 @@ def memory_estimate(counts: Counts, train: Train, micro_tokens: int, block: int 
 
     Activations: about 34 values of the model's width a layer and token are kept for the backward pass (Korthikanti
     et al. 2022, arXiv:2205.05198, without the attention matrix, which sdpa does not keep), 4 bytes each, or 2 with
-    activation checkpointing; the logits, their gradient and the softmax 4 bytes each, of `block` positions.
+    activation checkpointing; the logits, their gradient and the softmax 4 bytes each; of a `block` of positions the
+    logits and their gradient.
     """
     kept = 2 if train.activation_checkpointing else 34
     return {
@@ -22,7 +23,7 @@ def memory_estimate(counts: Counts, train: Train, micro_tokens: int, block: int 
         "gradients": 4 * counts.total,
         "optimizer": _optimizer_bytes(counts, train.optimizer),
         "activations": 4 * kept * counts.layers * counts.width * micro_tokens,
-        "logits": 3 * 4 * counts.vocabulary * (block or micro_tokens),
+        "logits": 4 * counts.vocabulary * (2 * block if block else 3 * micro_tokens),
     }
 
 

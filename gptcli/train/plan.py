@@ -31,7 +31,7 @@ HEAD_ROOM = 0.05
 # Whole logits below this, blocks of about as much above (fp32); a GPU's products need more rows to be fast.
 LOGIT_BYTES = 32 << 20
 GPU_LOGIT_BYTES = 256 << 20
-LEAST_BLOCK = 256
+LEAST_BLOCK = 512
 # Work of a micro-batch from which two threads with half of its rows each are faster than two threads that share every
 # operation (train/halves.py, benchmarks/halves.py). Below, Python's lock is what they wait for.
 HALVES_FLOPS = 3e9

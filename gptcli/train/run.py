@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptcli.device import keep_freed_memory
 from gptcli.errors import AbortedError, CheckpointError, GptcliError, OutOfMemoryError, StoppedError
 from gptcli.files import committed_folder, write_atomic
 from gptcli.recipe.load import LoadedRecipe, dump_yaml, resolved
@@ -61,6 +62,7 @@ def train(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> dict[st
     """
     run = RunFolder(Path(loaded.recipe.output_dir) / loaded.recipe.name)
     existed = run.path.exists()
+    keep_freed_memory()
     try:
         with locked(run):
             return _train_locked(loaded, options, run, reporter)

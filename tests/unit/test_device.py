@@ -1,6 +1,9 @@
-"""Cards by the names that their drivers give them; a name that is not known has no peak."""
+"""Cards by the names that their drivers give them, where a name that is not known has no peak; memory used again."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 
@@ -53,3 +56,42 @@ def test_a_known_card_has_its_data_sheets_peak(name: str, teraflops: float) -> N
 )
 def test_a_card_that_only_looks_like_one_has_none(name: str) -> None:
     assert data_sheet_flops(name) is None
+
+
+# Pages that come new from the system while the same sizes are taken and freed; in a thread too, as in the second half
+# of a micro-batch.
+PAGES = """
+import platform, resource, sys, threading
+import numpy as np
+from gptcli.device import keep_freed_memory
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    def work():
+        for _ in range(5):
+            kept = [np.ones(16 << 20, dtype=np.uint8) for _ in range(5)]
+            del kept
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+new_pages()
+print(platform.libc_ver()[0] or "other", new_pages())
+"""
+
+
+def new_pages(how: str) -> tuple[str, int]:
+    command = [sys.executable, "-c", PAGES, how]
+    library, pages = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.split()
+    return library, int(pages)
+
+
+def test_memory_that_is_kept_is_not_taken_from_the_system_again() -> None:
+    library, kept = new_pages("kept")
+    if library != "glibc":
+        pytest.skip("only glibc's heap can be told to keep what is freed")
+    assert kept < new_pages("given back")[1] / 50
