@@ -158,19 +158,34 @@ class Train(Section):
     save_every: CountOrZero = Field(default=250, description="Steps between checkpoints; 0: only at the end.")
     save_total_limit: Count = Field(default=3, description="Checkpoints that are kept.")
     on_save_error: Literal["stop", "continue"] = Field(
-        default="stop", description="What to do when a checkpoint cannot be written."
+        default="stop",
+        description="What to do when a checkpoint cannot be written: stop with code 4, or go on to the next save. "
+        "The last one, and one before a stop, must succeed.",
     )
     eval_at_start: bool = Field(default=False, description="Evaluate before the first step.")
     best_metric: str = Field(
-        default="validation.loss", min_length=1, description="What the best checkpoint is chosen by."
+        default="validation.loss",
+        min_length=1,
+        description="What the best checkpoint is chosen by, with `early_stopping_patience`: lower is better.",
     )
     sample_every: CountOrZero = Field(
         default=250,
         description="Steps between texts from `generate.prompts`, to samples.jsonl and the screen; 0: never.",
     )
-    non_finite: Literal["stop", "skip"] = Field(default="stop", description="A loss or gradient that is not finite.")
+    non_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="A loss or gradient that is not finite: stop with code 5, or skip the step's update; ten steps in "
+        "a row stop.",
+    )
+    loss_spike: Literal["log", "skip", "stop"] = Field(
+        default="log",
+        description="A loss or gradient norm more than six standard deviations above the last 128 steps: say so, skip "
+        "the step's update, or stop with code 5.",
+    )
     early_stopping_patience: Count | None = Field(
-        default=None, description="Stop after this many evaluations without a better `best_metric`."
+        default=None,
+        description="Stop after this many evaluations without a better `best_metric`; the best one's checkpoint is "
+        "kept, and `final/` holds its weights.",
     )
     trainer_args: dict[str, Any] = Field(
         default={},

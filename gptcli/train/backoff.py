@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gptcli.reporting import Reporter
     from gptcli.train.compiling import Compiler
     from gptcli.train.loss import TrainingLoss
+    from gptcli.train.meter import Meter
     from gptcli.train.plan import Plan
 
 Replan = Callable[[int, str], "Plan"]
@@ -39,10 +40,9 @@ class BackOffTrainer(LeanTrainer):
     _plan: Plan
     _replan: Replan
     _reporter: Reporter
-    _nats: torch.Tensor
+    _meter: Meter
     _pass_rows: int | None = None  # None: a micro-batch as the loop has it
     _step = -1
-    _nats_before: torch.Tensor
     _micro_batches: list[torch.Tensor]
     in_pass = False
 
@@ -54,7 +54,8 @@ class BackOffTrainer(LeanTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a micro-batch, and of the step's earlier ones again when memory ran out."""
         if self._step != self.state.global_step:
-            self._step, self._micro_batches, self._nats_before = self.state.global_step, [], self._nats
+            self._step, self._micro_batches = self.state.global_step, []
+            self._meter.begin_step()
         self._micro_batches.append(inputs)
         to_run = [inputs]
         self.in_pass = True
@@ -87,7 +88,7 @@ class BackOffTrainer(LeanTrainer):
         """Drop what the step has gathered and what the failed pass holds; micro-batches are smaller from now on."""
         model.zero_grad(set_to_none=True)
         free_memory(error)
-        self._nats = self._nats_before
+        self._meter.take_back()
         step, before = self._step + 1, self._plan.micro_batch_size
         plan = self._replan(next_smaller(before), f"{before} ran out of memory in step {step:,}")
         rows = "1 row" if plan.micro_batch_size == 1 else f"{plan.micro_batch_size} rows"

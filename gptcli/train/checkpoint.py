@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from gptcli.errors import CheckpointError
 from gptcli.files import committed_folder, read_json, sha256_file, write_json
 from gptcli.runs.folder import CHECKPOINT, MANIFEST, RunFolder
+from gptcli.train.optimizer_state import OPTIMIZER, SCHEDULER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 1
+FORMAT = 2
+_TRAINING_FILES = (MANIFEST, OPTIMIZER, SCHEDULER, "scaler.pt", "rng_state.pth", "trainer_state.json")
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,23 @@ def newest_good(run: RunFolder) -> Found:
     return Found(None, {}, ())
 
 
-def prune(run: RunFolder, keep: int | None) -> None:
-    """Remove all but the newest `keep` complete checkpoints; call it after a new one was committed."""
-    if keep is None:
+def prune(run: RunFolder, keep: int, spared: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep` complete checkpoints and those of the steps `spared`, if the newest verifies."""
+    checkpoints = run.checkpoints()
+    old = [path for step, path in checkpoints[:-keep] if step not in spared]
+    if not old or verify(checkpoints[-1][1]) is not None:
         return
-    checkpoints = [path for _, path in run.checkpoints()]
-    for path in checkpoints[: max(0, len(checkpoints) - keep)]:
+    for path in old:
+        # Without its manifest it is no checkpoint: killed in between, half of one is not taken for a damaged one.
+        (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def copy_model(folder: Path, target: Path) -> None:
+    """Copy a checkpoint's model, without what only training needs."""
+    for path in folder.iterdir():
+        if path.name not in _TRAINING_FILES:
+            shutil.copy2(path, target)
 
 
 def remove_leftovers(run: RunFolder) -> None:

@@ -186,7 +186,7 @@ def make_plan(
         memory=memory,
         memory_bytes=sum(memory.values()),
         checkpoint_bytes=checkpoint,
-        disk_bytes=checkpoint * ((train.save_total_limit or math.ceil(steps / max(1, train.save_every))) + 1)
+        disk_bytes=checkpoint * (train.save_total_limit + (1 if train.early_stopping_patience is None else 2))
         + 4 * counts.total,
         decisions=tuple(decisions),
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CheckpointError, DataError, UsageError
 from gptcli.files import read_json
@@ -22,6 +22,9 @@ from gptcli.reporting import Reporter
 from gptcli.runs.folder import MANIFEST, RunFolder
 from gptcli.train.checkpoint import newest_good, remove_leftovers, verify
 from gptcli.train.plan import MICRO_BATCH
+
+if TYPE_CHECKING:
+    from gptcli.recipe.schema import Train
 
 _LENGTH_KEYS = ("train.max_steps", "train.max_tokens", "train.epochs")
 _HARMLESS = (
@@ -103,6 +106,12 @@ def find_start(run: RunFolder, *, resume: str, overwrite: bool, reporter: Report
     for path, reason in found.passed_over:
         reporter.warn(f"{path.name} is passed over: {reason}")
     return Start(found.folder, found.manifest)
+
+
+def ended_early(start: Start, train: Train) -> bool:
+    """Whether a checkpoint is the end of a run that stopped early, by the patience of the recipe now."""
+    patience, best = train.early_stopping_patience, start.manifest.get("best")
+    return patience is not None and best is not None and int(best["waited"]) >= patience
 
 
 def clear(run: RunFolder) -> None:

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.device import keep_freed_memory
 from gptcli.errors import AbortedError, CheckpointError, GptcliError, OutOfMemoryError, StoppedError
-from gptcli.files import committed_folder, write_atomic
+from gptcli.files import write_atomic
 from gptcli.recipe.load import LoadedRecipe, dump_yaml, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.train.assemble import Assembly, assemble, decided_recipe, describe
+from gptcli.train.finish import result_of, write_final, write_run_report
 from gptcli.train.memory import mebibytes
 from gptcli.train.modes import BLOCKS
 from gptcli.train.plan import MICRO_BATCH, Plan, with_micro_batch
-from gptcli.train.resume import Start, check_unchanged, clear, decided_before, find_start, locked
+from gptcli.train.resume import Start, check_unchanged, clear, decided_before, ended_early, find_start, locked
 from gptcli.train.shortage import explained, out_of_memory
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, report
             allowed=options.allow_changes,
             prepared=assembly.prepared.train.folder.parent,
         )
-        if start.step >= assembly.plan.steps and run.final.is_dir():
+        if run.final.is_dir() and (start.step >= assembly.plan.steps or ended_early(start, loaded.recipe.train)):
             reporter.say(f"{run.name} is finished: {start.step:,} steps, {run.final}")
             reporter.say("--overwrite trains it again; name=NAME trains another; a larger train.max_steps goes on.")
             done: dict[str, Any] = run.read().get("result") or {}
@@ -157,10 +158,11 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
         with explained(lambda: _out_of_memory(assembly, trainer.plan, _what_ran_out(trainer))):
             if train_section.eval_at_start and start.checkpoint is None:
                 trainer.evaluate()
-            trainer.run_from(start.checkpoint)
-        step = int(trainer.state.global_step)
-        result = _result(assembly, trainer, step, time.monotonic() - began)
-        if step < assembly.plan.steps:
+            if not ended_early(start, train_section):
+                trainer.run_from(start.checkpoint)
+        step = max(start.step, int(trainer.state.global_step))
+        result = result_of(assembly, trainer, step, time.monotonic() - began)
+        if step < assembly.plan.steps and not (trainer.best and trainer.best.over):
             result["status"] = "stopped"
             assembly.run.update(result=result)
             raise StoppedError(
@@ -168,9 +170,9 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
                 remedy="The same command goes on from there.",
                 result=result,
             )
-        _write_final(assembly, trainer, result)
+        write_final(assembly, trainer, result)
     assembly.run.update(status="done", reason=None, ended=_now(), result=result)
-    _write_report(assembly.run, reporter)
+    write_run_report(assembly.run, reporter)
     reporter.say(f"done: {assembly.run.final}")
     return result
 
@@ -283,26 +285,6 @@ def _build_trainer(
         )
 
 
-def _result(assembly: Assembly, trainer: CausalTrainer, step: int, wall_seconds: float) -> dict[str, Any]:
-    from gptcli.device import peak_resident_bytes
-
-    # From the file, not from this process: a resume may have had nothing left to do but `final/`.
-    lines = metrics.read(assembly.run.metrics)
-    validation = next((line["validation"] for line in reversed(lines) if "validation" in line), None)
-    return {
-        "run": str(assembly.run.path),
-        "status": "done",
-        "step": step,
-        "tokens": assembly.plan.tokens_at(step),
-        "loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
-        "validation": validation and {key: validation[key] for key in ("loss", "bits_per_byte")},
-        "tokens_per_second": trainer.tokens_per_second,
-        "wall_seconds": round(wall_seconds, 2),
-        "peak_bytes": trainer.peak_bytes,
-        "peak_resident_bytes": peak_resident_bytes(),
-    }
-
-
 def _write_start(assembly: Assembly, options: Options) -> None:
     from gptcli.device import device_name
     from gptcli.train.record import command_line, git_commit, versions
@@ -331,30 +313,6 @@ def _write_start(assembly: Assembly, options: Options) -> None:
         plan=plan.as_dict(),
         data=assembly.prepared.report,
     )
-
-
-def _write_final(assembly: Assembly, trainer: CausalTrainer, result: dict[str, Any]) -> None:
-    from gptcli.train.record import model_card
-
-    try:
-        with committed_folder(assembly.run.final) as work:
-            trainer.save_model(str(work), _internal_call=True)
-            write_atomic(work / "README.md", model_card(assembly.loaded, assembly.plan, result))
-    except OSError as error:
-        raise CheckpointError(
-            f"the trained model could not be written: {error.strerror or error}",
-            where=str(assembly.run.final),
-            remedy="The last checkpoint is good. Make room and run the same command again.",
-        ) from error
-
-
-def _write_report(run: RunFolder, reporter: Reporter) -> None:
-    from gptcli.runs.report import write_report
-
-    try:
-        write_report(run)
-    except GptcliError as error:
-        reporter.warn(f"no report: {error.lines()[0]}")
 
 
 def _check_disk(assembly: Assembly) -> None:

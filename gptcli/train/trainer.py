@@ -5,7 +5,7 @@ Evaluation, saving and sampling are triggered by `callbacks.Schedule`, so the Tr
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,20 +15,21 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from gptcli.device import memory_in_use, peak_flops
-from gptcli.errors import DivergedError
+from gptcli.errors import CheckpointError
 from gptcli.evaluation.loss import LossResult
 from gptcli.model.kernels import one_stream_rows
 from gptcli.model.load import quiet
 from gptcli.runs import metrics
-from gptcli.train import checkpoint, optim
+from gptcli.train import checkpoint, optim, optimizer_state
 from gptcli.train.ahead import AheadTrainer
 from gptcli.train.backoff import Replan
 from gptcli.train.base import TRAINER_STATE_NAME
+from gptcli.train.best import Best
 from gptcli.train.compiling import Compiler
+from gptcli.train.guard import StepGuard
 from gptcli.train.halves import Inputs
 from gptcli.train.loss import IGNORED, build_loss
-from gptcli.train.memory import mebibytes
+from gptcli.train.meter import Meter
 from gptcli.train.rows import RunRows, whole
 from gptcli.train.scaling import follow_scaler
 from gptcli.train.validation import validation_loss
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from gptcli.runs.folder import RunFolder
     from gptcli.train.callbacks import Schedule
     from gptcli.train.plan import Plan
-
-MEMORY_SECONDS = 2.0
 
 
 class CausalTrainer(AheadTrainer):
@@ -101,22 +100,12 @@ class CausalTrainer(AheadTrainer):
         self._reporter = reporter
         self._progress = progress
         self._use_cache = getattr(model.config, "use_cache", None)
-        self._nats = torch.zeros((), dtype=torch.float64)
-        self._tokens_logged = 0
-        self._step_seconds = 0.0
-        self._step_started = 0.0
-        self._train_started = 0.0
-        self._grad_norm: torch.Tensor | float | None = None
-        self._rate: float | None = None
-        self._mfu: float | None = None
-        self._total_step_seconds = 0.0
-        self._start_step = 0
+        self._meter = Meter(plan, args.device)
         self._sampled_at = 0
         self._halve_due = plan.halves
-        self.last_loss: float | None = None
         self.validation_result: LossResult | None = None
-        self.peak_bytes = self._memory_bytes = 0
-        self._memory_due = 0.0
+        patience = recipe.train.early_stopping_patience
+        self.best = None if patience is None else Best(patience)
         self._run_rows = RunRows(rows, plan.total_rows)
         super().__init__(
             model=model,
@@ -131,10 +120,19 @@ class CausalTrainer(AheadTrainer):
         # The number of predicted tokens is counted for every model: the loss is ours, labels are already shifted.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
-        self._peak_flops = peak_flops(args.device, plan.precision)
         self._loss = build_loss(self.plain_model, plan, recipe.train.z_loss, reporter)
         self._compiler = Compiler(self.plain_model, self._loss, plan, reporter)
         self._scaled = follow_scaler(self, str(run.path), reporter)
+        # torch's fused AdamW leaves weights and state alone where a flag on the device tells it to.
+        self._masks = args.device.type == "cuda" and recipe.train.optimizer == "adamw" and self._scaled is None
+        self._guard = StepGuard(
+            recipe.train,
+            waits=not self._masks or recipe.train.loss_spike == "skip",
+            describe=self._describe_rows,
+            leave_out=lambda step: self._meter.leave_out(plan.tokens_at(step) - plan.tokens_at(step - 1)),
+            where=str(run.path),
+            reporter=reporter,
+        )
 
     # ---- data, optimizer, schedule ----
 
@@ -171,8 +169,7 @@ class CausalTrainer(AheadTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch, forward and backward; the time between steps (saving, evaluating) is not counted."""
-        if self._step_started == 0.0:
-            self._step_started = time.perf_counter()
+        self._meter.run()
         if self._halve_due:
             self._halve_due = False
             if (reason := self.halve(model)) is not None:
@@ -206,33 +203,32 @@ class CausalTrainer(AheadTrainer):
 
     def count(self, nats: torch.Tensor) -> None:
         """Add the nats of a micro-batch to those of the next log line."""
-        self._nats = self._nats.to(nats.device) + nats.double()
+        self._meter.count(nats)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
-        self._grad_norm = norm
         if self._scaled is not None:
             self._scaled.watch(norm)
-        elif self.args.device.type == "cpu":
-            self._check_finite(self.state.global_step + 1)
+            return norm
+        step, plan = self.state.global_step + 1, self._plan
+        tokens = plan.tokens_at(step) - plan.tokens_at(step - 1)
+        loss = self.accelerator.reduce(self._meter.step_nats(), "sum") / tokens
+        if self._masks:
+            finite = torch.isfinite(torch.as_tensor(norm, device=loss.device))
+            optimizer: Any = self.optimizer
+            optimizer.optimizer.found_inf = (~finite).float()
+            self._meter.take_back(keep=finite)
+        if not self._guard.judge(step, loss, norm):
+            # Without gradients an optimizer changes neither weights nor its own state.
+            self._meter.take_back()
+            model.zero_grad(set_to_none=True)
         return norm
 
-    def _check_finite(self, step: int) -> None:
-        """Raise before an update (CPU) or before a log line or a save (GPU, where looking means waiting)."""
-        if self._scaled is not None:
-            return self._scaled.check(step)
-        if self._grad_norm is None or torch.isfinite(torch.as_tensor(self._grad_norm)):
-            return
+    def _describe_rows(self, step: int) -> str:
         first = (step - 1) * self._plan.global_batch_size
         last = min(first + self._plan.global_batch_size, self._plan.total_rows) - 1
         names = ", ".join(self._rows.row_id(k) for k in dict.fromkeys((first, last)))
-        raise DivergedError(
-            f"the gradient of step {step} is not finite (norm {float(self._grad_norm)})",
-            where=str(self._run.path),
-            remedy=f"The step's rows are {first} to {last} of the run: {names}\n"
-            "Nothing was saved since; the last checkpoint is good.\n"
-            "Try a lower train.learning_rate, more train.warmup, or look at those rows.",
-        )
+        return f"The step's rows are {first} to {last} of the run: {names}"
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         checkpoint.check_filled(self.plain_model, load_result, str(self._run.path))
@@ -241,11 +237,11 @@ class CausalTrainer(AheadTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.wait()
-        if self._step_started:
-            self._step_seconds += time.perf_counter() - self._step_started
-            self._step_started = 0.0
+        self._meter.pause()
         if self.control.should_log or self.control.should_save:
-            self._check_finite(self.state.global_step)
+            self._guard.settle()
+            if self._scaled is not None:
+                self._scaled.check(self.state.global_step)
         # The Trainer comes here once more at the end of its epoch, for the step that it has reported already.
         if self._sampled_at != self.state.global_step and self._schedule.sample_due(self.state.global_step):
             self._sampled_at = self.state.global_step
@@ -257,58 +253,22 @@ class CausalTrainer(AheadTrainer):
         del start_time
         if "loss" not in logs:
             return
-        step, plan = self.state.global_step, self._plan
-        tokens = plan.tokens_at(step)
-        fresh = tokens - self._tokens_logged
-        timed = tokens - max(self._tokens_logged, plan.tokens_at(self._start_step))
-        nats = self.accelerator.reduce(self._nats, "sum")
-        rate = timed / max(self._step_seconds, 1e-9)
-        flops = rate * plan.flops_per_token / plan.processes
-        memory = self._memory()
-        self.last_loss = float(nats) / fresh
-        self._rate, self._mfu = rate, None if self._peak_flops is None else round(flops / self._peak_flops, 4)
-        self._total_step_seconds += self._step_seconds
-        line = {
-            "step": step,
-            "tokens": tokens,
-            "loss": self.last_loss,
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs.get("grad_norm"),
-            "tokens_per_second": round(rate, 1),
-            "mfu": self._mfu,
-            "memory": memory,
-            "seconds": round(time.perf_counter() - self._train_started, 3),
-        }
-        self._nats.zero_()
-        self._tokens_logged = tokens
-        self._step_seconds = 0.0
+        line = self._meter.line(
+            self.state.global_step,
+            rate=logs["learning_rate"],
+            norm=logs.get("grad_norm"),
+            reduce=lambda nats: self.accelerator.reduce(nats, "sum"),
+        )
+        line |= self._guard.counts()
         if self.is_world_process_zero():
             metrics.append(self._run.metrics, line)
         self.show_progress()
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(line))
 
-    def _memory(self) -> int:
-        # Linux takes ten milliseconds to add it up, which is a quarter of a small model's step.
-        now = time.perf_counter()
-        if now >= self._memory_due:
-            self._memory_bytes = memory_in_use(self.args.device)
-            self._memory_due = now + MEMORY_SECONDS
-            self.peak_bytes = max(self.peak_bytes, self._memory_bytes)
-        return self._memory_bytes
-
     def show_progress(self) -> None:
         """Update the progress display with what is known."""
-        fields = {}
-        if self.last_loss is not None:
-            fields["loss"] = f"{self.last_loss:.3f}"
-        if self.validation_result is not None:
-            fields["val"] = f"{self.validation_result.loss:.3f}"
-        if self._rate is not None:
-            fields["tok/s"] = f"{self._rate:,.0f}"
-            if self._mfu is not None:
-                fields["mfu"] = f"{self._mfu:.0%}"
-            fields["memory"] = mebibytes(self.peak_bytes)
-        self._progress.update(self.state.global_step, **fields)
+        result = self.validation_result
+        self._progress.update(self.state.global_step, **self._meter.shown(None if result is None else result.loss))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The validation loss by the function that `gptcli eval` uses; adds a line to metrics.jsonl."""
@@ -326,7 +286,20 @@ class CausalTrainer(AheadTrainer):
         self.show_progress()
         flat = {"eval_loss": result.loss}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(flat))
+        if self.best is not None and step:
+            self._follow(self.best, values[self._recipe.train.best_metric.removeprefix("validation.")])
         return flat
+
+    def _follow(self, best: Best, value: float | None) -> None:
+        """Have a checkpoint of the best evaluation, and stop when there was none for too long."""
+        if best.observe(self.state.global_step, math.nan if value is None else value):
+            self.control.should_save = True
+        elif best.over:
+            self.control.should_save = self.control.should_training_stop = True
+            self._reporter.say(
+                f"no better {self._recipe.train.best_metric} in {best.waited} evaluations: "
+                f"training stops, step {best.step:,} is the best"
+            )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         del model, trial
@@ -336,16 +309,32 @@ class CausalTrainer(AheadTrainer):
             "decided": self._plan.decided,
             "tokens": self._plan.tokens_at(step),
             "steps": self._plan.steps,
-            # The loss since the last log line, so that the next line is the same after a resume.
-            "unlogged": {"nats": float(self._nats), "logged_tokens": self._tokens_logged},
+            "unlogged": self._meter.state(),
+            "guard": self._guard.state(),
+            "best": None if self.best is None else self.best.state(),
         }
-        with checkpoint.committing(self._run, step, facts) as work:
-            self.save_model(str(work), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(work))
-            self._save_scaler(str(work))
-            self._save_rng_state(str(work))
-            self.state.save_to_json(str(work / TRAINER_STATE_NAME))
-        checkpoint.prune(self._run, self._recipe.train.save_total_limit)
+        try:
+            with checkpoint.committing(self._run, step, facts) as work:
+                self.save_model(str(work), _internal_call=True)
+                self._save_optimizer_and_scheduler(str(work))
+                self._save_scaler(str(work))
+                self._save_rng_state(str(work))
+                self.state.save_to_json(str(work / TRAINER_STATE_NAME))
+        except CheckpointError as error:
+            # What follows the last save, or one before a stop, would be lost without a word.
+            if self._recipe.train.on_save_error == "stop" or self.control.should_training_stop:
+                raise
+            self._reporter.warn(f"step {step:,}: {error.what}; training goes on (train.on_save_error)")
+            return
+        spared = {self.best.step} if self.best is not None else set()
+        checkpoint.prune(self._run, self._recipe.train.save_total_limit, spared)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer_state.save(Path(output_dir), self.plain_model, self.optimizer, self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            optimizer_state.load(Path(checkpoint), self.plain_model, self.optimizer, self.lr_scheduler)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
@@ -367,23 +356,21 @@ class CausalTrainer(AheadTrainer):
 
     def run_from(self, start: Path | None) -> None:
         """Train to the end, or until the schedule stops it, from a checkpoint or from the first step."""
-        self._train_started = time.perf_counter()
+        self._meter.begin()
         with self.lean(), one_stream_rows():
             self.train(resume_from_checkpoint=None if start is None else str(start))
 
     def start_at(self, manifest: dict[str, Any]) -> None:
         """Tell the log lines that training goes on from the checkpoint of a manifest."""
-        self._start_step = int(manifest["step"])
-        self._tokens_logged = int(manifest["unlogged"]["logged_tokens"])
-        self._nats.fill_(float(manifest["unlogged"]["nats"]))
+        self._meter.start_at(int(manifest["step"]), manifest["unlogged"])
+        self._guard.start_at(manifest["guard"])
+        if self.best is not None:
+            self.best.start_at(manifest["best"])
 
     @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens a second over the steps of this process, without evaluating, sampling and saving."""
-        if self._total_step_seconds == 0.0:
-            return None
-        trained = self._tokens_logged - self._plan.tokens_at(self._start_step)
-        return round(trained / self._total_step_seconds, 1)
+    def meter(self) -> Meter:
+        """What the log lines say."""
+        return self._meter
 
 
 def save_pretrained(

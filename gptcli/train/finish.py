@@ -1,0 +1,72 @@
+"""The end of a run: its result, the trained model, the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gptcli.device import peak_resident_bytes
+from gptcli.errors import CheckpointError, GptcliError
+from gptcli.files import committed_folder, write_atomic
+from gptcli.reporting import Reporter
+from gptcli.runs import metrics
+from gptcli.runs.folder import RunFolder
+from gptcli.runs.report import write_report
+from gptcli.train.assemble import Assembly
+from gptcli.train.checkpoint import copy_model, verify
+from gptcli.train.record import model_card
+
+if TYPE_CHECKING:
+    from gptcli.train.trainer import CausalTrainer
+
+
+def result_of(assembly: Assembly, trainer: CausalTrainer, step: int, wall_seconds: float) -> dict[str, Any]:
+    """What a run came to: printed by `--json`, kept in run.json; its validation is that of the weights in `final/`."""
+    # From the file, not from this process: a resume may have had nothing left to do but `final/`.
+    lines = metrics.read(assembly.run.metrics)
+    best = trainer.best.step if trainer.best else None
+    validation = next(
+        (line["validation"] for line in reversed(lines) if "validation" in line and best in (None, line["step"])), None
+    )
+    return {
+        "run": str(assembly.run.path),
+        "status": "done",
+        "step": step,
+        **({"best_step": best} if best else {}),
+        "tokens": assembly.plan.tokens_at(step),
+        "loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
+        "validation": validation and {key: validation[key] for key in ("loss", "bits_per_byte")},
+        "tokens_per_second": trainer.meter.tokens_per_second,
+        "wall_seconds": round(wall_seconds, 2),
+        "peak_bytes": trainer.meter.peak_bytes,
+        "peak_resident_bytes": peak_resident_bytes(),
+    }
+
+
+def write_final(assembly: Assembly, trainer: CausalTrainer, result: dict[str, Any]) -> None:
+    """Write `final/`, the trained model: the best checkpoint's where there is a best one.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        with committed_folder(assembly.run.final) as work:
+            best = trainer.best and assembly.run.checkpoint(trainer.best.step)
+            if best and verify(best) is None:
+                copy_model(best, work)
+            else:
+                trainer.save_model(str(work), _internal_call=True)
+            write_atomic(work / "README.md", model_card(assembly.loaded, assembly.plan, result))
+    except OSError as error:
+        raise CheckpointError(
+            f"the trained model could not be written: {error.strerror or error}",
+            where=str(assembly.run.final),
+            remedy="The last checkpoint is good. Make room and run the same command again.",
+        ) from error
+
+
+def write_run_report(run: RunFolder, reporter: Reporter) -> None:
+    """Write the run's report; one that cannot be written is no failure of the run."""
+    try:
+        write_report(run)
+    except GptcliError as error:
+        reporter.warn(f"no report: {error.lines()[0]}")

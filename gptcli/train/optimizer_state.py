@@ -1,0 +1,66 @@
+"""An optimizer's state by the names of the parameters, so that it does not depend on their order or division.
+
+torch numbers parameters in the order in which a process happened to list them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+OPTIMIZER = "optimizer.pt"
+SCHEDULER = "scheduler.pt"
+
+
+def save(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+    """Write the state of an optimizer of `model` and of its schedule into a folder."""
+    import torch
+
+    names = _names(model, optimizer)
+    state = optimizer.state_dict()
+    by_name = {
+        "state": {names[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+    torch.save(by_name, folder / OPTIMIZER)
+    torch.save(scheduler.state_dict(), folder / SCHEDULER)
+
+
+def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+    """Fill an optimizer of `model` and its schedule from a folder that `save` wrote. No code of a file is run.
+
+    Raises:
+        CheckpointError: the files cannot be read, or are another optimizer's or model's.
+    """
+    import torch
+
+    try:
+        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
+        numbers = {name: number for number, name in enumerate(_names(model, optimizer))}
+        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in saved["param_groups"]]
+        optimizer.load_state_dict(
+            {"state": {numbers[name]: values for name, values in saved["state"].items()}, "param_groups": groups}
+        )
+        scheduler.load_state_dict(schedule)
+    except (pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
+        reason = f"it has no or another {error}" if isinstance(error, KeyError) else str(error).splitlines()[0][:200]
+        raise CheckpointError(
+            f"the optimizer's state does not fit this run: {reason}",
+            where=str(folder),
+            remedy="Resume from another checkpoint with --resume PATH, or train anew with --overwrite.",
+        ) from error
+
+
+def _names(model: nn.Module, optimizer: Any) -> list[str]:
+    """The parameters' names, as torch numbers them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
