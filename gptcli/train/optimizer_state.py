@@ -45,16 +45,21 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None
     try:
         saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
-        numbers = {name: number for number, name in enumerate(_names(model, optimizer))}
-        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in saved["param_groups"]]
-        optimizer.load_state_dict(
-            {"state": {numbers[name]: values for name, values in saved["state"].items()}, "param_groups": groups}
-        )
+        names = _names(model, optimizer)
+        numbers = {name: number for number, name in enumerate(names)}
+        groups = {frozenset(group["params"]): group for group in saved["param_groups"]}
+        state = {numbers[name]: values for name, values in saved["state"].items()}
+        ordered = []
+        for group in optimizer.state_dict()["param_groups"]:  # torch goes by positions: all in the order of now
+            of_group = [names[number] for number in group["params"]]
+            fields = {**groups[frozenset(of_group)], "params": group["params"]}
+            ordered.append({**fields, **({"param_names": of_group} if "param_names" in fields else {})})
+        optimizer.load_state_dict({"state": state, "param_groups": ordered})
         scheduler.load_state_dict(schedule)
     except (pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
-        reason = f"it has no or another {error}" if isinstance(error, KeyError) else str(error).splitlines()[0][:200]
+        reason = "other parameters, or others together" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise CheckpointError(
-            f"the optimizer's state does not fit this run: {reason}",
+            f"the optimizer's state does not fit this run: {reason[:200]}",
             where=str(folder),
             remedy="Resume from another checkpoint with --resume PATH, or train anew with --overwrite.",
         ) from error
