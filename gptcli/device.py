@@ -205,24 +205,28 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# mallopt's M_ARENA_MAX: one heap for all threads; M_MMAP_THRESHOLD: only blocks from 32 MiB on, the most that glibc
-# itself goes to, come from the system each time; M_TRIM_THRESHOLD: the heap's free end stays.
-_KEPT = {-8: 1, -3: 32 << 20, -1: (1 << 31) - 1}
+# Options of glibc's mallopt.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(*, one_heap: bool = False) -> None:
     """Let this process use again what it frees, where the C library can: the same sizes come back in every step.
 
-    The system clears each page that it hands out, which was a twentieth of a step. glibc gives the end of its heap back
-    as soon as that is free, and threads have heaps of their own, of which it gives back more; those that some thread
-    had before this is called stay in use.
+    The system clears each page that it hands out, which was a twentieth of a step. glibc gives the free end of its heap
+    back at once; only blocks from 32 MiB on, the most that glibc itself goes to, come from the system each time now.
+
+    Args:
+        one_heap: threads that begin from now on share one heap, as others give back more. Operations that several
+            threads share are slower with it: these then wait for each other to allocate.
     """
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in _KEPT.items():
-            mallopt(option, value)
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+        if one_heap:
+            mallopt(_ARENA_MAX, 1)
 
 
 # What torch's allocators and CUDA's libraries say, each as a plain RuntimeError.

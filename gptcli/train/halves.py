@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from gptcli.device import keep_freed_memory
+
 Inputs = dict[str, torch.Tensor]
 Found = TypeVar("Found")
 
@@ -32,6 +34,7 @@ class Halves:
         self._parameters = parameters
         self._threads = torch.get_num_threads()
         self._each = max(1, self._threads // 2)
+        keep_freed_memory(one_heap=True)
         # torch's number of threads belongs to the thread that sets it.
         self._other = ThreadPoolExecutor(1, "half", initializer=torch.set_num_threads, initargs=(self._each,))
 
