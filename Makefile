@@ -37,7 +37,7 @@ check: $(STAMP)
 recipes: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) tests/recipes --all-recipes
 
-## Every fault at full length: ten kills instead of three.
+## Every fault at full length: a kill at each operation of a save, twenty kills of one run instead of three.
 faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup tests/faults tests/resume --all-faults
 

@@ -92,6 +92,14 @@ class Schedule(TrainerCallback):
         control.should_training_stop = last or stopping
         return control
 
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Stop at once when a signal came during the save: what is saved need not be saved again a step later."""
+        del args, kwargs
+        control.should_training_stop = control.should_training_stop or self._stop.due(state.global_step)
+        return control
+
     def sample_due(self, step: int) -> bool:
         """Whether texts are to be generated after `step` steps."""
         every = self._train.sample_every

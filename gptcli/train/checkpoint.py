@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import re
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 _TRAINING_FILES = (MANIFEST, OPTIMIZER, SCHEDULER, "scaler.pt", "rng_state.pth", "trainer_state.json")
+PROBE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,25 +48,59 @@ def committing(run: RunFolder, step: int, facts: dict[str, Any]) -> Iterator[Pat
         step: the number of finished steps.
         facts: what the manifest says beside the files: fingerprints, tokens, recipe, decided values.
 
+    Checkpoints of later steps are removed then: they were passed over as damaged, or left behind by `--resume PATH`,
+    and would be taken for the newest.
+
     Raises:
         CheckpointError: the disk is full or cannot be written; what was there before is untouched.
     """
     target = run.checkpoint(step)
-    try:
-        with committed_folder(target) as work:
+    with writing(target, "the checkpoint", "Nothing that was saved before is lost."), committed_folder(target) as work:
+        with system_errors(work):
             yield work
-            files = {
-                str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-                for path in sorted(work.rglob("*"))
-                if path.is_file()
-            }
-            write_json(work / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
+        files = {
+            str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(work.rglob("*"))
+            if path.is_file()
+        }
+        write_json(work / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
+    for later, path in _newest_first(run):
+        if later > step:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(target: Path, what: str, comfort: str) -> Iterator[None]:
+    """Inside, an error of the system is a `CheckpointError` of what was written; `comfort` says what is not lost."""
+    try:
+        yield
     except OSError as error:
-        raise _not_written(target, error) from error
+        raise CheckpointError(
+            f"{what} could not be written: {error.strerror or error}",
+            where=str(target),
+            remedy=f"{comfort} Make room (or mend the folder) and run the same command again.",
+        ) from error
+
+
+@contextlib.contextmanager
+def system_errors(work: Path) -> Iterator[None]:
+    """Inside, what safetensors and torch raise when a file in `work` cannot be written is the system's error again.
+
+    safetensors tells its number. torch's writer of archives does not, so the system is asked once more.
+    """
+    try:
+        yield
+    except OSError:
+        raise
     except Exception as error:
-        # safetensors and torch wrap the system's error in their own; their texts keep its number or message.
-        if "os error 28" in str(error).lower() or "no space left" in str(error).lower():
-            raise _not_written(target, OSError(errno.ENOSPC, "No space left on device")) from error
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        if "inline_container" in str(error):
+            with tempfile.TemporaryFile(dir=work) as file:
+                file.write(bytes(PROBE_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
         raise
 
 
@@ -95,7 +133,7 @@ def newest_good(run: RunFolder) -> Found:
         CheckpointError: there are checkpoints and none of them verifies.
     """
     passed: list[tuple[Path, str]] = []
-    for path in _newest_first(run):
+    for _, path in _newest_first(run):
         reason = verify(path)
         if reason is None:
             return Found(path, read_json(path / MANIFEST), tuple(passed))
@@ -111,15 +149,15 @@ def newest_good(run: RunFolder) -> Found:
 
 
 def prune(run: RunFolder, keep: int, spared: Collection[int] = ()) -> None:
-    """Remove all but the newest `keep` complete checkpoints and those of the steps `spared`, if the newest verifies."""
-    checkpoints = run.checkpoints()
-    old = [path for step, path in checkpoints[:-keep] if step not in spared]
-    if not old or verify(checkpoints[-1][1]) is not None:
-        return
-    for path in old:
-        # Without its manifest it is no checkpoint: killed in between, half of one is not taken for a damaged one.
-        (path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove all but the newest `keep` complete checkpoints and those of the steps `spared`, if the newest verifies.
+
+    What a kill left of a removal goes too. Call it after a new one was committed.
+    """
+    kept = run.checkpoints()[-keep:]
+    old = [path for step, path in _newest_first(run) if kept and step < kept[0][0] and step not in spared]
+    if old and verify(kept[-1][1]) is None:
+        for path in old:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def copy_model(folder: Path, target: Path) -> None:
@@ -131,29 +169,20 @@ def copy_model(folder: Path, target: Path) -> None:
 
 def remove_leftovers(run: RunFolder) -> None:
     """Remove the temporary folders and files of writes that a kill interrupted."""
-    for whole in (run.run_json, run.recipe, run.resolved, run.report):
+    for whole in (run.run_json, run.recipe, run.resolved, run.report, run.metrics, run.samples):
         for path in run.path.glob(f".{whole.name}.*"):
             path.unlink(missing_ok=True)
     for path in run.path.glob(".*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _newest_first(run: RunFolder) -> list[Path]:
+def _newest_first(run: RunFolder) -> list[tuple[int, Path]]:
     # By step, not by time: clocks go wrong. Those without a manifest are looked at too, to be named.
     with contextlib.suppress(OSError):
         matches = [(CHECKPOINT.fullmatch(path.name), path) for path in run.path.iterdir() if path.is_dir()]
         steps = [(int(match[1]), path) for match, path in matches if match]
-        return [path for _, path in sorted(steps, reverse=True)]
+        return sorted(steps, reverse=True)
     return []
-
-
-def _not_written(target: Path, error: OSError) -> CheckpointError:
-    why = error.strerror or str(error)
-    return CheckpointError(
-        f"the checkpoint could not be written: {why}",
-        where=str(target),
-        remedy="Nothing that was saved before is lost. Make room (or mend the folder) and run the same command again.",
-    )
 
 
 def check_filled(model: PreTrainedModel, load_result: Any, where: str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gptcli.device import peak_resident_bytes
-from gptcli.errors import CheckpointError, GptcliError
+from gptcli.errors import GptcliError
 from gptcli.files import committed_folder, write_atomic
 from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.runs.report import write_report
 from gptcli.train.assemble import Assembly
-from gptcli.train.checkpoint import copy_model, verify
+from gptcli.train.checkpoint import copy_model, system_errors, verify, writing
 from gptcli.train.record import model_card
 
 if TYPE_CHECKING:
@@ -48,20 +48,14 @@ def write_final(assembly: Assembly, trainer: CausalTrainer, result: dict[str, An
     Raises:
         CheckpointError: it cannot be written.
     """
-    try:
-        with committed_folder(assembly.run.final) as work:
-            best = trainer.best and assembly.run.checkpoint(trainer.best.step)
-            if best and verify(best) is None:
-                copy_model(best, work)
-            else:
-                trainer.save_model(str(work), _internal_call=True)
-            write_atomic(work / "README.md", model_card(assembly.loaded, assembly.plan, result))
-    except OSError as error:
-        raise CheckpointError(
-            f"the trained model could not be written: {error.strerror or error}",
-            where=str(assembly.run.final),
-            remedy="The last checkpoint is good. Make room and run the same command again.",
-        ) from error
+    target, comfort = assembly.run.final, "The last checkpoint is good."
+    with writing(target, "the trained model", comfort), committed_folder(target) as work, system_errors(work):
+        best = trainer.best and assembly.run.checkpoint(trainer.best.step)
+        if best and verify(best) is None:
+            copy_model(best, work)
+        else:
+            trainer.save_model(str(work), _internal_call=True)
+        write_atomic(work / "README.md", model_card(assembly.loaded, assembly.plan, result))
 
 
 def write_run_report(run: RunFolder, reporter: Reporter) -> None:

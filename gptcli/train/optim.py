@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # https://kellerjordan.github.io/posts/muon/).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
+_SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
 _OWN_SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
@@ -160,6 +162,24 @@ def build_schedule(
         )
 
     return LambdaLR(optimizer, factor)
+
+
+@contextmanager
+def own_settings(optimizer: Any, schedule: Any) -> Iterator[None]:
+    """Inside, a checkpoint's state is loaded; after it, settings and rate are those of this optimizer and schedule.
+
+    A state holds the settings it was made with. The recipe's may be others by now: a run that became longer, and what
+    `--allow-changes` let through. Where nothing changed this changes nothing, to the last bit.
+    """
+    own = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+    if isinstance(schedule, LambdaLR):
+        schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        schedule._last_lr = schedule.get_lr()
+        for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def schedule_factor(kind: str, step: int, *, steps: int, warmup_steps: int, decay_steps: int, minimum: float) -> float:

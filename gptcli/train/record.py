@@ -6,14 +6,18 @@ import platform
 import shlex
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli import __version__
+from gptcli.errors import CheckpointError
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
+    from gptcli.reporting import Reporter
+    from gptcli.runs.folder import RunFolder
     from gptcli.train.plan import Plan
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy", "safetensors")
@@ -28,6 +32,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def record_end(run: RunFolder, reporter: Reporter, status: str, reason: str) -> None:
+    """Write to `run.json` how a run ended; where that fails (a full disk), what ended it stays the error to be told."""
+    try:
+        run.update(status=status, reason=reason, ended=datetime.now(UTC).isoformat(timespec="seconds"))
+    except (OSError, CheckpointError) as error:
+        reporter.warn(f"run.json could not be written: {getattr(error, 'strerror', None) or error}")
 
 
 def git_commit(folder: Path) -> str | None:

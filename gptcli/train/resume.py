@@ -35,7 +35,8 @@ _HARMLESS = (
     "eval",
     "tracking",
     "launch",
-    "tokenize",
+    "tokenize.processes",
+    "tokenize.executor",
     "train.log_every",
     "train.eval_every",
     "train.save_every",
@@ -80,7 +81,7 @@ def find_start(run: RunFolder, *, resume: str, overwrite: bool, reporter: Report
     used = run.exists() or bool(run.checkpoints())
     if overwrite and used:
         return Start(None, {})
-    if not used and run.path.is_dir() and any(path.name != LOCK for path in run.path.iterdir()):
+    if not used and run.path.is_dir() and not all(_of_a_beginning(path.name) for path in run.path.iterdir()):
         raise UsageError(
             f"{run.path} is not empty and is not a run",
             remedy="Give another name=NAME or output_dir=FOLDER.",
@@ -99,12 +100,15 @@ def find_start(run: RunFolder, *, resume: str, overwrite: bool, reporter: Report
         reason = verify(folder) if folder.is_dir() else "there is no such folder"
         if reason is not None:
             raise CheckpointError(f"cannot resume: {reason}", where=resume, remedy="Name another checkpoint folder.")
-        return Start(folder, read_json(folder / MANIFEST))
+        start = Start(folder, read_json(folder / MANIFEST))
+        if any(step > start.step for step, _ in run.checkpoints()):
+            reporter.say(f"the checkpoints of {run.name} after step {start.step:,} are removed by the next save")
+        return start
     found = newest_good(run)
     if run.exists() and found.folder is None:
         reporter.say(f"{run.name} has no checkpoint: it starts from the first step")
     for path, reason in found.passed_over:
-        reporter.warn(f"{path.name} is passed over: {reason}")
+        reporter.warn(f"{path.name} is passed over: {reason} (the next save removes it)")
     return Start(found.folder, found.manifest)
 
 
@@ -115,10 +119,20 @@ def ended_early(start: Start, train: Train) -> bool:
 
 
 def clear(run: RunFolder) -> None:
-    """Remove what an earlier run left, but its lock: for `--overwrite`, once the new run is known to begin."""
-    for path in run.path.iterdir():
+    """Remove what an earlier run left, but its lock: for `--overwrite`, once the new run is known to begin.
+
+    What makes the folder a run goes last, so that a kill on the way leaves a run.
+    """
+    for path in sorted(run.path.iterdir(), key=lambda path: path == run.run_json):
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _of_a_beginning(name: str) -> bool:
+    """Whether a file is one of those that a run writes before `run.json`, or what a kill left of one."""
+    return name in (LOCK, "recipe.yaml", "resolved.yaml") or name.startswith(
+        (".recipe.yaml.", ".resolved.yaml.", ".run.json.")
+    )
 
 
 def check_unchanged(
@@ -214,7 +228,24 @@ def locked(run: RunFolder) -> Iterator[None]:
 
     Raises:
         UsageError: another process holds it.
+        CheckpointError: the folder cannot be written, now or inside.
     """
+    try:
+        with _held(run):
+            yield
+    except OSError as error:
+        name = error.filename if isinstance(error.filename, str) else ""
+        if not Path(name).is_relative_to(run.path.parent):  # not the run's: that of a source, of the cache
+            raise
+        raise CheckpointError(
+            f"the run's folder cannot be written: {error.strerror or error}",
+            where=name,
+            remedy="Make room, mend the folder, or set output_dir to another one.",
+        ) from error
+
+
+@contextmanager
+def _held(run: RunFolder) -> Iterator[None]:
     run.path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:

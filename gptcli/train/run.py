@@ -25,6 +25,7 @@ from gptcli.train.finish import result_of, write_final, write_run_report
 from gptcli.train.memory import mebibytes
 from gptcli.train.modes import BLOCKS
 from gptcli.train.plan import MICRO_BATCH, Plan, with_micro_batch
+from gptcli.train.record import record_end
 from gptcli.train.resume import Start, check_unchanged, clear, decided_before, ended_early, find_start, locked
 from gptcli.train.shortage import explained, out_of_memory
 
@@ -85,7 +86,10 @@ def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, report
             allowed=options.allow_changes,
             prepared=assembly.prepared.train.folder.parent,
         )
-        if run.final.is_dir() and (start.step >= assembly.plan.steps or ended_early(start, loaded.recipe.train)):
+        whole = start.step >= assembly.plan.steps or ended_early(start, loaded.recipe.train)
+        if whole and run.final.is_dir() and run.read().get("status") == "done":
+            if not run.report.is_file():
+                write_run_report(run, reporter)
             reporter.say(f"{run.name} is finished: {start.step:,} steps, {run.final}")
             reporter.say("--overwrite trains it again; name=NAME trains another; a larger train.max_steps goes on.")
             done: dict[str, Any] = run.read().get("result") or {}
@@ -105,13 +109,13 @@ def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, report
         result = _run_compiled_or_not(assembly, options, start, reporter)
     except GptcliError as error:
         status = "stopped" if isinstance(error, StoppedError) else "failed"
-        run.update(status=status, reason=error.what, ended=_now())
+        record_end(run, reporter, status, error.what)
         raise
     except KeyboardInterrupt:
-        run.update(status="stopped", reason="interrupted before the first step", ended=_now())
+        record_end(run, reporter, "stopped", "interrupted before the first step")
         raise AbortedError("before the first step; nothing was lost") from None
     except BaseException as error:
-        run.update(status="failed", reason=f"{type(error).__name__}: {error}"[:300], ended=_now())
+        record_end(run, reporter, "failed", f"{type(error).__name__}: {error}"[:300])
         raise
     return result
 
@@ -150,8 +154,9 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
             if assembly.plan.dry_step:
                 assembly = _fitted(assembly, model, reporter)
             trainer = _build_trainer(assembly, model, stop, reporter, progress)
-        metrics.truncate(assembly.run.metrics, start.step)
-        metrics.truncate(assembly.run.samples, start.step)
+        kept = -1 if start.checkpoint is None else start.step  # a line of eval_at_start is of step 0
+        metrics.truncate(assembly.run.metrics, kept)
+        metrics.truncate(assembly.run.samples, kept)
         progress.update(start.step)
         if start.checkpoint is not None:
             trainer.start_at(start.manifest)
@@ -170,6 +175,7 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
                 remedy="The same command goes on from there.",
                 result=result,
             )
+        trainer.prune()  # a kill may have come between the last save and this
         write_final(assembly, trainer, result)
     assembly.run.update(status="done", reason=None, ended=_now(), result=result)
     write_run_report(assembly.run, reporter)

@@ -326,6 +326,10 @@ class CausalTrainer(AheadTrainer):
                 raise
             self._reporter.warn(f"step {step:,}: {error.what}; training goes on (train.on_save_error)")
             return
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove the checkpoints that are not to be kept; the best one is."""
         spared = {self.best.step} if self.best is not None else set()
         checkpoint.prune(self._run, self._recipe.train.save_total_limit, spared)
 
@@ -334,7 +338,8 @@ class CausalTrainer(AheadTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            optimizer_state.load(Path(checkpoint), self.plain_model, self.optimizer, self.lr_scheduler)
+            with optim.own_settings(self.optimizer, self.lr_scheduler):
+                optimizer_state.load(Path(checkpoint), self.plain_model, self.optimizer, self.lr_scheduler)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None

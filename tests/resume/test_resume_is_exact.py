@@ -9,26 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors.numpy import load_file
 
 from tests.conftest import Cli, make_project
-
-TIMES = ("seconds", "tokens_per_second", "mfu", "memory")
-
-
-def lines(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def assert_same_model(one: Path, other: Path) -> None:
-    mine, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert mine.keys() == theirs.keys()
-    assert all((mine[name] == theirs[name]).all() for name in mine)
+from tests.runs import assert_same_model, lines
 
 
 @pytest.fixture(scope="module")

@@ -67,8 +67,8 @@ def test_no_good_checkpoint_is_an_error_and_never_a_fresh_start(run: RunFolder) 
 
 
 def test_the_newest_is_by_step_and_not_by_time(run: RunFolder) -> None:
-    save(run, 10)
     old = save(run, 9)
+    save(run, 10)
     os.utime(run.checkpoint(10), (0, 0))
     os.utime(old, (2**31, 2**31))
     assert newest_good(run).folder == run.checkpoint(10)
@@ -95,6 +95,30 @@ def test_pruning_keeps_the_newest(run: RunFolder) -> None:
         save(run, step)
     prune(run, 2)
     assert [step for step, _ in run.checkpoints()] == [3, 10]
+
+
+def test_pruning_removes_what_a_kill_left_of_an_older_checkpoint(run: RunFolder) -> None:
+    for step in (1, 2, 3):
+        save(run, step)
+    (run.checkpoint(1) / "MANIFEST.json").unlink()
+    prune(run, 2)
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_save_removes_checkpoints_of_later_steps(run: RunFolder) -> None:
+    for step in (1, 3, 10, 2):
+        save(run, step)
+    assert [step for step, _ in run.checkpoints()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Error while serializing: I/O error: Read-only (os error 30)", "[enforce fail at inline_container.cc:672] . x"],
+)
+def test_an_error_of_a_library_while_writing_is_a_checkpoint_error(run: RunFolder, text: str) -> None:
+    said = "could not be written: (Read-only file system|Input/output error)"
+    with pytest.raises(CheckpointError, match=said), committing(run, 1, {}):
+        raise RuntimeError(text)
 
 
 def test_leftovers_of_a_kill_are_removed(run: RunFolder) -> None:

@@ -1,0 +1,66 @@
+"""One finished run, and quick commands, for all tests of the faults of checkpoints."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli, make_project
+from tests.runs import Bench, Disk, Forks, forking
+
+DISKS = count()
+# Dropout, so that a lost random state shows; numbers of checkpoints whose order by name is another (6, 9, 12).
+CHANGES = {
+    "num_attention_heads: 2}": "num_attention_heads: 2, attention_dropout: 0.1}",
+    "max_steps: 8": "max_steps: 12",
+    "log_every: 2": "log_every: 1",
+    "eval_every: 4": "eval_every: 6",
+    "save_every: 4": "save_every: 3",
+    "sample_every: 4": "sample_every: 6",
+}
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Forks]:
+    with forking(tmp_path_factory.mktemp("forks"), {**environment, "COLUMNS": "1000"}) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory, run_cli: Cli, forks: Forks) -> Bench:
+    """A project whose run `tiny` was made by the plain command and never disturbed."""
+    folder = make_project(tmp_path_factory.mktemp("bench"))
+    recipe = (folder / "tiny.yaml").read_text()
+    for old, new in CHANGES.items():
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    (folder / "tiny.yaml").write_text(recipe)
+    done = run_cli("pretrain", "tiny.yaml", cwd=folder)
+    assert done.code == 0, done.err
+    return Bench(folder, folder / "runs" / "tiny", forks)
+
+
+@pytest.fixture
+def disk(bench: Bench) -> Iterator[Disk]:
+    """Mount a small disk of memory; the test is skipped where that is not allowed."""
+    with ExitStack() as undo:
+
+        def mount(options: str) -> Path:
+            folder = bench.folder / f"disk-{next(DISKS)}"
+            folder.mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True)
+            except OSError as error:
+                pytest.skip(f"needs to mount a small disk: {error}")
+            if done.returncode:
+                pytest.skip(f"needs to mount a small disk: {done.stderr.strip()}")
+            undo.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
+            return folder
+
+        yield mount
