@@ -115,3 +115,26 @@ def test_a_write_that_fails_inside_of_a_library_is_the_system_s_error(bench: Ben
     done = bench.pretrain(name, fault={"bytes": size, "do": "error"})
     assert_failed(done, bench.run(name), "the checkpoint could not be written: File too large")
     bench.resume_to_the_same(name)
+
+
+def test_a_run_that_may_goes_on_to_the_next_save(bench: Bench, disk: Disk) -> None:
+    folder = disk("size=16m")
+    bench = Bench(bench.folder, bench.undisturbed, bench.forks, output=folder)
+    started = bench.start("goes-on", "train.on_save_error=continue", fault={"at": SAVE, "do": "SIGSTOP"})
+    started.until_stopped()
+    filler = fill(folder, 100_000)
+    started.send(SIGCONT)
+    # The save after it finds the disk full, too; the last one has to succeed.
+    done = started.finish()
+    assert_failed(done, folder / "goes-on", "the checkpoint could not be written: No space left on device")
+    warning = "the checkpoint could not be written: No space left on device; training goes on (train.on_save_error)"
+    assert [line for line in done.err.splitlines() if line.startswith("warning")] == [
+        f"warning: step {step}: {warning}" for step in (6, 9)
+    ]
+    assert assert_all_good(folder / "goes-on") == [3]
+    filler.unlink()
+    bench.resume_to_the_same("goes-on")
+
+    done = bench.pretrain("once", "train.on_save_error=continue", fault={"at": SAVE, "then": 3, "do": "error"})
+    assert done.code == 0, done.err
+    assert assert_all_good(folder / "once") == [3, 9, 12]
