@@ -215,12 +215,16 @@ def keep_freed_memory(*, one_heap: bool = False) -> None:
     The system clears each page that it hands out, which was a twentieth of a step. glibc gives the free end of its heap
     back at once; only blocks from 32 MiB on, the most that glibc itself goes to, come from the system each time now.
 
+    Where the environment sets glibc's options (MALLOC_..., GLIBC_TUNABLES), these stay.
+
     Args:
         one_heap: threads that begin from now on share one heap, as others give back more. Operations that several
             threads share are slower with it: these then wait for each other to allocate.
     """
     import ctypes
 
+    if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
+        return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, 32 << 20)

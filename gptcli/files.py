@@ -37,6 +37,12 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file through a temporary sibling, fsync and rename."""
     raw = data.encode("utf-8") if isinstance(data, str) else data
@@ -78,8 +84,8 @@ def committed_folder(target: Path) -> Iterator[Path]:
         yield work
         for path in sorted(work.rglob("*")):
             if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                path.chmod(0o644)  # safetensors writes for its own user alone
+                fsync_file(path)
             else:
                 fsync_folder(path)
         fsync_folder(work)

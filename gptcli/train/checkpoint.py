@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CheckpointError
-from gptcli.files import committed_folder, read_json, sha256_file, write_json
+from gptcli.files import committed_folder, fsync_file, read_json, sha256_file, write_json
 from gptcli.runs.folder import CHECKPOINT, MANIFEST, RunFolder
 from gptcli.train.optimizer_state import OPTIMIZER, SCHEDULER
 
@@ -63,6 +63,9 @@ def committing(run: RunFolder, step: int, facts: dict[str, Any]) -> Iterator[Pat
             for path in sorted(work.rglob("*"))
             if path.is_file()
         }
+        for log in (run.metrics, run.samples):  # what a checkpoint's step has logged is there when the checkpoint is
+            if log.exists():
+                fsync_file(log)
         write_json(work / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
     for later, path in _newest_first(run):
         if later > step:

@@ -177,9 +177,9 @@ def own_settings(optimizer: Any, schedule: Any) -> Iterator[None]:
         group.update(settings)
     if isinstance(schedule, LambdaLR):
         schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-        schedule._last_lr = schedule.get_lr()
-        for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
-            group["lr"] = rate
+        for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def schedule_factor(kind: str, step: int, *, steps: int, warmup_steps: int, decay_steps: int, minimum: float) -> float:

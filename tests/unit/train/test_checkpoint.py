@@ -30,6 +30,12 @@ def test_a_committed_checkpoint_verifies(run: RunFolder) -> None:
     assert found.manifest["step"] == 5
 
 
+def test_all_files_of_a_checkpoint_can_be_read_by_others(run: RunFolder) -> None:
+    with committing(run, 5, {}) as work:
+        (work / "model.safetensors").touch(mode=0o600)
+    assert {path.stat().st_mode & 0o777 for path in run.checkpoint(5).iterdir()} == {0o644}
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[7] ^= 1
