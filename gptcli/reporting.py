@@ -10,6 +10,27 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+# What a terminal would take for commands of its own; a tab and a new line are text.
+_CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {
+    127: "\u2421",
+    **{code: "\ufffd" for code in range(0x80, 0xA0)},
+}
+_LINE_ENDS = {ord("\n"): "\u240a", ord("\t"): "\u2409", 0x2028: "\u240a", 0x2029: "\u240a"}
+
+
+def visible(text: str) -> str:
+    """The same text with nothing in it that a terminal would act on or could not be written as UTF-8.
+
+    Names of files and runs, keys of recipes and what a model writes are other people's: control characters become their
+    pictures (ESC: ␛), lone surrogates, as which Python holds bytes that are no UTF-8, the name of their code.
+    """
+    return text.translate(_CONTROLS).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def one_line(text: str) -> str:
+    """`visible`, and line ends are pictures too: for a name, which cannot be taken for a line of ours then."""
+    return visible(text.translate(_LINE_ENDS))
+
 
 class Progress(Protocol):
     """A running task."""

@@ -1,5 +1,8 @@
 """The one place that prints: rich on a terminal, plain lines elsewhere, nothing but errors with `--quiet`.
 
+What it prints holds names and texts of others: all of it is plain text, never rich's markup, and what a terminal would
+act on is shown as its picture (`gptcli.reporting.visible`).
+
 Results go to standard output. Information, warnings and progress go to standard error when `--json` owns standard
 output, and in a launched process group only rank 0 prints.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gptcli.launch import is_main_process
+from gptcli.reporting import one_line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from gptcli.errors import GptcliError
     from gptcli.reporting import Progress
 
+MAX_ERROR_LINES = 8
+MAX_ERROR_WIDTH = 2000
 PLAIN_PROGRESS_SECONDS = 10.0
 QUICK_TASK_SECONDS = 3.0
 # What a progress bar shows only in a terminal that has room for it.
@@ -61,12 +68,14 @@ class Console:
     def say(self, text: str) -> None:
         """Print one line of information."""
         if not self.quiet:
-            self._info.print(text, markup=False, soft_wrap=True)
+            self._info.print(visible(text), markup=False, emoji=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print one line that the user should not miss, on standard error."""
         if is_main_process():
-            self._errors.print(f"[yellow]warning:[/] {_escape(text)}", soft_wrap=True)
+            from rich.text import Text
+
+            self._errors.print(Text.assemble(("warning:", "yellow"), f" {visible(text)}"), soft_wrap=True)
 
     def write(self, text: str) -> None:
         """Write a piece of streamed text as it is, at once."""
@@ -77,22 +86,26 @@ class Console:
     def print_json(self, value: Any) -> None:
         """Print one JSON document (a single line) on standard output."""
         if is_main_process():
-            sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+            # JSON writes the other control characters as \\u001b by itself.
+            sys.stdout.write(re.sub(r"[\x7f-\x9f\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text) + "\n")
             sys.stdout.flush()
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
         """Print a table; columns whose cells are all numbers are aligned to the right."""
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
         if self.quiet:
             return
-        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+        heading = None if title is None else Text(one_line(title))
+        table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", pad_edge=False)
         for index, column in enumerate(columns):
             numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            table.add_column(Text(one_line(column)), justify="right" if numeric else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(_escape(cell) for cell in row))
+            table.add_row(*(Text(visible(cell)) for cell in row))
         self._info.print(table)
 
     @contextmanager
@@ -120,9 +133,15 @@ def print_error(error: GptcliError) -> None:
         return
     red, reset = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() else ("", "")
     head, *rest = error.lines()
-    lines = [f"{red}{error.label}:{reset} {head}", *(f"  {line}" for line in rest[:7])]
+    rest = [line for part in rest for line in part.splitlines()][: MAX_ERROR_LINES - 1]
+    lines = [f"{red}{error.label}:{reset} {_cut(head)}", *(f"  {_cut(line)}" for line in rest)]
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()
+
+
+def _cut(line: str) -> str:
+    shown = one_line(line)
+    return shown if len(shown) <= MAX_ERROR_WIDTH else f"{shown[: MAX_ERROR_WIDTH - 1]}\u2026"
 
 
 def _escape(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli.cli.arguments import Debug, Json, Quiet
+from gptcli.reporting import visible
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,11 +42,6 @@ Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest tok
 Precision = Annotated[str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Of the model's weights.")]
 
 DIM, RESET = "\033[2m", "\033[0m"
-# What a terminal would take for commands of its own; a tab and a new line are text.
-CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {
-    127: "\u2421",
-    **{code: "\ufffd" for code in range(0x80, 0xA0)},
-}
 
 
 def generate(
@@ -127,7 +123,7 @@ class _Screen:
         self._out.write(f"{DIM}{text}{RESET}" if self._terminal and text else text)
 
     def _safe(self, text: str) -> str:
-        return text.translate(CONTROLS) if self._terminal else text
+        return visible(text) if self._terminal else text
 
     def stream(self, text: str) -> None:
         """Show a piece at once; the prompt before the first one, when it is known to fit the model."""

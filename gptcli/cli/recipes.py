@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gptcli.cli.arguments import Debug, Json, Overrides, Quiet, RecipeArgument
+from gptcli.reporting import visible
 
 app = typer.Typer(name="recipes", help="List, show, copy and check recipes.", no_args_is_help=True)
 
@@ -39,10 +41,12 @@ def show(name: Name, json: Json = False, quiet: Quiet = False, debug: Debug = Fa
     del debug
     path = find_recipe(name)
     text = read_text(path, str(path))
+    out = console(json=json, quiet=quiet)
     if json:
-        console(json=json, quiet=quiet).print_json({"name": name, "path": str(path), "text": text})
+        out.print_json({"name": name, "path": str(path), "text": text})
         return
-    typer.echo(text, nl=not text.endswith("\n"))
+    whole = text if text.endswith("\n") else f"{text}\n"
+    out.write(visible(whole) if sys.stdout.isatty() else whole)
 
 
 @app.command("copy")

@@ -120,13 +120,17 @@ def _show(document: Shown, out: Console) -> None:
     """Print a document, its tokens in turn on two colours; without colours, a bar between them."""
     from rich.text import Text
 
+    from gptcli.reporting import visible
+
     colours = out.rich.color_system is not None
     line = Text(overflow="fold")
     for number, (_, text, special) in enumerate(document.tokens):
         shown = text.replace("\r", "␍").replace("\t", "⇥").replace("\n", "⏎\n")
         if not colours and number:
             line.append("|")
-        line.append(shown, style="bold magenta reverse" if special else ("on grey23", "on dark_blue")[number % 2])
+        line.append(
+            visible(shown), style="bold magenta reverse" if special else ("on grey23", "on dark_blue")[number % 2]
+        )
     if (rest := document.total - len(document.tokens)) > 0:
         line.append(f" ... and {rest:,} more tokens", style="dim")
     out.say(f"{document.document}: {document.total:,} tokens")

@@ -39,6 +39,7 @@ from gptcli.data.readers import (
 from gptcli.data.reading.row import Mark
 from gptcli.data.tokens import TokensInput, find_tokens, size_of
 from gptcli.errors import DataError, not_available
+from gptcli.reporting import one_line
 
 if TYPE_CHECKING:
     from gptcli.recipe.schema import Source
@@ -159,6 +160,9 @@ def find_inputs(source: Source, *, where: str | None = None) -> Sequence[Input]:
     if broken := next((name for name in files if not os.path.isfile(name)), None):
         what = f"{shown(Path(broken))} is a link to a file that is not there, or no regular file"
         raise DataError(what, where=where, remedy="Remove it, or put the file there.")
+    if unnamed := next((name for name in files if not _is_unicode(name)), None):
+        what = f"{shown(Path(unnamed))}: this file's name is not valid UTF-8"
+        raise DataError(what, where=where, remedy="Rename it: manifests and reports name every file.")
     return Files(files)
 
 
@@ -175,9 +179,7 @@ def find_files(pattern: str, *, split: str | None = None, where: str | None = No
             raise _unreadable(f"{shown(path)} has a suffix that is not read", where)
         return [str(path)]
     if glob.has_magic(pattern):
-        files = [
-            name for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)) if os.path.isfile(name)
-        ]
+        files = [name for name in sorted(_matches(os.path.expanduser(pattern))) if os.path.isfile(name)]
         if not files:
             raise DataError(f"no file matches {pattern}", where=where, remedy="Check the pattern; ** matches folders.")
         if not (readable := [name for name in files if is_readable(os.path.basename(name))]):
@@ -238,7 +240,7 @@ def place(part: Input, mark: Mark, layout: Layout) -> str:
         return f"hub:{part.name}{f' (file {part.shard[0] + 1})' if part.shard else ''}:{mark.number}"
     if isinstance(part, TokensInput):
         return f"{shown(part.path)}:{mark.number}"
-    name = f"{shown(part.path)}!{mark.member}" if mark.member else shown(part.path)
+    name = f"{shown(part.path)}!{one_line(mark.member)}" if mark.member else shown(part.path)
     return f"{name}:{mark.number + lines_before(part.path, part.span, layout)}"
 
 
@@ -315,6 +317,36 @@ def _folder_files(folder: Path, split: str | None, where: str | None) -> list[st
             remedy=f"A split is a subfolder {split}/ or files named {split}.SUFFIX or {split}-*.SUFFIX.",
         )
     return of_split
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What a glob matches, as `glob.glob` has it; but `**` enters each folder once, however many links lead there.
+
+    A link to a folder above it is a circle, and two of them are more paths than can be walked.
+    """
+    if pattern == "**" or pattern.endswith("/**"):  # folders are no files, so this is the same
+        pattern += "/*"
+    begin, stars, rest = pattern.partition("**/")
+    if not stars or (begin and not begin.endswith("/")):
+        return iter(glob.glob(pattern, recursive=True))
+    entered: set[tuple[int, int]] = set()
+    found: set[str] = set()
+    for root in sorted(glob.glob(begin)) if begin else [""]:
+        for folder, folders, _ in os.walk(root or ".", followlinks=True):
+            status = os.stat(folder)
+            if (key := (status.st_dev, status.st_ino)) in entered:
+                folders.clear()
+                continue
+            entered.add(key)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            inside = os.path.relpath(folder, root or ".")
+            at = root if inside == "." else os.path.join(root, inside, "")
+            found.update(_matches(glob.escape(at) + rest))
+    return iter(found)
+
+
+def _is_unicode(name: str) -> bool:
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _unreadable(what: str, where: str | None) -> DataError:

@@ -7,7 +7,6 @@ transformers. Every string of valid Unicode round-trips.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ def load_fast(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
-        raise DataError(f"is not a tokenizer: {error}", where=str(path)) from None
+        raise DataError(f"tokenizer.json is not a tokenizer: {error}", where=str(folder)) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -153,7 +152,7 @@ def special_ids(folder: Path, loaded: Tokenizer | None = None) -> Specials:
 def named_specials(folder: Path) -> dict[str, str]:
     """The texts of bos_token, eos_token and pad_token, as far as the folder names them."""
     extra = folder / "special_tokens_map.json"
-    merged = (read_json(extra) if extra.is_file() else {}) | {k: v for k, v in _config(folder).items() if v is not None}
+    merged = json_object(extra) | {k: v for k, v in _config(folder).items() if v is not None}
     named: dict[str, str] = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         value = merged.get(name)
@@ -199,15 +198,21 @@ def _save(tokenizer: Tokenizer, folder: Path, special_tokens: Sequence[str] = ()
     write_json(folder / "special_tokens_map.json", {**specials, **others})
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, {} where there is none. Raises `DataError` for anything else."""
     if not path.is_file():
         return {}
     try:
         value = read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"is not JSON: {error}", where=str(path)) from None
-    return value if isinstance(value, dict) else {}
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path.name} is not JSON: {error}", where=str(path.parent)) from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path.name} is not a JSON object", where=str(path.parent))
+    return value
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return json_object(folder / "tokenizer_config.json")
 
 
 def _added_before(tokenizer: Tokenizer) -> list[int]:

@@ -1,7 +1,8 @@
 """`tokenizer.from`: a folder, a tokenizer.json or a Hub id becomes a folder of ours with the same ids.
 
 The copy names `PreTrainedTokenizerFast` as its class, so that transformers takes tokenizer.json as it is: for other
-classes transformers 5 rebuilds the pre-tokenizer from its own code, and ids could differ from the file's.
+classes transformers 5 rebuilds the pre-tokenizer from its own code, and ids could differ from the file's. Code that
+comes with a tokenizer is never run.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gptcli.data.tokenizer import FILES, kept_tokenizer, load_fast, named_specials, write_config
+from gptcli.data.tokenizer import FILES, json_object, kept_tokenizer, load_fast, named_specials, write_config
 from gptcli.errors import DataError, MissingError
-from gptcli.files import cache_root, fingerprint, read_json, sha256_file, write_atomic
+from gptcli.files import cache_root, fingerprint, sha256_file, write_atomic
 
 FORMAT = 1
 
@@ -23,6 +24,7 @@ FORMAT = 1
 KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 SLOW_NAMES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _HUB_FILES = [*FILES, "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model"]
+_CARRIED_WHOLE = ("special_tokens_map.json", "chat_template.jinja")
 _CARRIED = ("model_max_length", "chat_template", "add_bos_token", "add_eos_token", "additional_special_tokens")
 
 
@@ -42,10 +44,13 @@ def import_tokenizer(origin: str, *, revision: str | None = None, where: str | N
         elif (source / "tokenizer.json").is_file():
             for file in FILES:
                 if (source / file).is_file():
-                    shutil.copyfile(source / file, work / file)
+                    _copy(source / file, work / file, origin, where)
         else:
             _convert(source, work, origin, where)
-        _normalise(work, origin, where)
+        try:
+            _normalise(work, origin, where)
+        except DataError as error:  # in the user's words: the copy is ours
+            raise DataError(error.what, where=origin if error.where == str(work) else error.where) from None
         target = kept_tokenizer(work)
     write_atomic(known, target.name)
     return target
@@ -106,19 +111,41 @@ def _convert(source: Path, target: Path, origin: str, where: str | None) -> None
     configured = (source / "tokenizer_config.json").is_file()
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            _copy(source / name, target / name, origin, where)
     try:
         if configured:
             from transformers import AutoTokenizer
 
-            AutoTokenizer.from_pretrained(str(target)).save_pretrained(str(target))
+            # Without a word on it transformers asks on standard input whether code of the folder may run.
+            own = AutoTokenizer.from_pretrained(str(target), trust_remote_code=False, local_files_only=True)
+            own.save_pretrained(str(target))
         else:
             _gpt2(target).save(str(target / "tokenizer.json"))
     except Exception as error:  # whatever the conversion raises, the files are not a tokenizer that can be used
-        raise DataError(f"the tokenizer of {origin} cannot be converted: {error}", where=where) from None
+        if "trust_remote_code" in str(error):
+            raise MissingError(
+                f"the tokenizer of {origin} brings its own Python code, which is not run",
+                where=where,
+                remedy="Give a tokenizer.json, which is data: PreTrainedTokenizerFast saves one.",
+            ) from None
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(f"the tokenizer of {origin} cannot be converted: {reason}", where=where) from None
     for path in target.iterdir():
         if path.name not in FILES:
             path.unlink()
+
+
+def _copy(source: Path, target: Path, origin: str, where: str | None) -> None:
+    """Copy a file of a tokenizer; none that goes on as it is and is a link out of its folder and the Hub's cache."""
+    if source.name in _CARRIED_WHOLE and source.is_symlink():
+        folder, real = source.parent.resolve(), source.resolve()
+        if not real.is_relative_to(folder) and real.parent != folder.parent.parent / "blobs":
+            raise DataError(
+                f"{source.name} of the tokenizer {origin} is a link out of its folder, to {real}",
+                where=where,
+                remedy="It would be copied into every model that is trained. Put the file itself there if it is meant.",
+            )
+    shutil.copyfile(source, target)
 
 
 def _gpt2(folder: Path) -> Tokenizer:
@@ -148,5 +175,5 @@ def _normalise(folder: Path, origin: str, where: str | None) -> None:
     if absent:
         raise DataError(f"the tokenizer {origin} names {absent[0]!r}, which its tokenizer.json lacks", where=where)
     path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
+    config = json_object(path)
     write_config(folder, named, **{key: config[key] for key in _CARRIED if config.get(key) is not None})

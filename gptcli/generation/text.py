@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from gptcli.recipe.schema import Generate
 
 
+# In the longest tokens of published vocabularies, which are 128 spaces.
+MOST_CHARACTERS = 200
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to generate; the defaults are the recipe schema's. Without a seed every call draws anew."""
@@ -120,6 +124,12 @@ def complete(
     from transformers import StoppingCriteriaList
 
     settings.check()
+    context = context_length(model)
+    if context is not None and len(prompt) > MOST_CHARACTERS * context:  # encoding it takes 150 bytes a character
+        raise UsageError(
+            f"the prompt has {len(prompt):,} characters, which no tokens fit into the model's context of {context}",
+            remedy="Shorten it, or use a model with a longer context.",
+        )
     prompt_ids = encode_prompt(tokenizer, prompt)
     max_new_tokens = room(model, len(prompt_ids), settings.max_new_tokens)
     if max_new_tokens < settings.max_new_tokens and on_warning is not None:
@@ -143,12 +153,14 @@ def complete(
 
     inputs = torch.tensor([prompt_ids], device=model.device)
     with quiet(), evaluating(model), torch.no_grad(), _own_random_state(model.device, settings.seed):
-        model.generate(  # type: ignore[operator]
-            inputs=inputs,
-            attention_mask=torch.ones_like(inputs),
-            generation_config=_config(settings, max_new_tokens, stop_ids, tokenizer),
-            stopping_criteria=StoppingCriteriaList([watch]),
-        )
+        config = _config(settings, max_new_tokens, stop_ids, tokenizer)
+        with _alone(model, config):
+            model.generate(  # type: ignore[operator]
+                inputs=inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([watch]),
+            )
     for row in rows:
         if piece := row.stream.finish():
             show(piece)
@@ -240,8 +252,8 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     """The tokens that end a text: the tokenizer's EOS, and those that the model's own generation settings name."""
     config = model.generation_config
     named = getattr(config, "eos_token_id", None)
-    ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
-    return sorted(int(token) for token in ids if token is not None)
+    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return sorted({token for token in ids if isinstance(token, int) and 0 <= token < 2**31})
 
 
 def _config(
@@ -264,6 +276,19 @@ def _config(
         eos_token_id=stop_ids or None,
         pad_token_id=pad if pad is not None else (stop_ids[0] if stop_ids else 0),
     )
+
+
+@contextmanager
+def _alone(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Generate by `config` alone: transformers fills what it leaves open from generation_config.json of the model, and
+    that may ask for any other way to generate, some of them by code of the Hub.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError
+from gptcli.model.folder import absurd_size
 from gptcli.model.load import evaluating, quiet
 from gptcli.recipe.presets import PRESETS
 
@@ -89,6 +90,8 @@ def build_config(loaded: LoadedRecipe, ids: TokenIds) -> tuple[PreTrainedConfig,
         } | _standard_names(base, given)
     else:
         given = _standard_names(base, given)
+    if why := absurd_size(given):
+        raise RecipeError(f"model.config: {why}", where=loaded.where("model.config"))
     assert loaded.recipe.data is not None
     fields: dict[str, Any] = {
         "vocab_size": ids.vocab_size,

@@ -1,12 +1,12 @@
 """A model and its tokenizer from a folder or the Hub, safely and quietly.
 
-Weights are safetensors only: a pickle is code of whoever wrote it, so it is refused. Code of a model's folder runs only
-where `trust_remote_code` is passed. A tensor that the weights lack is an error; transformers would fill in random ones.
+Weights are safetensors only: a pickle is code of whoever wrote it, so it is refused (`model.folder` looks before any
+library does). Code of a model's folder runs only where `trust_remote_code` is passed. A tensor that the weights lack,
+or that has another shape, is an error; transformers would fill in random ones.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gptcli.device import best_device, has_fast_bf16, is_out_of_memory
 from gptcli.errors import CheckpointError, GptcliError, MissingError, OutOfMemoryError, UsageError
+from gptcli.model.folder import INDEX, WEIGHTS, check_config, check_index, check_parameters, check_weights, read_config
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Precision = Literal["auto", "fp32", "bf16"]
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 
@@ -100,27 +99,36 @@ def load_model(
         CheckpointError: the files are damaged or do not belong together.
     """
     _check_precision(dtype)
-    if folder.is_dir():
-        _check_folder(folder)
+    shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": folder.is_dir()}
+    if revision is not None:
+        shared["revision"] = revision
+    config = load_config(folder, trust_remote_code=trust_remote_code, revision=revision)
     with quiet(), _typed_errors(folder, "model"):
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": folder.is_dir()}
-        if revision is not None:
-            shared["revision"] = revision
         device = device or best_device()
-        config = AutoConfig.from_pretrained(str(folder), **shared)
+        if not folder.is_dir():
+            _check_hub_weights(str(folder), config, revision)
         saved = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
             dtype=choose_dtype(dtype, device, saved)[0],
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told below, with their shapes
             output_loading_info=True,
             **({} if attention == "auto" else {"attn_implementation": attention}),
             **shared,
         )
         model, info = loaded
+        if wrong := sorted(info["mismatched_keys"]):
+            name, saved_shape, shape = wrong[0]
+            raise CheckpointError(
+                f"{len(wrong)} tensors have other shapes than config.json says: {name} has {list(saved_shape)} "
+                f"in place of {list(shape)}",
+                where=str(folder),
+                remedy="config.json and the weights do not belong together; restore both from one place.",
+            )
         if missing := sorted(info["missing_keys"]):
             raise CheckpointError(
                 f"the weights lack {len(missing)} of the model's tensors: {', '.join(missing[:3])}",
@@ -133,15 +141,25 @@ def load_model(
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model folder or a Hub id, without its weights; errors as `load_model`."""
-    if folder.is_dir():
-        _check_folder(folder)
-    with quiet(), _typed_errors(folder, "model"):
-        from transformers import AutoConfig
+    """The configuration of a model folder or a Hub id, without its weights; errors as `load_model`.
 
+    That of a folder is compared with the sizes of the weights that lie beside it.
+    """
+    weights = None
+    if folder.is_dir():
+        weights = check_weights(folder, read_config(folder, trust_remote_code=trust_remote_code))
+    with quiet(), _typed_errors(folder, "model"):
+        from transformers import AutoConfig, PreTrainedConfig
+
+        shared: dict[str, Any] = {} if revision is None else {"revision": revision}
+        if weights is None:  # for a Hub id what a folder's config.json was read for
+            plain, _ = PreTrainedConfig.get_config_dict(str(folder), **shared)
+            check_config(plain, str(folder), trust_remote_code=trust_remote_code)
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, revision=revision, local_files_only=folder.is_dir()
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=folder.is_dir(), **shared
         )
+        if weights is not None:
+            check_parameters(config, weights, trust_remote_code=trust_remote_code)
         return config
 
 
@@ -158,6 +176,8 @@ def load_tokenizer(
         raise MissingError(
             "no tokenizer in this folder", where=str(folder), remedy=f"Looked for {', '.join(TOKENIZER_FILES)}."
         )
+    if (folder / "config.json").is_file():  # transformers reads it for a tokenizer too
+        read_config(folder, trust_remote_code=trust_remote_code)
     with quiet(), _typed_errors(folder, "tokenizer"):
         from transformers import AutoTokenizer
 
@@ -174,40 +194,27 @@ def context_length(model: PreTrainedModel) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
+def _check_hub_weights(name: str, config: PreTrainedConfig, revision: str | None) -> None:
+    """Refuse a model of the Hub whose index names other files than safetensors, before these are fetched."""
+    from transformers.utils.hub import cached_file
+
+    explicit = getattr(config, "transformers_weights", None)
+    index = str(explicit) if str(explicit).endswith(INDEX) else WEIGHTS[1]
+    found = cached_file(
+        name,
+        index,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is not None:
+        check_index(Path(found))
+
+
 def _check_precision(precision: str) -> None:
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"precision {precision!r} is not one of auto, fp32, bf16")
-
-
-def _check_folder(folder: Path) -> None:
-    """Look before loading, so that each missing file gets its own remedy."""
-    config = folder / "config.json"
-    if not config.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise MissingError(
-            "no model in this folder (it has no config.json)",
-            where=str(folder),
-            remedy="It holds an adapter: name the folder of a whole model instead."
-            if adapter
-            else "Give the folder that holds config.json and model.safetensors, for example runs/NAME/final.",
-        )
-    try:
-        readable = isinstance(json.loads(config.read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError, RecursionError):
-        readable = False
-    if not readable:
-        raise CheckpointError("damaged: not a JSON object", where=str(config))
-    if any((folder / name).is_file() for name in WEIGHTS):
-        return
-    if pickles := [name for name in PICKLES if (folder / name).exists()]:
-        raise MissingError(
-            f"only {pickles[0]} here, no safetensors weights",
-            where=str(folder),
-            remedy="Weights in a pickle can run code, so they are not loaded. If you trust where they come from,\n"
-            'convert them on purpose: python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('
-            "'FOLDER', use_safetensors=False).save_pretrained('NEW_FOLDER')\"",
-        )
-    raise MissingError("no weights in this folder", where=str(folder), remedy=f"Looked for {' and '.join(WEIGHTS)}.")
 
 
 @contextmanager
@@ -231,7 +238,9 @@ def _typed_errors(folder: Path, what: str) -> Iterator[None]:
             raise MissingError(
                 f"this {what} brings its own Python code, which is not run",
                 where=str(folder),
-                remedy="If you trust where it comes from: model.trust_remote_code: true in a recipe.",
+                remedy="If you trust where it comes from: model.trust_remote_code: true in a recipe."
+                if what == "model"
+                else "Its tokenizer.json is data, and is used without the rest: tokenizer: {from: FOLDER} in a recipe.",
             ) from error
         raise CheckpointError(f"the {what} cannot be loaded: {reason}", where=str(folder)) from error
 

@@ -6,9 +6,10 @@ most eight lines, whatever the number of problems.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -41,11 +42,15 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong."""
+    """One thing that is wrong; a remedy that has to be looked for is only where it is shown."""
 
     where: str
     what: str
-    remedy: str | None = None
+    remedy: str | Callable[[], str | None] | None = None
+
+    def help(self) -> str | None:
+        """The remedy's text."""
+        return self.remedy() if callable(self.remedy) else self.remedy
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
@@ -53,10 +58,12 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     if not problems:
         return
     first, *others = problems
-    lines = first.remedy.splitlines() if first.remedy else []
+    lines = (first.help() or "").splitlines()
     room = MAX_LINES - 1 - len(lines)
     shown = others if len(others) <= room else others[: room - 1]
-    lines += [f"{other.where}: {other.what}{f' ({other.remedy})' if other.remedy else ''}" for other in shown]
+    for other in shown:
+        remedy = other.help()
+        lines.append(f"{other.where}: {other.what}{f' ({remedy})' if remedy else ''}")
     if len(shown) < len(others):
         lines.append(f"and {len(others) - len(shown)} more")
     raise RecipeError(first.what, where=first.where, remedy="\n".join(lines) or None)
@@ -90,9 +97,8 @@ def _unknown(node: Node, models: Sequence[type[BaseModel]], root: type[BaseModel
     problems = []
     for key, child in node.value.items():
         if key not in known:
-            problems.append(
-                Problem(child.where, f"unknown key {_name(path, key)}", nearest_key(key, path, known, root))
-            )
+            nearest = functools.partial(nearest_key, key, path, known, root)
+            problems.append(Problem(child.where, f"unknown key {_name(path, key)}", nearest))
         else:
             problems += _unknown(child, sections_of(known[key]), root, _name(path, key))
     return problems
@@ -154,10 +160,8 @@ def from_validation(error: ValidationError, root: Node, label: str, model: type[
             section = find(root, location[:-1])[0]
             where = section.where if section is not None and len(location) > 1 else label
         what, remedy = _words(found, name)
-        problem = Problem(where, what, remedy)
-        if problem not in problems:
-            problems.append(problem)
-    return problems
+        problems.append(Problem(where, what, remedy))
+    return list(dict.fromkeys(problems))
 
 
 def find(root: Node, location: Sequence[str | int]) -> tuple[Node | None, str]:

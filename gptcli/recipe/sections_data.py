@@ -16,6 +16,9 @@ from gptcli.recipe.fields import SHARE, AutoOrCountOrZero, Count, Positive, Sect
 PresetName: TypeAlias = Literal["1m", "10m", "30m", "124m", "350m", "774m", "1.5b", "vision-1m", "audio-1m"]
 Documents: TypeAlias = Literal["file", "line", "blank-line"]
 BYTES_VOCABULARY = 258
+MAX_VOCABULARY = (
+    2_000_000  # the largest published ones have a million entries; the trainer takes memory for all at once
+)
 
 
 def one_of(section: Section, group: str, names: tuple[str, ...], remedy: str, *, required: bool = True) -> None:
@@ -34,7 +37,9 @@ class TokenizerTraining(Section):
         default="bpe", description="bpe: byte-level BPE. bytes: 256 byte tokens and the two specials, nothing to train."
     )
     vocab_size: Count = Field(
-        default=8192, description="Entries, specials (`<|endoftext|>`, `<|pad|>`) included; 258 with `bytes`."
+        default=8192,
+        le=MAX_VOCABULARY,
+        description="Entries, specials (`<|endoftext|>`, `<|pad|>`) included; 258 with `bytes`.",
     )
     pattern: Literal["gpt2", "gpt4", "llama3", "qwen2"] = Field(
         default="gpt4", description="How text is cut into words before BPE merges."

@@ -123,10 +123,17 @@ def parse_inline(text: str, where: str, base: Path) -> Node:
     if stripped[:1] in ("[", "{", '"', "'"):
         node = _Reader(where, base, None, lines=False).document(stripped)
         return node
+    _check_unicode(stripped, where)
     try:
         return Node(scalar(stripped), where, base, stripped)
     except ValueError as error:
         raise RecipeError(str(error), where=where) from None
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Refuse half a character ("\\ud800", or bytes of a command line that are no UTF-8): no file could hold it."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise RecipeError("is not Unicode text: it holds half of a surrogate pair", where=where)
 
 
 class _Reader:
@@ -152,9 +159,10 @@ class _Reader:
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             raise RecipeError(*_explain(error.problem or str(error), text, mark), where=self.at(mark)) from None
-        except YAMLError as error:
-            problem = str(error).splitlines()[0]
-            raise RecipeError(f"is not valid YAML: {problem}", where=self.label) from None
+        except YAMLError as error:  # a character that YAML does not know
+            line = text.count("\n", 0, getattr(error, "position", 0)) + 1
+            where = f"{self.label}:{line}" if self.lines else self.label
+            raise RecipeError(f"is not valid YAML: {str(error).splitlines()[0]}", where=where) from None
 
     def _document(self, events: Iterator[Any]) -> Node:
         root: Node | None = None
@@ -213,6 +221,7 @@ class _Reader:
             key = event.value
             if key == "<<":
                 raise RecipeError("<< is not part of YAML 1.2", where=where, remedy="repeat the keys, or use extends:")
+            _check_unicode(key, where)
             if key in found:
                 raise RecipeError(
                     f"the key {key} stands here twice, first at {found[key].where}",
@@ -225,6 +234,7 @@ class _Reader:
 
     def _scalar(self, event: Any, where: str) -> Node:
         text = event.value if self.environment is None else self._substituted(event.value, self.environment, where)
+        _check_unicode(text, where)
         if event.style is not None and event.style != "":
             return Node(text, where, self.base, text)
         try:

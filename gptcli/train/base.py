@@ -1,20 +1,76 @@
-"""transformers' Trainer, imported without `datasets`, which it only asks whether the rows are one of its sets.
+"""transformers' Trainer, imported without `datasets`, and with the state of a checkpoint read as a stranger's.
 
-With pandas and pyarrow that is 45 MiB of memory and 0.3 s before the first step; our rows are a data set of torch's.
+It only asks `datasets` whether the rows are one of its sets: with pandas and pyarrow that is 45 MiB of memory and 0.3 s
+before the first step. State is read with `torch.load(weights_only=True)`, so that nothing in it can run; what that
+refuses, and state that does not fit the model, ends in a `CheckpointError`.
 """
 
 from __future__ import annotations
 
+import pickle
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import transformers.utils
+
+from gptcli.device import is_out_of_memory
+from gptcli.errors import CheckpointError, GptcliError
 
 utils: Any = transformers.utils
 _is_available = utils.is_datasets_available
 utils.is_datasets_available = lambda: False
 try:
-    from transformers.trainer import TRAINER_STATE_NAME, Trainer
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer import Trainer as _Trainer
+    from transformers.trainer_callback import TrainerState
 finally:
     utils.is_datasets_available = _is_available
 
-__all__ = ["TRAINER_STATE_NAME", "Trainer"]
+__all__ = ["TRAINER_STATE_NAME", "Trainer", "restoring"]
+
+
+class Trainer(_Trainer):
+    """transformers' Trainer; what a checkpoint cannot give is a `CheckpointError` that names its part."""
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint whose state can be read if one is given."""
+        if resume_from_checkpoint is not None:
+            with restoring(f"the state of the trainer ({TRAINER_STATE_NAME})", resume_from_checkpoint):
+                TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with restoring("the weights", resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with restoring("the state of the loss scaler", checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with restoring("the random state", checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def restoring(what: str, folder: str | None) -> Iterator[None]:
+    """Turn what is raised while `what` is restored into a `CheckpointError`, but for memory that ran out."""
+    try:
+        yield
+    except GptcliError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "the file holds other objects than numbers and tensors, of which nothing was run"
+        raise CheckpointError(
+            f"{what} cannot be restored: {reason}",
+            where=folder,
+            remedy="Its manifest is right, so the checkpoint was changed on purpose or written by another version.\n"
+            f"To go on from the one before it: rm -r {shlex.quote(str(folder))}",
+        ) from error

@@ -5,7 +5,6 @@ torch numbers parameters in the order in which a process happened to list them.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,31 +37,30 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None
     """Fill an optimizer of `model` and its schedule from a folder that `save` wrote. No code of a file is run.
 
     Raises:
-        CheckpointError: the files cannot be read, or are another optimizer's or model's.
+        CheckpointError: the state is another optimizer's or model's.
+        Exception: of torch, for files that cannot be read or hold other objects.
     """
     import torch
 
-    try:
-        saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-        schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
-        names = _names(model, optimizer)
-        numbers = {name: number for number, name in enumerate(names)}
-        groups = {frozenset(group["params"]): group for group in saved["param_groups"]}
-        state = {numbers[name]: values for name, values in saved["state"].items()}
-        ordered = []
-        for group in optimizer.state_dict()["param_groups"]:  # torch goes by positions: all in the order of now
-            of_group = [names[number] for number in group["params"]]
-            fields = {**groups[frozenset(of_group)], "params": group["params"]}
-            ordered.append({**fields, **({"param_names": of_group} if "param_names" in fields else {})})
-        optimizer.load_state_dict({"state": state, "param_groups": ordered})
-        scheduler.load_state_dict(schedule)
-    except (pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
-        reason = "other parameters, or others together" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise CheckpointError(
-            f"the optimizer's state does not fit this run: {reason[:200]}",
-            where=str(folder),
-            remedy="Resume from another checkpoint with --resume PATH, or train anew with --overwrite.",
-        ) from error
+    saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
+    names = _names(model, optimizer)
+    numbers = {name: number for number, name in enumerate(names)}
+    groups = {frozenset(group["params"]): group for group in saved["param_groups"]}
+    ordered = []
+    for group in optimizer.state_dict()["param_groups"]:  # torch goes by positions: all in the order of now
+        of_group = [names[number] for number in group["params"]]
+        if frozenset(of_group) not in groups or len(groups) != len(optimizer.param_groups):
+            raise CheckpointError(
+                "the optimizer's state is of other parameters, or of others together",
+                where=str(folder),
+                remedy="Resume from another checkpoint with --resume PATH, or train anew with --overwrite.",
+            )
+        fields = {**groups[frozenset(of_group)], "params": group["params"]}
+        ordered.append({**fields, **({"param_names": of_group} if "param_names" in fields else {})})
+    state = {numbers[name]: values for name, values in saved["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": ordered})
+    scheduler.load_state_dict(schedule)
 
 
 def _names(model: nn.Module, optimizer: Any) -> list[str]:

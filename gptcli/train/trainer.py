@@ -23,7 +23,7 @@ from gptcli.runs import metrics
 from gptcli.train import checkpoint, optim, optimizer_state
 from gptcli.train.ahead import AheadTrainer
 from gptcli.train.backoff import Replan
-from gptcli.train.base import TRAINER_STATE_NAME
+from gptcli.train.base import TRAINER_STATE_NAME, restoring
 from gptcli.train.best import Best
 from gptcli.train.compiling import Compiler
 from gptcli.train.guard import StepGuard
@@ -338,7 +338,8 @@ class CausalTrainer(AheadTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            with optim.own_settings(self.optimizer, self.lr_scheduler):
+            what = "the state of optimizer and schedule"
+            with restoring(what, checkpoint), optim.own_settings(self.optimizer, self.lr_scheduler):
                 optimizer_state.load(Path(checkpoint), self.plain_model, self.optimizer, self.lr_scheduler)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

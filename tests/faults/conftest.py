@@ -1,8 +1,9 @@
-"""One finished run, and quick commands, for all tests of the faults of checkpoints."""
+"""What tests of faults share: one finished run, and processes that have imported everything, which fork commands."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
@@ -12,6 +13,7 @@ import pytest
 
 from tests.conftest import Cli, make_project
 from tests.runs import Bench, Disk, Forks, forking
+from tests.warm import Warm
 
 DISKS = count()
 # Dropout, so that a lost random state shows; numbers of checkpoints whose order by name is another (6, 9, 12).
@@ -64,3 +66,25 @@ def disk(bench: Bench) -> Iterator[Disk]:
             return folder
 
         yield mount
+
+
+@pytest.fixture(scope="session")
+def warm(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Commands that need torch, at a tenth of a second each."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux holds a process to RLIMIT_AS")
+    # transformers copies code that it was allowed to run into its own cache.
+    home = str(tmp_path_factory.mktemp("huggingface"))
+    with Warm({**environment, "HF_HOME": home}, tmp_path_factory.mktemp("warm")) as warm:
+        yield warm
+
+
+@pytest.fixture(scope="session")
+def cold(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Commands that end before anything heavy is imported, and tell whether that is so."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux holds a process to RLIMIT_AS")
+    light = ("gptcli.recipe.load", "gptcli.recipe.availability", "ruamel.yaml", "rich.table", "gptcli.runs.summary")
+    commands = ("gptcli.cli.pretrain", "gptcli.cli.tokenize", "gptcli.cli.recipes", "gptcli.cli.runs")
+    with Warm(environment, tmp_path_factory.mktemp("cold"), (*light, *commands)) as cold:
+        yield cold

@@ -69,7 +69,8 @@ def _zip_member(
         yield BadRow(1, "damaged file", error.reason, name)
         return
     with file:
-        yield from _member_rows(Pieces(file.read1, ".zip", on_read), name, part, formats)
+        pieces = Pieces(file.read1, ".zip", on_read, lambda: info.compress_size)
+        yield from _member_rows(pieces, name, part, formats)
 
 
 def _share(

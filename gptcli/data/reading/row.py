@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from gptcli.errors import DataError
+from gptcli.reporting import one_line
 
 Kind: TypeAlias = Literal["not UTF-8", "not JSON", "wrong columns", "not text", "damaged file"]
 
@@ -79,11 +80,11 @@ class Part:
 
 
 def shown(path: Path) -> str:
-    """A path as it is shown: relative to the current directory where it lies in it."""
+    """A path as it is shown: relative to the current directory where it lies in it, on one line."""
     try:
-        return str(path.relative_to(Path.cwd()))
+        return one_line(str(path.relative_to(Path.cwd())))
     except ValueError:
-        return str(path)
+        return one_line(str(path))
 
 
 def value_row(number: int, value: Any, column: str) -> Row | BadRow:

@@ -2,7 +2,7 @@
 
 Every fault of a compression library becomes a `DamagedError`, whatever it is called there; a fault of the disk stays
 an OSError. Decompression hands on what it has before it reads more, so that all lines before a damage are read, and
-its memory is one block, whatever a file expands to.
+its memory is one block, whatever a file expands to. What expands as no text does is taken for a bomb.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from gptcli.data.reading.row import BadRow, Part, not_utf8_row
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 BLOCK = 1 << 18
 BOM = b"\xef\xbb\xbf"
+# A line or a document is held in memory, so what a few bytes expand to has to end. Text of 256 MiB that compresses to a
+# two-hundredth is not known; zeros in gzip compress to a thousandth, in zstd and xz without an end.
+BOMB_BYTES, BOMB_RATIO = 1 << 28, 200
 _ZSTD_FEED = 1 << 12  # one frame's block of 4 bytes may stand for 128 KiB, so little is fed at once
 # What the libraries raise for bytes that are not theirs. RuntimeError is zipfile's word for an encrypted member.
 FAULTS: tuple[type[Exception], ...] = (
@@ -72,7 +75,7 @@ class FileRange(io.RawIOBase):
     ) -> None:
         self._file = file
         self._left = None if end is None else max(0, end - begin)
-        self._done = 0
+        self.done = 0
         self._on_position = on_position
         if begin:
             file.seek(begin)
@@ -97,23 +100,32 @@ class FileRange(io.RawIOBase):
         return data
 
     def _count(self, count: int) -> None:
-        self._done += count
+        self.done += count
         if self._left is not None:
             self._left -= count
         if self._on_position is not None:
-            self._on_position(self._done)
+            self._on_position(self.done)
 
 
 class Pieces(io.RawIOBase):
     """A stream from a function `read` of a library (at most that many bytes, b"" at the end), with its faults named.
 
-    `failed` tells after a `DamagedError` that it came from here, and not from a stream around this one.
+    `failed` tells after a `DamagedError` that it came from here, and not from a stream around this one. `packed` tells
+    how many compressed bytes have gone into it, where it expands them.
     """
 
-    def __init__(self, read: Callable[[int], Any], what: str, on_read: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        read: Callable[[int], Any],
+        what: str,
+        on_read: Callable[[int], None] | None = None,
+        packed: Callable[[], int] | None = None,
+    ) -> None:
         self._read = read
         self._what = what
         self._on_read = on_read
+        self._packed = packed
+        self.done = 0
         self.failed = False
 
     def readable(self) -> bool:
@@ -129,6 +141,12 @@ class Pieces(io.RawIOBase):
             self.failed = True
             raise
         buffer[: len(data)] = data
+        self.done += len(data)
+        if self._packed is not None and self.done > max(BOMB_BYTES, BOMB_RATIO * self._packed()):
+            self.failed = True
+            raise DamagedError(
+                f"the {self._what} file expands to more than {BOMB_RATIO} times its size, as no text does"
+            )
         if self._on_read is not None:
             self._on_read(len(data))
         return len(data)
@@ -158,7 +176,9 @@ def decompressed(stream: io.BufferedReader, compression: str, what: str = "") ->
     else:
         unpacked = lzma.LZMAFile(stream) if compression == ".xz" else bz2.BZ2File(stream)  # noqa: SIM115  # holds no file
         read = unpacked.read1
-    return buffered(Pieces(read, what or compression))
+    raw = stream.raw
+    packed = (lambda: raw.done) if isinstance(raw, FileRange | Pieces) else None
+    return buffered(Pieces(read, what or compression, packed=packed))
 
 
 class _Zstd:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import io
 import json
@@ -255,3 +256,43 @@ def test_files_are_the_files_of_their_names_and_any_slice_of_them(names: list[st
     assert list(files[part]) == list(files)[part] == list(pickle.loads(pickle.dumps(files[part])))
     with pytest.raises(IndexError):
         files[len(names)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["**/*.txt", "*/**/*.txt", "a/**/b/**/*.txt", "**", "a/**", "**/", "**/b/*", "a**/*.txt", "[ab]/**/*.txt"],
+)
+def test_a_glob_matches_the_files_that_pythons_own_matches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    for name in (
+        "x.txt",
+        "a/x.txt",
+        "a/b/x.txt",
+        "a/b/c/b/y.txt",
+        "b/a.txt",
+        "a/.h/x.txt",
+        ".h/b/x.txt",
+        "a/[b]/*.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    for begin in ("", f"{tmp_path}/"):
+        expected = sorted({name for name in glob.glob(begin + pattern, recursive=True) if Path(name).is_file()})
+        if expected:
+            assert find_files(begin + pattern) == expected
+        else:
+            with pytest.raises(DataError, match="no file matches"):
+                find_files(begin + pattern)
+
+
+def test_a_folder_that_several_links_lead_to_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "data" / "real").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data" / "real" / "x.txt").write_text("in it")
+    (tmp_path / "elsewhere" / "y.txt").write_text("out of it")
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "data" / "real" / name).symlink_to("..")
+    assert documents(tmp_path / "data" / "**" / "*.txt") == ["out of it", "in it"]
