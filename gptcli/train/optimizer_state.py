@@ -52,7 +52,7 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None
         of_group = [names[number] for number in group["params"]]
         if frozenset(of_group) not in groups or len(groups) != len(optimizer.param_groups):
             raise CheckpointError(
-                "the optimizer's state is of other parameters, or of others together",
+                "the optimizer's state cannot be restored: it is of other parameters, or of others together",
                 where=str(folder),
                 remedy="Resume from another checkpoint with --resume PATH, or train anew with --overwrite.",
             )
