@@ -23,7 +23,8 @@ def run() -> None:
     if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # A file's name may hold bytes that are no UTF-8: shown as \udcff, as on standard error, not a crash.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if sys.stdout is not None:  # None: it was closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # Until training has its own handlers, SIGTERM ends a command as Ctrl+C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.unraisablehook = _repeat_interrupt

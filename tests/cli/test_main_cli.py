@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -244,3 +245,9 @@ def test_a_reader_that_goes_away_does_not_end_the_training(project: Path, enviro
     process.stdout.close()
     assert process.wait(timeout=120) == 0
     assert (project / "runs" / "tiny" / "final" / "model.safetensors").exists()
+
+
+def test_a_closed_standard_output_is_no_crash(tmp_path: Path, environment: dict[str, str]) -> None:
+    command = f"{shlex.quote(sys.executable)} -m gptcli runs list >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
