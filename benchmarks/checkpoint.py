@@ -16,21 +16,17 @@ sys.path.append(sys.path.pop(0))  # this folder last: its tokenize.py would hide
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-from measuring import MEBI, print_machine
+from measuring import MEBI, print_machine, seconds_until
 
 SAVE_EVERY = 10
 HUNDRED = 100
 TOKENS = 1_000_000
-POLL_SECONDS = 0.002
 RECIPE = {
     "name": "bench",
     "tokenizer": {"train": {"algorithm": "bytes"}},
@@ -96,23 +92,17 @@ def until_step(folder: Path, step: int, *arguments: str) -> float:
     command = [str(Path(sys.executable).parent / "gptcli"), "pretrain", "recipe.yaml", "--quiet", *arguments]
     if "--overwrite" in arguments:
         shutil.rmtree(folder / "runs", ignore_errors=True)
-    environment = {**os.environ, "GPTCLI_CACHE": str(folder / "cache")}
-    with (folder / "errors.txt").open("w") as errors:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, cwd=folder, env=environment, stderr=errors)
-        # A resume cuts the lines back first, so that the step's line is a new one.
-        seen = len(lines(folder)) and not arguments
-        while not (found := lines(folder)) or found[-1]["step"] < step or seen:
-            seen = seen and found[-1]["step"] >= step
-            if process.poll() is not None:
-                raise SystemExit(
-                    f"ended with {process.returncode} before step {step}: {(folder / 'errors.txt').read_text()}"
-                )
-            time.sleep(POLL_SECONDS)
-        took = time.perf_counter() - start
-        process.kill()
-        process.wait()
-    return took
+    # A resume cuts the lines back first, so that the step's line is a new one.
+    cut_back = not lines(folder)
+
+    def ready() -> bool:
+        nonlocal cut_back
+        found = lines(folder)
+        written = bool(found) and found[-1]["step"] >= step
+        cut_back = cut_back or not written
+        return written and cut_back
+
+    return seconds_until(ready, command, folder)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import subprocess
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 MEBI = 1 << 20
+POLL_SECONDS = 0.002
 
 
 class Sampler:
@@ -84,3 +88,20 @@ def version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def seconds_until(ready: Callable[[], bool], command: list[str], folder: Path) -> float:
+    """Seconds from the start of a command in `folder`, its cache there, until something is so; then it is killed."""
+    environment = {**os.environ, "GPTCLI_CACHE": str(folder / "cache")}
+    with (folder / "errors.txt").open("w") as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, cwd=folder, env=environment, stderr=errors)
+        while not ready():
+            if process.poll() is not None:
+                said = (folder / "errors.txt").read_text()
+                raise SystemExit(f"{' '.join(command)} ended with {process.returncode} too early: {said}")
+            time.sleep(POLL_SECONDS)
+        took = time.perf_counter() - start
+        process.kill()
+        process.wait()
+    return took

@@ -14,17 +14,17 @@ import sys
 
 sys.path.append(sys.path.pop(0))  # this folder last: its tokenize.py would hide the standard library's
 
-import os
 import statistics
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
+from measuring import seconds_until
+
 ROUNDS = 9
 STEP_ROUNDS = 5
 TRAINER = "from transformers import Trainer, AutoModelForCausalLM"
-POLL_SECONDS = 0.002
 
 
 def main() -> None:
@@ -71,17 +71,7 @@ def until_first_step(folder: Path) -> float:
     metrics = folder / "runs" / "quickstart" / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
     command = [str(Path(sys.executable).parent / "gptcli"), "pretrain", "quickstart", "--overwrite", "--quiet"]
-    environment = {**os.environ, "GPTCLI_CACHE": str(folder / "cache")}
-    start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
-    while not (metrics.is_file() and metrics.stat().st_size):
-        if process.poll() is not None:
-            raise SystemExit(f"{' '.join(command)} ended with {process.returncode} before its first step")
-        time.sleep(POLL_SECONDS)
-    took = time.perf_counter() - start
-    process.kill()
-    process.wait()
-    return took
+    return seconds_until(lambda: metrics.is_file() and metrics.stat().st_size > 0, command, folder)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,12 @@ raised where the knowledge is and caught once, in `gptcli.cli`. Codes are docume
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class GptcliError(Exception):
@@ -95,6 +100,24 @@ class AbortedError(GptcliError):
 
     exit_code = 130
     label = "stopped"
+
+
+@contextmanager
+def writing(target: Path, what: str, comfort: str) -> Iterator[None]:
+    """Inside, an error of the system is a `CheckpointError` of what was written; `comfort` says what is not lost."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{what} could not be written: {error.strerror or error}",
+            where=str(target),
+            remedy=f"{comfort} Make room (or mend the folder) and run the same command again.",
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error that says something, else the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def not_available(key: str, what: str, *, where: str | None = None, remedy: str | None = None) -> RecipeError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gptcli.data.tokenizer import FILES, json_object, kept_tokenizer, load_fast, named_specials, write_config
-from gptcli.errors import DataError, MissingError
+from gptcli.errors import DataError, MissingError, first_line
 from gptcli.files import cache_root, fingerprint, sha256_file, write_atomic
 
 FORMAT = 1
@@ -88,7 +88,7 @@ def _download(name: str, revision: str | None, where: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # every HTTP library has its own errors for a network that is not there
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)[:200]
         raise MissingError(
             f"the tokenizer {name!r} is neither a folder here nor to be had from the Hub ({reason})",
             where=where,
@@ -128,7 +128,7 @@ def _convert(source: Path, target: Path, origin: str, where: str | None) -> None
                 where=where,
                 remedy="Give a tokenizer.json, which is data: PreTrainedTokenizerFast saves one.",
             ) from None
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         raise DataError(f"the tokenizer of {origin} cannot be converted: {reason}", where=where) from None
     for path in target.iterdir():
         if path.name not in FILES:

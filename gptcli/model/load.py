@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptcli.device import best_device, has_fast_bf16, is_out_of_memory
-from gptcli.errors import CheckpointError, GptcliError, MissingError, OutOfMemoryError, UsageError
+from gptcli.errors import CheckpointError, GptcliError, MissingError, OutOfMemoryError, UsageError, first_line
 from gptcli.model.folder import INDEX, WEIGHTS, check_config, check_index, check_parameters, check_weights, read_config
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _typed_errors(folder: Path, what: str) -> Iterator[None]:
     except (GptcliError, KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+        reason = first_line(error)[:300]
         if not folder.is_dir():
             offline = "HF_HUB_OFFLINE is set, so only its cache was read. " if os.environ.get("HF_HUB_OFFLINE") else ""
             raise MissingError(

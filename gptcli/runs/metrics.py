@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gptcli.errors import CheckpointError
+from gptcli.errors import CheckpointError, writing
 from gptcli.files import write_atomic
 
 TAIL_BLOCK = 1 << 16
@@ -25,17 +25,11 @@ def append(path: Path, line: dict[str, Any]) -> None:
         CheckpointError: the disk is full or cannot be written.
     """
     data = json.dumps(finite(line), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n"
-    try:
+    with writing(path, "a line", "The last checkpoint is good."):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             _remove_half_line(file.fileno(), file.seek(0, os.SEEK_END))
             file.write(data)
-    except OSError as error:
-        raise CheckpointError(
-            f"a line could not be written: {error.strerror or error}",
-            where=str(path),
-            remedy="The last checkpoint is good. Make room (or mend the folder) and run the same command again.",
-        ) from error
 
 
 def _remove_half_line(descriptor: int, size: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import transformers.utils
 
 from gptcli.device import is_out_of_memory
-from gptcli.errors import CheckpointError, GptcliError
+from gptcli.errors import CheckpointError, GptcliError, first_line
 
 utils: Any = transformers.utils
 _is_available = utils.is_datasets_available
@@ -65,7 +65,7 @@ def restoring(what: str, folder: str | None) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+        reason = first_line(error)[:200]
         if isinstance(error, pickle.UnpicklingError):
             reason = "the file holds other objects than numbers and tensors, of which nothing was run"
         raise CheckpointError(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.errors import CheckpointError
+from gptcli.errors import CheckpointError, writing
 from gptcli.files import committed_folder, fsync_file, read_json, sha256_file, write_json
 from gptcli.runs.folder import CHECKPOINT, MANIFEST, RunFolder
 from gptcli.train.optimizer_state import OPTIMIZER, SCHEDULER
@@ -70,19 +70,6 @@ def committing(run: RunFolder, step: int, facts: dict[str, Any]) -> Iterator[Pat
     for later, path in _newest_first(run):
         if later > step:
             shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def writing(target: Path, what: str, comfort: str) -> Iterator[None]:
-    """Inside, an error of the system is a `CheckpointError` of what was written; `comfort` says what is not lost."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{what} could not be written: {error.strerror or error}",
-            where=str(target),
-            remedy=f"{comfort} Make room (or mend the folder) and run the same command again.",
-        ) from error
 
 
 @contextlib.contextmanager

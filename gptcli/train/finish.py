@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gptcli.device import peak_resident_bytes
-from gptcli.errors import GptcliError
+from gptcli.errors import GptcliError, writing
 from gptcli.files import committed_folder, write_atomic
 from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.runs.report import write_report
 from gptcli.train.assemble import Assembly
-from gptcli.train.checkpoint import copy_model, system_errors, verify, writing
+from gptcli.train.checkpoint import copy_model, system_errors, verify
 from gptcli.train.record import model_card
 
 if TYPE_CHECKING:

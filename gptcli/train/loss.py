@@ -219,7 +219,7 @@ def slopes_in_pieces(
     """`block_slopes` as it is fast without a compiler: on a CPU by rows that fit in its cache, in the logits' place."""
     if logits.device.type != "cpu" or logits.dtype != dtype:
         return block_slopes(logits, bias, targets, z_loss, dtype)
-    size = max(1, CACHED * torch.get_num_threads() // logits.shape[1])
+    size = _cached_rows(logits)
     sums, for_bias = torch.zeros(2), None if bias is None else torch.zeros(len(bias))
     for rows, wanted in zip(torch.split(logits, size), torch.split(targets, size), strict=True):
         values, slopes, bias_slopes = block_slopes(rows, bias, wanted, z_loss, torch.float32)
@@ -231,9 +231,13 @@ def slopes_in_pieces(
     return sums, logits, for_bias
 
 
+def _cached_rows(matrix: torch.Tensor) -> int:
+    return max(1, CACHED * torch.get_num_threads() // matrix.shape[1])
+
+
 def _add(total: torch.Tensor, part: torch.Tensor) -> None:
     """total += part, of another type; a CPU would convert all of the part first."""
-    size = max(1, CACHED * torch.get_num_threads() // total.shape[1]) if total.device.type == "cpu" else len(total)
+    size = _cached_rows(total) if total.device.type == "cpu" else len(total)
     for sums, values in zip(torch.split(total, size), torch.split(part, size), strict=True):
         sums += values
 

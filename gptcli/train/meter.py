@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gptcli.train.plan import Plan
 
 MEMORY_SECONDS = 2.0
+Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Meter:
@@ -77,15 +78,18 @@ class Meter:
         before = self._nats_before.to(self._nats.device)
         self._nats = before if keep is None else torch.where(keep, self._nats, before)
 
-    def step_nats(self) -> torch.Tensor:
-        """The summed loss of the step so far."""
-        return self._nats - self._nats_before.to(self._nats.device)
+    def step_loss(self, step: int, reduce: Reduce) -> torch.Tensor:
+        """The mean loss of a step whose micro-batches are all counted; `reduce` as for `line`."""
+        return reduce(self._nats - self._nats_before.to(self._nats.device)) / self._tokens_of(step)
 
-    def leave_out(self, tokens: int) -> None:
-        """The next line's loss is not of these tokens: their step was skipped."""
-        self._left_out += tokens
+    def leave_out(self, step: int) -> None:
+        """The next line's loss is not of this step: it was skipped."""
+        self._left_out += self._tokens_of(step)
 
-    def line(self, step: int, *, rate: float, norm: Any, reduce: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def _tokens_of(self, step: int) -> int:
+        return self._plan.tokens_at(step) - self._plan.tokens_at(step - 1)
+
+    def line(self, step: int, *, rate: float, norm: Any, reduce: Reduce) -> Any:
         """The line of metrics.jsonl of a step, and a fresh start for the next one.
 
         Args:

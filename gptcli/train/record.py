@@ -34,10 +34,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def now() -> str:
+    """The time as run.json has it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def record_end(run: RunFolder, reporter: Reporter, status: str, reason: str) -> None:
     """Write to `run.json` how a run ended; where that fails (a full disk), what ended it stays the error to be told."""
     try:
-        run.update(status=status, reason=reason, ended=datetime.now(UTC).isoformat(timespec="seconds"))
+        run.update(status=status, reason=reason, ended=now())
     except (OSError, CheckpointError) as error:
         reporter.warn(f"run.json could not be written: {getattr(error, 'strerror', None) or error}")
 

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from gptcli.train.finish import result_of, write_final, write_run_report
 from gptcli.train.memory import mebibytes
 from gptcli.train.modes import BLOCKS
 from gptcli.train.plan import MICRO_BATCH, Plan, with_micro_batch
-from gptcli.train.record import record_end
+from gptcli.train.record import now, record_end
 from gptcli.train.resume import Start, check_unchanged, clear, decided_before, ended_early, find_start, locked
 from gptcli.train.shortage import explained, out_of_memory
 
@@ -177,7 +176,7 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
             )
         trainer.prune()  # a kill may have come between the last save and this
         write_final(assembly, trainer, result)
-    assembly.run.update(status="done", reason=None, ended=_now(), result=result)
+    assembly.run.update(status="done", reason=None, ended=now(), result=result)
     write_run_report(assembly.run, reporter)
     reporter.say(f"done: {assembly.run.final}")
     return result
@@ -307,7 +306,7 @@ def _write_start(assembly: Assembly, options: Options) -> None:
         reason=None,
         pid=os.getpid(),
         host=platform.node(),
-        started=_now(),
+        started=now(),
         ended=None,
         command_line=command_line(),
         versions=versions(),
@@ -352,10 +351,6 @@ def _what_ran_out(trainer: CausalTrainer) -> str:
         return f"out of memory after {done:,} finished steps, outside of a forward or backward pass"
     rows = "one row" if plan.micro_batch_size == 1 else f"a micro-batch of {plan.micro_batch_size} rows"
     return f"{rows} of {plan.sequence_length:,} tokens does not fit (step {done + 1:,})"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def allowed_keys(values: Sequence[str] | None) -> tuple[str, ...]:

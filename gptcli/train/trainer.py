@@ -129,7 +129,7 @@ class CausalTrainer(AheadTrainer):
             recipe.train,
             waits=not self._masks or recipe.train.loss_spike == "skip",
             describe=self._describe_rows,
-            leave_out=lambda step: self._meter.leave_out(plan.tokens_at(step) - plan.tokens_at(step - 1)),
+            leave_out=self._meter.leave_out,
             where=str(run.path),
             reporter=reporter,
         )
@@ -210,9 +210,8 @@ class CausalTrainer(AheadTrainer):
         if self._scaled is not None:
             self._scaled.watch(norm)
             return norm
-        step, plan = self.state.global_step + 1, self._plan
-        tokens = plan.tokens_at(step) - plan.tokens_at(step - 1)
-        loss = self.accelerator.reduce(self._meter.step_nats(), "sum") / tokens
+        step = self.state.global_step + 1
+        loss = self._meter.step_loss(step, self._summed)
         if self._masks:
             finite = torch.isfinite(torch.as_tensor(norm, device=loss.device))
             optimizer: Any = self.optimizer
@@ -223,6 +222,10 @@ class CausalTrainer(AheadTrainer):
             self._meter.take_back()
             model.zero_grad(set_to_none=True)
         return norm
+
+    def _summed(self, nats: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = self.accelerator.reduce(nats, "sum")
+        return total
 
     def _describe_rows(self, step: int) -> str:
         first = (step - 1) * self._plan.global_batch_size
@@ -257,7 +260,7 @@ class CausalTrainer(AheadTrainer):
             self.state.global_step,
             rate=logs["learning_rate"],
             norm=logs.get("grad_norm"),
-            reduce=lambda nats: self.accelerator.reduce(nats, "sum"),
+            reduce=self._summed,
         )
         line |= self._guard.counts()
         if self.is_world_process_zero():
