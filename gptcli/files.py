@@ -90,13 +90,20 @@ def committed_folder(target: Path) -> Iterator[Path]:
                 fsync_folder(path)
         fsync_folder(work)
         os.chmod(work, 0o755)
-        if target.exists():
-            shutil.rmtree(target)
+        remove(target)
         os.rename(work, target)
         fsync_folder(target.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with what is in it, or a link (not what it leads to), if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_uncommitted(target: Path) -> None:

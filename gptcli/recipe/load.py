@@ -24,7 +24,6 @@ from gptcli.recipe.tree import Node, dump_yaml, plain
 __all__ = ["LoadedRecipe", "dump_yaml", "load_recipe", "resolved"]
 
 MAX_EXTENDS = 16
-MAX_NAME_BYTES = 200  # of 255 that file systems allow: temporary folders are called after a run's
 
 EXAMPLES = {
     "tokenizer": "tokenizer:\n  train: {algorithm: bpe, vocab_size: 8192}",
@@ -222,20 +221,9 @@ def _named(root: Node, path: Path, current: Path) -> tuple[Node, dict[str, Any]]
     name = values.get("name")
     if name is not None and isinstance(name.value, int | float) and not isinstance(name.value, bool):
         values = {**values, "name": replace(name, value=name.text)}
-    chosen = path.stem if name is None else name.value
-    if isinstance(chosen, str) and (why := _no_folder_name(chosen)):
-        where = _label(path) if name is None else name.where
-        raise RecipeError(f"name {chosen[:100]!r} cannot be a folder's name: {why}", where=where)
     defaults = {"name": path.stem, "output_dir": paths.absolute("runs", current)}
     added = {key: Node(value, _label(path), current, value) for key, value in defaults.items() if key not in values}
     return replace(root, value={**values, **added}), written
-
-
-def _no_folder_name(name: str) -> str | None:
-    """What keeps a name from being a folder's that can be typed; slashes and dots are the schema's."""
-    if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
-        return f"it has more than {MAX_NAME_BYTES} bytes"
-    return None if name.isprintable() else "it holds characters that cannot be printed"
 
 
 def _pruned(dumped: Any, written: Any) -> Any:

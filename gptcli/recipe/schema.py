@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from gptcli.recipe.fields import Section
 from gptcli.recipe.sections_data import (
@@ -51,6 +51,9 @@ __all__ = [
 ]
 
 
+MAX_NAME_BYTES = 200  # of 255 that file systems allow: temporary folders are called after a run's
+
+
 class Recipe(Section):
     """A recipe. Each command needs only the sections it uses, checks the others and leaves them alone."""
 
@@ -79,8 +82,18 @@ class Recipe(Section):
     generate: Generate = Field(default_factory=Generate.model_construct, description="How texts are generated.")
     eval: Eval = Field(default_factory=Eval.model_construct, description="What is measured.")
 
-    @model_validator(mode="after")
-    def _name_is_a_folder(self) -> Recipe:
-        if self.name in (".", "..") or any(character in self.name for character in "/\\\0\n"):
-            raise ValueError(f"name {self.name!r} cannot be a folder's name; leave out slashes, or set output_dir")
-        return self
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, name: str) -> str:
+        if (why := _no_folder_name(name)) is not None:
+            raise ValueError(f"{name[:100]!r} cannot be a folder's name: {why}")
+        return name
+
+
+def _no_folder_name(name: str) -> str | None:
+    """What keeps a name from being that of a folder in `output_dir`, one that can be typed; None: nothing does."""
+    if name in (".", "..") or "/" in name or "\\" in name:
+        return "it leads to another one (set output_dir for that)"
+    if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
+        return f"it has more than {MAX_NAME_BYTES} bytes"
+    return None if name.isprintable() else "it holds characters that cannot be printed"

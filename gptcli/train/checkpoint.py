@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CheckpointError, writing
-from gptcli.files import committed_folder, fsync_file, read_json, sha256_file, write_json
+from gptcli.files import committed_folder, fingerprint, fsync_file, read_json, remove, sha256_file, write_json
 from gptcli.runs.folder import CHECKPOINT, MANIFEST, RunFolder
 from gptcli.train.optimizer_state import OPTIMIZER, SCHEDULER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = 2
+FORMAT = 3
+# What is read where a checkpoint is loaded: no such file is in it that its manifest does not name.
+_READ = (".safetensors", ".pt", ".pth", ".json")
 _TRAINING_FILES = (MANIFEST, OPTIMIZER, SCHEDULER, "scaler.pt", "rng_state.pth", "trainer_state.json")
 PROBE_BYTES = 1 << 20
 
@@ -66,10 +68,11 @@ def committing(run: RunFolder, step: int, facts: dict[str, Any]) -> Iterator[Pat
         for log in (run.metrics, run.samples):  # what a checkpoint's step has logged is there when the checkpoint is
             if log.exists():
                 fsync_file(log)
-        write_json(work / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
+        manifest = {"format": FORMAT, "step": step, **facts, "files": files}
+        write_json(work / MANIFEST, {**manifest, "fingerprint": fingerprint(manifest)})
     for later, path in _newest_first(run):
         if later > step:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 @contextlib.contextmanager
@@ -95,13 +98,14 @@ def system_errors(work: Path) -> Iterator[None]:
 
 
 def verify(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None when every file is as its manifest says."""
+    """Why a checkpoint cannot be trusted, or None when its manifest is whole and every file is as it says."""
     try:
-        manifest = read_json(folder / MANIFEST)
-        files = manifest["files"].items()
+        manifest = dict(read_json(folder / MANIFEST))
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
-        for name, expected in files:
+        if manifest.pop("fingerprint") != fingerprint(manifest):
+            return f"{MANIFEST} was changed (its fingerprint differs)"
+        for name, expected in manifest["files"].items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -109,9 +113,12 @@ def verify(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
             if sha256_file(path) != expected["sha256"]:
                 return f"{name} was changed (its sha256 differs)"
+        for path in sorted(folder.iterdir()):
+            if path.suffix in _READ and path.name not in (*manifest["files"], MANIFEST):
+                return f"{path.name} is none of its files"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
 
@@ -147,7 +154,7 @@ def prune(run: RunFolder, keep: int, spared: Collection[int] = ()) -> None:
     old = [path for step, path in _newest_first(run) if kept and step < kept[0][0] and step not in spared]
     if old and verify(kept[-1][1]) is None:
         for path in old:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def copy_model(folder: Path, target: Path) -> None:
@@ -164,6 +171,11 @@ def remove_leftovers(run: RunFolder) -> None:
             path.unlink(missing_ok=True)
     for path in run.path.glob(".*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        remove(path)
 
 
 def _newest_first(run: RunFolder) -> list[tuple[int, Path]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CheckpointError, DataError, UsageError
-from gptcli.files import read_json
+from gptcli.files import read_json, remove
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import MANIFEST, RunFolder
 from gptcli.train.checkpoint import newest_good, remove_leftovers, verify
@@ -125,7 +124,7 @@ def clear(run: RunFolder) -> None:
     """
     for path in sorted(run.path.iterdir(), key=lambda path: path == run.run_json):
         if path.name != LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
 
 
 def _of_a_beginning(name: str) -> bool:

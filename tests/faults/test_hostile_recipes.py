@@ -63,8 +63,8 @@ TEXTS: dict[str, tuple[str | bytes, str, str]] = {
     "lines in a key": ('"' + "a\\n" * 100 + '": 1\n', ":1", "unknown key a␊a␊"),
     "a name of a thousand letters": (f"name: {'x' * 1000}\n", ":1", "cannot be a folder's name"),
     "a name with ESC": ('seed: 1\nname: "a\\e[31mb"\n', ":2", "cannot be a folder's name"),
-    "a name out of the folder": ("name: ../../escape\n", "", "cannot be a folder's name"),
-    "an absolute name": ("name: /tmp/escape\n", "", "cannot be a folder's name"),
+    "a name out of the folder": ("name: ../../escape\n", ":1", "cannot be a folder's name"),
+    "an absolute name": ("name: /tmp/escape\n", ":1", "cannot be a folder's name"),
     "a vocabulary of 10^12": ("tokenizer: {train: {vocab_size: 1000000000000}}\n", ":1", "at most 2e+06"),
 }
 

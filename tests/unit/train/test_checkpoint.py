@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def edit(folder: Path, **fields: object) -> None:
+    path = folder / "MANIFEST.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -51,6 +57,11 @@ def flip(path: Path) -> None:
         (lambda f: (f / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
         (lambda f: (f / "MANIFEST.json").write_text("{"), "MANIFEST.json cannot be read"),
         (lambda f: (f / "MANIFEST.json").write_text("[]"), "MANIFEST.json cannot be read"),
+        (lambda f: (f / "MANIFEST.json").write_text("[" * 100_000), "MANIFEST.json cannot be read"),
+        (lambda f: edit(f, steps="100"), "MANIFEST.json was changed"),
+        (lambda f: edit(f, files={}), "MANIFEST.json was changed"),
+        (lambda f: edit(f, format=2), "MANIFEST.json has format 2, this version reads 3"),
+        (lambda f: (f / "scaler.pt").touch(), "scaler.pt is none of its files"),
     ],
 )
 def test_damage_is_named_and_the_one_before_is_taken(run: RunFolder, damage: object, named: str) -> None:
@@ -109,6 +120,19 @@ def test_pruning_removes_what_a_kill_left_of_an_older_checkpoint(run: RunFolder)
     (run.checkpoint(1) / "MANIFEST.json").unlink()
     prune(run, 2)
     assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_checkpoint_that_was_moved_to_another_disk_and_linked_is_replaced_and_pruned(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        moved = save(run, step).rename(tmp_path / str(step))
+        run.checkpoint(step).symlink_to(moved)
+    save(run, 2)
+    prune(run, 1)
+    assert [path.name for path in run.path.iterdir()] == ["checkpoint-2"]
+    assert not run.checkpoint(2).is_symlink()
+    assert verify(tmp_path / "1") is None and verify(tmp_path / "2") is None, "what the links lead to stays"
 
 
 def test_a_save_removes_checkpoints_of_later_steps(run: RunFolder) -> None:

@@ -147,8 +147,12 @@ def test_overwrite_starts_anew_and_empties_the_folder_only_when_told(tmp_path: P
     run = used(tmp_path)
     assert find(run, overwrite=True).checkpoint is None
     assert run.checkpoint(5).is_dir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (run.path / "final").symlink_to(elsewhere)
     clear(run)
     assert list(run.path.iterdir()) == []
+    assert elsewhere.is_dir(), "a link is removed, not what it leads to"
 
 
 def test_overwrite_never_empties_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
