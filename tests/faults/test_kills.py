@@ -125,7 +125,8 @@ def wait_for_lines(started: Started, path: Path, size: int) -> None:
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=SLOW)])
 def test_kills_at_random_moments_end_with_the_weights_of_an_undisturbed_run(bench: Bench, kills: int) -> None:
     draw = random.Random(3)
-    name, steps = f"killed-{kills}", ["train.max_steps=120", "train.save_every=2", "train.sample_every=40"]
+    # Long enough that no kill comes after the end, however far the run gets between two on a busy machine.
+    name, steps = f"killed-{kills}", [f"train.max_steps={20 * kills}", "train.save_every=2", "train.sample_every=40"]
     reference = f"not-{name}"
     assert bench.pretrain(reference, *steps).code == 0
     run, killed = bench.run(name), 0
@@ -137,10 +138,8 @@ def test_kills_at_random_moments_end_with_the_weights_of_an_undisturbed_run(benc
         for _ in range(draw.randrange(2000)):
             os.sched_yield()
         started.send(SIGKILL)
-        code = started.finish().code
-        assert code in (0, -SIGKILL)
-        killed += code != 0
-    assert killed >= kills * 3 // 4
+        killed += started.finish().code == -SIGKILL
+    assert killed == kills
     done = bench.pretrain(name, *steps)
     assert done.code == 0, done.err
     assert_same(run, bench.run(reference))
