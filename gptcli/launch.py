@@ -21,3 +21,13 @@ def world_size() -> int:
 def is_main_process() -> bool:
     """Whether this is the one process that prints and writes."""
     return rank() == 0
+
+
+def local_rank() -> int:
+    """The rank of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """The number of processes of the group on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

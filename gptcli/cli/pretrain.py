@@ -58,15 +58,10 @@ def train_command(
     quiet: bool,
 ) -> None:
     """What `pretrain` and `finetune` share: load, check, train, print the result."""
-    from gptcli.errors import StoppedError, UsageError
-    from gptcli.launch import world_size
+    from gptcli.errors import StoppedError
     from gptcli.recipe.availability import check_available
     from gptcli.recipe.load import load_recipe
 
-    if world_size() > 1:
-        raise UsageError(
-            f"training on {world_size()} processes is not available yet", remedy=f"Start it once: gptcli {command} ..."
-        )
     loaded = load_recipe(recipe, overrides or ())
     check_available(loaded, command)
     model = "model.from" if command == "finetune" else "model"
@@ -81,7 +76,8 @@ def train_command(
 
         result = smoke_run(recipe, overrides or (), command, out)
     else:
-        from gptcli.train.run import Options, allowed_keys, train
+        from gptcli.train.begin import Options, allowed_keys
+        from gptcli.train.run import train
 
         try:
             result = train(loaded, Options(command, resume, overwrite, allowed_keys(allow_changes), verify), out)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,9 +89,13 @@ def document_loss(
     sequence_length: int,
     stride: int | None = None,
     batch_tokens: int = 8192,
+    part: tuple[int, int] = (0, 1),
     on_progress: Callable[[int], None] | None = None,
 ) -> LossResult:
     """Score documents, each an array of token ids without BOS and EOS and its size in UTF-8 bytes.
+
+    `part` = (i, n): every n-th batch from the i-th (from 0) is scored, so that n processes share the work; each counts
+    all documents and bytes, and the nats and scored tokens of its own windows. All of them run as many batches.
 
     The result does not depend on `batch_tokens` (the most inputs in one forward pass, at least one window). The model's
     train or eval mode is left as it was, and random state is not touched. `on_progress` gets the tokens scored so far.
@@ -103,7 +108,7 @@ def document_loss(
     windows = tally.count(_windows(documents, prefix_id, sequence_length, stride, _vocabulary(model)))
     nats, tokens = 0.0, 0
     with scoring(model):
-        for batch, sums in score_windows(model, windows, pad_id=prefix_id, batch_tokens=batch_tokens):
+        for batch, sums in score_windows(model, windows, pad_id=prefix_id, batch_tokens=batch_tokens, part=part):
             nats += math.fsum(sums)
             tokens += sum(window.scored for window in batch)
             if on_progress is not None:
@@ -168,27 +173,36 @@ def scoring(model: PreTrainedModel) -> Iterator[None]:
 
 
 def score_windows(
-    model: PreTrainedModel, windows: Iterable[Window], *, pad_id: int, batch_tokens: int = 8192
+    model: PreTrainedModel,
+    windows: Iterable[Window],
+    *,
+    pad_id: int,
+    batch_tokens: int = 8192,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[list[Window], list[float]]]:
     """Score windows in batches of like length; yields each batch with its windows' summed nats (float64).
 
-    Rows are padded on the right, where a causal model cannot see it. The order of windows is not kept.
-    Use it inside `scoring`.
+    Rows are padded on the right, where a causal model cannot see it. The order of windows is not kept. `part`: as for
+    `document_loss`. Use it inside `scoring`.
     """
     import torch
 
     forward = None
     threads = torch.get_num_threads()
     if model.device.type != "cpu" or threads < 2:
-        for batch in _batches(windows, _batch_limit(model, batch_tokens)):
+        for batch, counts in _shared(_batches(windows, _batch_limit(model, batch_tokens)), *part):
             forward = forward or _choose_forward(model, pad_id)
-            yield batch, _score(forward, batch, model.device, pad_id)
+            scored = _score(forward, batch, model.device, pad_id)
+            if counts:
+                yield batch, scored
         return
     limit = _batch_limit(model, min(batch_tokens, CPU_BATCH_TOKENS))
     running: deque[tuple[list[Window], Future[list[float]]]] = deque()
     with ThreadPoolExecutor(2, "scoring", initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
-        for batch in _batches(windows, limit):
+        for batch, counts in _shared(_batches(windows, limit), *part):
             forward = forward or _choose_forward(model, pad_id)
+            if not counts:
+                continue
             running.append((batch, pool.submit(_score, forward, batch, model.device, pad_id)))
             if len(running) > 2:
                 done, sums = running.popleft()
@@ -213,6 +227,15 @@ def _batches(windows: Iterable[Window], limit: int) -> Iterator[list[Window]]:
             yield from _cut(buffer, limit)
             buffer, tokens = [], 0
     yield from _cut(buffer, limit)
+
+
+def _shared(batches: Iterator[list[Window]], index: int, count: int) -> Iterator[tuple[list[Window], bool]]:
+    """One of each `count` batches; where the last ones do not suffice, one that another scores and that does not count.
+
+    The passes of a model that is divided over processes need all of these.
+    """
+    while several := list(islice(batches, count)):
+        yield several[min(index, len(several) - 1)], index < len(several)
 
 
 def _cut(buffer: list[Window], limit: int) -> Iterator[list[Window]]:

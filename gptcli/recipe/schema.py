@@ -22,13 +22,14 @@ from gptcli.recipe.sections_data import (
     Tokenizer,
     TokenizerTraining,
 )
-from gptcli.recipe.sections_rest import Eval, Generate, Launch, Parallel, Tokenize, Tracking
+from gptcli.recipe.sections_rest import Eval, Fsdp, Generate, Launch, Parallel, Tokenize, Tracking
 from gptcli.recipe.sections_train import Finetune, Lora, Profile, RegexReward, Train
 
 __all__ = [
     "Data",
     "Eval",
     "Finetune",
+    "Fsdp",
     "Generate",
     "Launch",
     "Lora",

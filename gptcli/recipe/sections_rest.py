@@ -17,6 +17,19 @@ class Parallel(Section):
     cp: Count = Field(default=1, description="Context parallel devices.")
 
 
+class Fsdp(Section):
+    """How FSDP2 divides a model; names as in accelerate and transformers."""
+
+    version: Literal[2] = Field(default=2, description="FSDP2 is what there is.")
+    reshard_after_forward: bool = Field(
+        default=True, description="Gather a layer's weights again for the backward pass; false: keep them between."
+    )
+    cpu_offload: bool = Field(default=False, description="Keep weights, gradients and optimizer state on the host.")
+    transformer_layer_cls_to_wrap: str | list[str] | None = Field(
+        default=None, description="Classes of the modules that are gathered one by one; none: the model's layers."
+    )
+
+
 class Launch(Section):
     """On how many processes and machines a command runs."""
 
@@ -27,7 +40,7 @@ class Launch(Section):
     )
     rendezvous: str | None = Field(default=None, description="host:port at which the machines meet.")
     parallel: Parallel = Field(default_factory=Parallel.model_construct, description="accelerate's parallelism_config.")
-    fsdp: dict[str, Any] = Field(default={}, description="accelerate's FSDP2 fields.")
+    fsdp: Fsdp = Field(default_factory=Fsdp.model_construct, description="How fsdp divides the model.")
     deepspeed: dict[str, Any] = Field(default={}, description="A DeepSpeed configuration.")
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from gptcli.model.kernels import settle_attention
 from gptcli.train import float8
 from gptcli.train.backoff import BackOffTrainer
-from gptcli.train.rows import RunRows, inputs_and_labels, label_count
+from gptcli.train.rows import MicroBatches, RunRows, inputs_and_labels, label_count, whole
 
 
 class AheadTrainer(BackOffTrainer):
@@ -34,6 +35,21 @@ class AheadTrainer(BackOffTrainer):
         self._compiler.settle(self._prepare_inputs(self._run_rows.first(self._plan.micro_batch_size)))
         return prepared
 
+    def get_train_dataloader(self) -> DataLoader[torch.Tensor]:
+        """The micro-batches of this process. accelerate would deal them out by another rule."""
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self._run_rows,
+            batch_sampler=MicroBatches(self._plan, self.args.process_index),
+            collate_fn=whole,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
+            generator=torch.Generator(),  # a loader draws a seed, which is not to be one of the model's
+        )
+
     def wait(self) -> None:
         """Let a GPU finish where something other than a step follows, so that a step's time is its own."""
         follows = self.control.should_log or self.control.should_evaluate or self.control.should_save
@@ -41,7 +57,7 @@ class AheadTrainer(BackOffTrainer):
             torch.cuda.synchronize(self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list[torch.Tensor], device: torch.device) -> Any:
-        """The labels of an optimizer step, over all processes: all of them count, as rows hold no padding."""
+        """The labels of an optimizer step, over all processes."""
         count = sum(label_count(batch) for batch in batch_samples)
         if self.args.world_size == 1:
             return count
@@ -51,7 +67,7 @@ class AheadTrainer(BackOffTrainer):
         """The model's inputs and the labels, two views of the batch that is on the device already."""
         if not isinstance(inputs, torch.Tensor):
             return super()._prepare_inputs(inputs)
-        return inputs_and_labels(inputs.to(self.args.device, non_blocking=True))
+        return inputs_and_labels(inputs, self.args.device)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)

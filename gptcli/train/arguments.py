@@ -105,6 +105,9 @@ def training_arguments(loaded: LoadedRecipe, plan: Plan, run: Path, device_kind:
         "remove_unused_columns": False,
         "dataloader_num_workers": recipe.data.workers if recipe.data and isinstance(recipe.data.workers, int) else 0,
         "dataloader_pin_memory": device_kind == "cuda",
+        # All of a model's parameters take part in every pass, and its buffers are the same everywhere.
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,
         "log_level": "error",
     }
     if device_kind == "cuda" and "accelerator_config" not in train.trainer_args:

@@ -14,6 +14,7 @@ from gptcli.data.tokenize import Prepared, prepare
 from gptcli.device import best_device, c_compiler, capability, device_name, total_memory
 from gptcli.errors import RecipeError
 from gptcli.files import fingerprint
+from gptcli.launch import world_size
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
@@ -52,13 +53,13 @@ def assemble(
     reporter: Reporter,
     *,
     decided: Mapping[str, str] | None = None,
-    verify: bool = False,
+    verify: bool | None = None,
 ) -> Assembly:
     """Data, configuration, device and plan of a recipe (`decided`: see `make_plan`; `verify`: see `prepare`)."""
     from gptcli.model.build import count_parameters
     from gptcli.model.kernels import usable_attention
 
-    prepared = prepare(loaded, reporter, verify=verify or None)
+    prepared = prepare(loaded, reporter, verify=verify)
     rows = sum(_proportions(loaded, prepared).rows)
     config = model_config(loaded, prepared, reporter)
     device = best_device()
@@ -109,7 +110,7 @@ def look_at(device: torch.device) -> Hardware:
     return Hardware(
         device.type,
         fast_bf16=False,
-        processes=1,
+        processes=world_size(),
         memory_bytes=total_memory(device),
         threads=torch.get_num_threads(),
         capability=capability(device),

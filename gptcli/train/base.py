@@ -18,6 +18,7 @@ import transformers.utils
 
 from gptcli.device import is_out_of_memory
 from gptcli.errors import CheckpointError, GptcliError, first_line
+from gptcli.train import random_state, sharding
 
 utils: Any = transformers.utils
 _is_available = utils.is_datasets_available
@@ -44,15 +45,23 @@ class Trainer(_Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with restoring("the weights", resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            divided: Any = self.model
+            if sharding.is_divided(divided):
+                self._issue_warnings_after_load(sharding.load_weights(divided, Path(resume_from_checkpoint)))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with restoring("the state of the loss scaler", checkpoint):
             super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        rank, processes = self.args.process_index, self.args.world_size
         with restoring("the random state", checkpoint):
-            super()._load_rng_state(checkpoint)
+            if not random_state.load(Path(checkpoint), rank, processes):
+                random_state.separate(self.args.seed, self.state.global_step, rank)
 
 
 @contextmanager

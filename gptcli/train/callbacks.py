@@ -1,6 +1,7 @@
 """What happens between steps: when to log, evaluate, save, sample and stop, decided in one place.
 
-A signal or `max_time` finishes the step, saves and stops; a second signal leaves at once.
+A signal or `max_time` finishes the step, saves and stops; a second signal leaves at once. The processes of a run agree
+on it at the end of each step, whichever of them the signal came to.
 """
 
 from __future__ import annotations
@@ -17,29 +18,37 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gptcli.errors import AbortedError
+from gptcli.train import group
 
 if TYPE_CHECKING:
     from gptcli.recipe.schema import Train
     from gptcli.train.plan import Plan
 
 
+# Reasons to stop beside the numbers of signals.
+_MAX_TIME, _AS_ASKED = 1000, 1001
+
+
 class StopRequest:
-    """Whether and why training should stop at the end of the step."""
+    """Whether and why training should stop at the end of the step; the same on all processes."""
 
     def __init__(self, *, max_seconds: float | None = None, after_step: int | None = None) -> None:
         self.reason: str | None = None
+        self._signal = 0
         self._started = time.monotonic()
         self._max_seconds = max_seconds
         self._after_step = after_step
 
     def due(self, step: int) -> bool:
-        """Whether to stop now that `step` steps are finished."""
-        if self.reason is None and self._after_step is not None and step >= self._after_step:
-            self.reason = f"as asked after step {step}"
-        if self.reason is None and self._max_seconds is not None:
-            elapsed = time.monotonic() - self._started
-            if elapsed >= self._max_seconds:
-                self.reason = "train.max_time is over"
+        """Whether to stop now that `step` steps are finished. All processes ask after the same steps."""
+        why = self._signal
+        if not why and self._after_step is not None and step >= self._after_step:
+            why = _AS_ASKED
+        if not why and self._max_seconds is not None and time.monotonic() - self._started >= self._max_seconds:
+            why = _MAX_TIME
+        if self.reason is None and (why := group.most(why)):
+            others = {_MAX_TIME: "train.max_time is over", _AS_ASKED: f"as asked after step {step}"}
+            self.reason = others.get(why) or f"by {signal.Signals(why).name}"
         return self.reason is not None
 
     @contextmanager
@@ -48,8 +57,8 @@ class StopRequest:
 
         def handle(number: int, frame: FrameType | None) -> None:
             del frame
-            if self.reason is None:
-                self.reason = f"by {signal.Signals(number).name}"
+            if not self._signal:
+                self._signal = number
                 # A signal handler must not take rich's locks: plain bytes to standard error.
                 os.write(2, b"\nstopping after this step; once more leaves at once\n")
                 return

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gptcli.errors import CheckpointError, writing
 from gptcli.files import committed_folder, fingerprint, fsync_file, read_json, remove, sha256_file, write_json
 from gptcli.runs.folder import CHECKPOINT, MANIFEST, RunFolder
+from gptcli.train import random_state
 from gptcli.train.optimizer_state import OPTIMIZER, SCHEDULER
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 FORMAT = 3
 # What is read where a checkpoint is loaded: no such file is in it that its manifest does not name.
 _READ = (".safetensors", ".pt", ".pth", ".json")
-_TRAINING_FILES = (MANIFEST, OPTIMIZER, SCHEDULER, "scaler.pt", "rng_state.pth", "trainer_state.json")
+_TRAINING_FILES = (MANIFEST, OPTIMIZER, SCHEDULER, "scaler.pt", "trainer_state.json")
 PROBE_BYTES = 1 << 20
 
 
@@ -160,7 +161,7 @@ def prune(run: RunFolder, keep: int, spared: Collection[int] = ()) -> None:
 def copy_model(folder: Path, target: Path) -> None:
     """Copy a checkpoint's model, without what only training needs."""
     for path in folder.iterdir():
-        if path.name not in _TRAINING_FILES:
+        if path.name not in _TRAINING_FILES and not path.name.startswith(random_state.PREFIX):
             shutil.copy2(path, target)
 
 

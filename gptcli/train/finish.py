@@ -11,11 +11,14 @@ from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.runs.report import write_report
+from gptcli.train import group
 from gptcli.train.assemble import Assembly
 from gptcli.train.checkpoint import copy_model, system_errors, verify
 from gptcli.train.record import model_card
 
 if TYPE_CHECKING:
+    import torch
+
     from gptcli.train.trainer import CausalTrainer
 
 
@@ -43,18 +46,25 @@ def result_of(assembly: Assembly, trainer: CausalTrainer, step: int, wall_second
 
 
 def write_final(assembly: Assembly, trainer: CausalTrainer, result: dict[str, Any]) -> None:
-    """Write `final/`, the trained model: the best checkpoint's where there is a best one.
+    """Write `final/`, the trained model: the best checkpoint's where there is a best one. For all processes to call.
 
     Raises:
         CheckpointError: it cannot be written.
     """
+    weights = trainer.whole_weights()
+    group.from_first(lambda: _write_final(assembly, trainer, result, weights))
+
+
+def _write_final(
+    assembly: Assembly, trainer: CausalTrainer, result: dict[str, Any], weights: dict[str, torch.Tensor] | None
+) -> None:
     target, comfort = assembly.run.final, "The last checkpoint is good."
     with writing(target, "the trained model", comfort), committed_folder(target) as work, system_errors(work):
         best = trainer.best and assembly.run.checkpoint(trainer.best.step)
         if best and verify(best) is None:
             copy_model(best, work)
         else:
-            trainer.save_model(str(work), _internal_call=True)
+            trainer.write_model(work, weights)
         write_atomic(work / "README.md", model_card(assembly.loaded, assembly.plan, result))
 
 

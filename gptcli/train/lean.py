@@ -19,6 +19,7 @@ from gptcli.device import return_freed_memory
 from gptcli.model.build import uses_a_matrix_twice
 from gptcli.train.base import Trainer
 from gptcli.train.halves import NO_SUM, Halves, Inputs, why_whole
+from gptcli.train.sharding import whole
 
 
 class LeanTrainer(Trainer):
@@ -43,7 +44,8 @@ class LeanTrainer(Trainer):
         assert self.model is not None
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._short = (
-            self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
+            self.accelerator.distributed_type
+            in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
             and arguments.torch_empty_cache_steps is None
             and arguments.optim not in (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
             and "schedule_free" not in str(arguments.optim)
@@ -123,4 +125,4 @@ class LeanTrainer(Trainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self._short:
             return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        return torch.nn.utils.clip_grad_norm_(self._parameters or (), self.args.max_grad_norm)
+        return whole(torch.nn.utils.clip_grad_norm_(self._parameters or (), self.args.max_grad_norm))

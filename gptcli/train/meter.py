@@ -140,13 +140,14 @@ class Meter:
             return None
         return round((self._logged_tokens - self._start_tokens) / self._all_seconds, 1)
 
-    def state(self) -> dict[str, Any]:
-        """What the next line needs, for a checkpoint's manifest."""
-        return {"nats": float(self._nats), "logged_tokens": self._logged_tokens, "left_out": self._left_out}
+    def state(self, reduce: Reduce) -> dict[str, Any]:
+        """What the next line needs, for a checkpoint's manifest; `reduce` as for `line`."""
+        return {"nats": float(reduce(self._nats)), "logged_tokens": self._logged_tokens, "left_out": self._left_out}
 
-    def start_at(self, step: int, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint of `step`."""
-        self._nats = self._nats_before = torch.tensor(float(state["nats"]), dtype=torch.float64)
+    def start_at(self, step: int, state: dict[str, Any], *, first: bool) -> None:
+        """Go on from a checkpoint of `step`; what all processes have counted is the first one's to hold."""
+        nats = float(state["nats"]) if first else 0.0
+        self._nats = self._nats_before = torch.tensor(nats, dtype=torch.float64)
         self._logged_tokens, self._left_out = int(state["logged_tokens"]), int(state["left_out"])
         self._start_tokens = self._plan.tokens_at(step)
 

@@ -17,19 +17,29 @@ OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
 
 
-def save(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
-    """Write the state of an optimizer of `model` and of its schedule into a folder."""
-    import torch
+def by_name(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """The state of an optimizer of `model`, whole: that of a divided model is brought together by all its processes."""
+    from gptcli.train.sharding import is_divided, whole
 
     names = _names(model, optimizer)
     state = optimizer.state_dict()
-    by_name = {
-        "state": {names[number]: values for number, values in state["state"].items()},
+    gather = (lambda value: whole(value).cpu() if hasattr(value, "shape") else value) if is_divided(model) else None
+    return {
+        "state": {
+            names[number]: values if gather is None else {key: gather(value) for key, value in values.items()}
+            for number, values in state["state"].items()
+        },
         "param_groups": [
             {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
         ],
     }
-    torch.save(by_name, folder / OPTIMIZER)
+
+
+def save(folder: Path, state: dict[str, Any], scheduler: Any) -> None:
+    """Write what `by_name` returned, and the state of the schedule, into a folder."""
+    import torch
+
+    torch.save(state, folder / OPTIMIZER)
     torch.save(scheduler.state_dict(), folder / SCHEDULER)
 
 
@@ -41,6 +51,8 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None
         Exception: of torch, for files that cannot be read or hold other objects.
     """
     import torch
+
+    from gptcli.train.sharding import divided_like
 
     saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
@@ -58,7 +70,14 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None
             )
         fields = {**groups[frozenset(of_group)], "params": group["params"]}
         ordered.append({**fields, **({"param_names": of_group} if "param_names" in fields else {})})
-    state = {numbers[name]: values for name, values in saved["state"].items()}
+    parameters = dict(model.named_parameters())
+    state = {
+        numbers[name]: {
+            key: divided_like(value, parameters[name]) if hasattr(value, "shape") else value
+            for key, value in values.items()
+        }
+        for name, values in saved["state"].items()
+    }
     optimizer.load_state_dict({"state": state, "param_groups": ordered})
     scheduler.load_state_dict(schedule)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli import __version__
 from gptcli.errors import CheckpointError
+from gptcli.launch import is_main_process
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
@@ -41,6 +42,8 @@ def now() -> str:
 
 def record_end(run: RunFolder, reporter: Reporter, status: str, reason: str) -> None:
     """Write to `run.json` how a run ended; where that fails (a full disk), what ended it stays the error to be told."""
+    if not is_main_process():
+        return
     try:
         run.update(status=status, reason=reason, ended=now())
     except (OSError, CheckpointError) as error:

@@ -1,15 +1,25 @@
-"""The rows of a run as the data set that transformers' Trainer reads: one tensor a batch, until it is on the device."""
+"""The rows of a run as the data set that transformers' Trainer reads: one tensor a batch, until it is on the device.
+
+Which rows a process takes is arithmetic on their numbers: nobody sends rows, and nobody reads another's.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
+
+from gptcli.train.loss import IGNORED
 
 if TYPE_CHECKING:
     from gptcli.data.dataset import TrainingRows
+    from gptcli.train.plan import Plan
+
+# Stands for a row that does not count: in a last, smaller step a process may have none, and still has to take part.
+FILLER = -1
 
 
 class RunRows(Dataset[torch.Tensor]):
@@ -23,7 +33,9 @@ class RunRows(Dataset[torch.Tensor]):
         return self._total
 
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        """A batch [len(indices), sequence_length + 1] of token ids in one vectorised copy."""
+        """A batch [len(indices), sequence_length + 1] of token ids in one vectorised copy; of -100 for the filler."""
+        if indices == [FILLER]:
+            return torch.full((1, self._rows.sequence_length + 1), IGNORED)
         return torch.from_numpy(self._rows.batch(np.asarray(indices, dtype=np.int64)))
 
     def first(self, count: int) -> torch.Tensor:
@@ -31,16 +43,60 @@ class RunRows(Dataset[torch.Tensor]):
         return self.__getitems__(list(range(min(count, self._total))))
 
 
+class MicroBatches(Sampler[list[int]]):
+    """The numbers of the rows of each micro-batch that one process runs, over the whole run.
+
+    The rows of a step go to the processes in turns of a micro-batch each, so that the step has the same rows on any
+    number of them. Every process has as many micro-batches as the others.
+    """
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self._plan = plan
+        self._rank = rank
+
+    def __len__(self) -> int:
+        plan = self._plan
+        last = plan.total_rows - (plan.steps - 1) * plan.global_batch_size
+        return (plan.steps - 1) * plan.gradient_accumulation_steps + self._passes(last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self._plan.steps):
+            yield from self.of_step(step)
+
+    def of_step(self, step: int) -> list[list[int]]:
+        """Those of one step, counted from 0."""
+        plan, rank = self._plan, self._rank
+        first = step * plan.global_batch_size
+        end = min(first + plan.global_batch_size, plan.total_rows)
+        found = []
+        for turn in range(self._passes(end - first)):
+            begin = first + turn * plan.micro_batch_size * plan.processes
+            each, more = divmod(min(plan.micro_batch_size * plan.processes, end - begin), plan.processes)
+            start = begin + rank * each + min(rank, more)
+            found.append(list(range(start, start + each + (rank < more))) or [FILLER])
+        return found
+
+    def _passes(self, rows: int) -> int:
+        return -(-rows // (self._plan.micro_batch_size * self._plan.processes))
+
+
 def whole(batch: Any) -> Any:
     """The batch as it is: it goes to the device in one copy."""
     return batch
 
 
-def inputs_and_labels(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A batch [n, T + 1] as T inputs and the T next tokens; the labels are not shifted again."""
-    return {"input_ids": batch[:, :-1], "labels": batch[:, 1:]}
+def inputs_and_labels(batch: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch [n, T + 1] of the host as T inputs and the T next tokens on a device; labels are not shifted again."""
+    filler = _is_filler(batch)
+    batch = batch.to(device, non_blocking=True)
+    ids = batch[:, :-1]
+    return {"input_ids": torch.zeros_like(ids) if filler else ids, "labels": batch[:, 1:]}
 
 
 def label_count(batch: torch.Tensor) -> int:
-    """The labels of a batch [n, T + 1], without looking at it."""
-    return batch.shape[0] * (batch.shape[1] - 1)
+    """The labels of a batch [n, T + 1] on the host."""
+    return 0 if _is_filler(batch) else batch.shape[0] * (batch.shape[1] - 1)
+
+
+def _is_filler(batch: torch.Tensor) -> bool:
+    return len(batch) == 1 and int(batch[0, 0]) == IGNORED

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.device import keep_freed_memory
-from gptcli.errors import AbortedError, CheckpointError, GptcliError, OutOfMemoryError, StoppedError
+from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError, StoppedError
 from gptcli.files import write_atomic
+from gptcli.launch import is_main_process
 from gptcli.recipe.load import LoadedRecipe, dump_yaml, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
-from gptcli.train.assemble import Assembly, assemble, decided_recipe, describe
+from gptcli.train import group
+from gptcli.train.assemble import Assembly, decided_recipe
+from gptcli.train.begin import Options, begin, write_start
 from gptcli.train.finish import result_of, write_final, write_run_report
-from gptcli.train.memory import mebibytes
 from gptcli.train.modes import BLOCKS
 from gptcli.train.plan import MICRO_BATCH, Plan, with_micro_batch
 from gptcli.train.record import now, record_end
-from gptcli.train.resume import Start, check_unchanged, clear, decided_before, ended_early, find_start, locked
+from gptcli.train.resume import Start, ended_early
 from gptcli.train.shortage import explained, out_of_memory
 
 if TYPE_CHECKING:
@@ -34,29 +34,8 @@ if TYPE_CHECKING:
     from gptcli.train.trainer import CausalTrainer
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line says beside the recipe.
-
-    Attributes:
-        command: pretrain or finetune.
-        resume: auto, never, or the path of a checkpoint.
-        overwrite: remove a run that is there.
-        allow_changes: keys that may differ from the run's recipe.
-        verify: read all sources and shards again before the first step.
-        stop_after: stop (with code 75) after this many steps; for `--smoke`.
-    """
-
-    command: str
-    resume: str = "auto"
-    overwrite: bool = False
-    allow_changes: tuple[str, ...] = ()
-    verify: bool = False
-    stop_after: int | None = None
-
-
 def train(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> dict[str, Any]:
-    """Run a recipe to its end and return the result that `--json` prints.
+    """Run a recipe to its end and return the result that `--json` prints (rank 0 has it).
 
     Raises:
         GptcliError: with the exit code of what happened; see `gptcli.errors`.
@@ -64,59 +43,32 @@ def train(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> dict[st
     run = RunFolder(Path(loaded.recipe.output_dir) / loaded.recipe.name)
     existed = run.path.exists()
     keep_freed_memory()
+    group.join()
     try:
-        with locked(run):
-            return _train_locked(loaded, options, run, reporter)
+        with ExitStack() as held:
+            begun = begin(loaded, options, run, reporter, held)
+            result = begun if isinstance(begun, dict) else _train(*begun, options, reporter)
+            group.leave()
+            return result
     finally:
         # A run that ended before it began (bad data, a wrong field) leaves no folder behind.
-        if not existed and not run.exists():
+        if is_main_process() and not existed and not run.exists():
             shutil.rmtree(run.path, ignore_errors=True)
 
 
-def _train_locked(loaded: LoadedRecipe, options: Options, run: RunFolder, reporter: Reporter) -> dict[str, Any]:
-    start = find_start(run, resume=options.resume, overwrite=options.overwrite, reporter=reporter)
-    assembly = assemble(loaded, run, reporter, decided=decided_before(start, resolved(loaded)), verify=options.verify)
-    if start.checkpoint is not None:
-        harmless = check_unchanged(
-            start,
-            recipe=resolved(loaded),
-            fingerprints=assembly.fingerprints,
-            steps=assembly.plan.steps,
-            allowed=options.allow_changes,
-            prepared=assembly.prepared.train.folder.parent,
-        )
-        whole = start.step >= assembly.plan.steps or ended_early(start, loaded.recipe.train)
-        if whole and run.final.is_dir() and run.read().get("status") == "done":
-            if not run.report.is_file():
-                write_run_report(run, reporter)
-            reporter.say(f"{run.name} is finished: {start.step:,} steps, {run.final}")
-            reporter.say("--overwrite trains it again; name=NAME trains another; a larger train.max_steps goes on.")
-            done: dict[str, Any] = run.read().get("result") or {}
-            return done
-        reporter.say(
-            f"resuming {run.name} from {start.checkpoint.name} ({start.step:,} of {assembly.plan.steps:,} steps)"
-        )
-        for line in harmless:
-            reporter.say(f"changed since: {line}")
-    for line in describe(assembly):
-        reporter.say(line)
-    _check_disk(assembly)
-    if options.overwrite:
-        clear(run)
-    _write_start(assembly, options)
+def _train(assembly: Assembly, start: Start, options: Options, reporter: Reporter) -> dict[str, Any]:
+    ended = partial(record_end, assembly.run, reporter)
     try:
-        result = _run_compiled_or_not(assembly, options, start, reporter)
+        return _run_compiled_or_not(assembly, options, start, reporter)
     except GptcliError as error:
-        status = "stopped" if isinstance(error, StoppedError) else "failed"
-        record_end(run, reporter, status, error.what)
+        ended("stopped" if isinstance(error, StoppedError) else "failed", error.what)
         raise
     except KeyboardInterrupt:
-        record_end(run, reporter, "stopped", "interrupted before the first step")
+        ended("stopped", "interrupted before the first step")
         raise AbortedError("before the first step; nothing was lost") from None
     except BaseException as error:
-        record_end(run, reporter, "failed", f"{type(error).__name__}: {error}"[:300])
+        ended("failed", f"{type(error).__name__}: {error}"[:300])
         raise
-    return result
 
 
 def _run_compiled_or_not(assembly: Assembly, options: Options, start: Start, reporter: Reporter) -> dict[str, Any]:
@@ -137,7 +89,7 @@ def _run_compiled_or_not(assembly: Assembly, options: Options, start: Start, rep
         if decision not in assembly.plan.decisions:
             reporter.say(f"auto: {decision.key} = {decision.value} ({decision.reason})")
     plain = replace(assembly, plan=plan, uncompiled=None)
-    _write_start(plain, options)
+    write_start(plain, options)
     return _run_trainer(plain, options, start, reporter)
 
 
@@ -153,9 +105,10 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
             if assembly.plan.dry_step:
                 assembly = _fitted(assembly, model, reporter)
             trainer = _build_trainer(assembly, model, stop, reporter, progress)
-        kept = -1 if start.checkpoint is None else start.step  # a line of eval_at_start is of step 0
-        metrics.truncate(assembly.run.metrics, kept)
-        metrics.truncate(assembly.run.samples, kept)
+        if is_main_process():
+            kept = -1 if start.checkpoint is None else start.step  # a line of eval_at_start is of step 0
+            metrics.truncate(assembly.run.metrics, kept)
+            metrics.truncate(assembly.run.samples, kept)
         progress.update(start.step)
         if start.checkpoint is not None:
             trainer.start_at(start.manifest)
@@ -165,10 +118,11 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
             if not ended_early(start, train_section):
                 trainer.run_from(start.checkpoint)
         step = max(start.step, int(trainer.state.global_step))
-        result = result_of(assembly, trainer, step, time.monotonic() - began)
+        result = group.from_first(lambda: result_of(assembly, trainer, step, time.monotonic() - began))
         if step < assembly.plan.steps and not (trainer.best and trainer.best.over):
             result["status"] = "stopped"
-            assembly.run.update(result=result)
+            if is_main_process():
+                assembly.run.update(result=result)
             raise StoppedError(
                 f"{stop.reason}; step {step:,} of {assembly.plan.steps:,} is saved",
                 remedy="The same command goes on from there.",
@@ -176,8 +130,9 @@ def _run_trainer(assembly: Assembly, options: Options, start: Start, reporter: R
             )
         trainer.prune()  # a kill may have come between the last save and this
         write_final(assembly, trainer, result)
-    assembly.run.update(status="done", reason=None, ended=now(), result=result)
-    write_run_report(assembly.run, reporter)
+    if is_main_process():
+        assembly.run.update(status="done", reason=None, ended=now(), result=result)
+        write_run_report(assembly.run, reporter)
     reporter.say(f"done: {assembly.run.final}")
     return result
 
@@ -190,7 +145,7 @@ def _build_model(assembly: Assembly, reporter: Reporter) -> PreTrainedModel:
     from gptcli.model.build import build_model
     from gptcli.model.kernels import GPU_ONLY, attend_without_mask
     from gptcli.model.load import load_model
-    from gptcli.train import float8
+    from gptcli.train import float8, sharding
 
     loaded, plan = assembly.loaded, assembly.plan
     recipe = loaded.recipe
@@ -221,6 +176,8 @@ def _build_model(assembly: Assembly, reporter: Reporter) -> PreTrainedModel:
         torch.set_float32_matmul_precision("high")
     if assembly.device.type == "cpu" and not plan.compile:
         keep_derivatives(model)
+    if recipe.launch.strategy == "fsdp" and plan.processes > 1:
+        sharding.divide(model, recipe.launch.fsdp, processes=plan.processes, bf16=plan.precision == "bf16")
     return model
 
 
@@ -230,7 +187,7 @@ def _fitted(assembly: Assembly, model: PreTrainedModel, reporter: Reporter) -> A
 
     section, length = assembly.loaded.recipe.train, assembly.plan.sequence_length
     moved: Any = model.to(assembly.device)  # type: ignore[arg-type]
-    rows, reason = dry_step(moved, assembly.plan, section)
+    rows, reason = group.from_first(lambda: dry_step(moved, assembly.plan, section))
     if rows is None:
         one = with_micro_batch(assembly.plan, section, assembly.counts, 1, reason)
         raise _out_of_memory(assembly, one, f"one row of {length:,} tokens does not fit")
@@ -290,54 +247,12 @@ def _build_trainer(
         )
 
 
-def _write_start(assembly: Assembly, options: Options) -> None:
-    from gptcli.device import device_name
-    from gptcli.train.record import command_line, git_commit, versions
-
-    run, loaded, plan = assembly.run, assembly.loaded, assembly.plan
-    assert loaded.recipe.data is not None
-    run.path.mkdir(parents=True, exist_ok=True)
-    write_atomic(run.recipe, loaded.text)
-    write_atomic(run.resolved, dump_yaml(decided_recipe(loaded, plan)))
-    run.update(
-        name=run.name,
-        command=options.command,
-        status="running",
-        reason=None,
-        pid=os.getpid(),
-        host=platform.node(),
-        started=now(),
-        ended=None,
-        command_line=command_line(),
-        versions=versions(),
-        git_commit=git_commit(loaded.path.parent),
-        device=device_name(assembly.device),
-        seed=loaded.recipe.seed,
-        fingerprints=assembly.fingerprints,
-        parameters=plan.parameters,
-        plan=plan.as_dict(),
-        data=assembly.prepared.report,
-    )
-
-
-def _check_disk(assembly: Assembly) -> None:
-    """Compare the bytes that the run will write with what is free, before the first step."""
-    folder = assembly.run.path
-    folder.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(folder).free, assembly.plan.disk_bytes
-    if free < needed:
-        raise CheckpointError(
-            f"the run needs about {mebibytes(needed)} of disk and {mebibytes(free)} are free",
-            where=str(folder),
-            remedy="Make room, lower train.save_total_limit, or set output_dir to another disk.",
-        )
-
-
 def _replan(assembly: Assembly, rows: int, reason: str) -> Plan:
     """The plan with micro-batches of `rows`, written to the run's folder."""
     plan = with_micro_batch(assembly.plan, assembly.loaded.recipe.train, assembly.counts, rows, reason)
-    write_atomic(assembly.run.resolved, dump_yaml(decided_recipe(assembly.loaded, plan)))
-    assembly.run.update(plan=plan.as_dict())
+    if is_main_process():
+        write_atomic(assembly.run.resolved, dump_yaml(decided_recipe(assembly.loaded, plan)))
+        assembly.run.update(plan=plan.as_dict())
     return plan
 
 
@@ -351,8 +266,3 @@ def _what_ran_out(trainer: CausalTrainer) -> str:
         return f"out of memory after {done:,} finished steps, outside of a forward or backward pass"
     rows = "one row" if plan.micro_batch_size == 1 else f"a micro-batch of {plan.micro_batch_size} rows"
     return f"{rows} of {plan.sequence_length:,} tokens does not fit (step {done + 1:,})"
-
-
-def allowed_keys(values: Sequence[str] | None) -> tuple[str, ...]:
-    """`--allow-changes a,b --allow-changes c` as ("a", "b", "c")."""
-    return tuple(key.strip() for value in values or () for key in value.split(",") if key.strip())

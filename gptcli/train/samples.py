@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gptcli.generation.text import complete, settings
+from gptcli.launch import is_main_process
 from gptcli.runs import metrics
 
 if TYPE_CHECKING:
@@ -29,5 +30,7 @@ class Sampler:
         """Write and show one completion of each prompt."""
         for prompt in self._prompts:
             text = complete(model, self._tokenizer, prompt, self._settings)[0].text
+            if not is_main_process():  # it only takes part, for a model that is divided
+                continue
             metrics.append(self._run.samples, {"step": step, "prompt": prompt, "text": text})
             self._reporter.say(f"step {step:,}  sample  {prompt}{text}".rstrip())

@@ -22,9 +22,10 @@ from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.recipe.schema import Source, Tail
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
+from gptcli.train.begin import Options
 from gptcli.train.decisions import Hardware
 from gptcli.train.modes import lacks
-from gptcli.train.run import Options, train
+from gptcli.train.run import train
 
 if TYPE_CHECKING:
     from gptcli.recipe.schema import Data

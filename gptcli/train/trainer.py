@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import SequentialSampler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gptcli.errors import CheckpointError
@@ -20,7 +19,7 @@ from gptcli.evaluation.loss import LossResult
 from gptcli.model.kernels import one_stream_rows
 from gptcli.model.load import quiet
 from gptcli.runs import metrics
-from gptcli.train import checkpoint, optim, optimizer_state
+from gptcli.train import checkpoint, group, optim, optimizer_state, random_state, sharding
 from gptcli.train.ahead import AheadTrainer
 from gptcli.train.backoff import Replan
 from gptcli.train.base import TRAINER_STATE_NAME, restoring
@@ -124,7 +123,12 @@ class CausalTrainer(AheadTrainer):
         self._compiler = Compiler(self.plain_model, self._loss, plan, reporter)
         self._scaled = follow_scaler(self, str(run.path), reporter)
         # torch's fused AdamW leaves weights and state alone where a flag on the device tells it to.
-        self._masks = args.device.type == "cuda" and recipe.train.optimizer == "adamw" and self._scaled is None
+        self._masks = (
+            args.device.type == "cuda"
+            and recipe.train.optimizer == "adamw"
+            and self._scaled is None
+            and not sharding.is_divided(model)
+        )
         self._guard = StepGuard(
             recipe.train,
             waits=not self._masks or recipe.train.loss_spike == "skip",
@@ -136,12 +140,10 @@ class CausalTrainer(AheadTrainer):
 
     # ---- data, optimizer, schedule ----
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self._run_rows)
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The recipe's optimizer; names other than adamw and muon are built by transformers."""
         if self.optimizer is None:
+            sharding.part_again(self.plain_model)  # models were tried before this
             self.optimizer = optim.build_optimizer(self.plain_model, self._recipe.train)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
@@ -248,7 +250,9 @@ class CausalTrainer(AheadTrainer):
         # The Trainer comes here once more at the end of its epoch, for the step that it has reported already.
         if self._sampled_at != self.state.global_step and self._schedule.sample_due(self.state.global_step):
             self._sampled_at = self.state.global_step
-            self._sample(self.plain_model, self.state.global_step)
+            if self.is_world_process_zero() or sharding.is_divided(self.plain_model):
+                self._sample(self.plain_model, self.state.global_step)
+                sharding.part_again(self.plain_model)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -279,6 +283,7 @@ class CausalTrainer(AheadTrainer):
         if self._validation is None:
             return {}
         result = validation_loss(self.plain_model, self._validation, self._recipe, self._plan.precision)
+        sharding.part_again(self.plain_model)
         self.validation_result = result
         step = self.state.global_step
         values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
@@ -312,17 +317,25 @@ class CausalTrainer(AheadTrainer):
             "decided": self._plan.decided,
             "tokens": self._plan.tokens_at(step),
             "steps": self._plan.steps,
-            "unlogged": self._meter.state(),
+            "unlogged": self._meter.state(self._summed),
             "guard": self._guard.state(),
             "best": None if self.best is None else self.best.state(),
         }
-        try:
+        # What the processes hold is brought together first; then one of them writes, and all hear how it went.
+        random_states = group.gathered(random_state.state())
+        optimizer_values = optimizer_state.by_name(self.plain_model, self.optimizer)
+        weights = self.whole_weights()
+
+        def write() -> None:
             with checkpoint.committing(self._run, step, facts) as work:
-                self.save_model(str(work), _internal_call=True)
-                self._save_optimizer_and_scheduler(str(work))
+                self.write_model(work, weights)
+                optimizer_state.save(work, optimizer_values, self.lr_scheduler)
                 self._save_scaler(str(work))
-                self._save_rng_state(str(work))
+                random_state.save(work, random_states)
                 self.state.save_to_json(str(work / TRAINER_STATE_NAME))
+
+        try:
+            group.from_first(write)
         except CheckpointError as error:
             # What follows the last save, or one before a stop, would be lost without a word.
             if self._recipe.train.on_save_error == "stop" or self.control.should_training_stop:
@@ -333,11 +346,10 @@ class CausalTrainer(AheadTrainer):
 
     def prune(self) -> None:
         """Remove the checkpoints that are not to be kept; the best one is."""
+        if not self.is_world_process_zero():
+            return
         spared = {self.best.step} if self.best is not None else set()
         checkpoint.prune(self._run, self._recipe.train.save_total_limit, spared)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        optimizer_state.save(Path(output_dir), self.plain_model, self.optimizer, self.lr_scheduler)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -345,33 +357,39 @@ class CausalTrainer(AheadTrainer):
             with restoring(what, checkpoint), optim.own_settings(self.optimizer, self.lr_scheduler):
                 optimizer_state.load(Path(checkpoint), self.plain_model, self.optimizer, self.lr_scheduler)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        assert output_dir is not None
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """The weights of a divided model, on rank 0, which all processes bring together; None of one that is whole."""
+        return sharding.whole_weights(self.plain_model) if sharding.is_divided(self.plain_model) else None
+
+    def write_model(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        """Write the model, with `whole_weights`, and the tokenizer: a plain Hugging Face folder."""
         with self.inference_config():
-            save_pretrained(self.plain_model, self._tokenizer, Path(output_dir), state_dict)
+            save_pretrained(self.plain_model, self._tokenizer, folder, weights)
 
     @contextmanager
     def inference_config(self) -> Iterator[None]:
-        """The model's configuration as users should get it: training turns the key-value cache off."""
-        config = self.plain_model.config
-        during = getattr(config, "use_cache", None)
+        """The model's configuration as users should get it: not as it is divided, with the key-value cache on."""
+        config: Any = self.plain_model.config
+        before = {key: config.__dict__[key] for key in ("use_cache", "distributed_config") if key in config.__dict__}
         if self._use_cache is not None:
             config.use_cache = self._use_cache
+        config.__dict__.pop("distributed_config", None)
         try:
             yield
         finally:
-            if self._use_cache is not None:
-                config.use_cache = during
+            config.__dict__.update(before)
 
     def run_from(self, start: Path | None) -> None:
         """Train to the end, or until the schedule stops it, from a checkpoint or from the first step."""
         self._meter.begin()
+        if start is None and self.args.world_size > 1:
+            random_state.separate(self.args.seed, 0, self.args.process_index)
         with self.lean(), one_stream_rows():
             self.train(resume_from_checkpoint=None if start is None else str(start))
 
     def start_at(self, manifest: dict[str, Any]) -> None:
         """Tell the log lines that training goes on from the checkpoint of a manifest."""
-        self._meter.start_at(int(manifest["step"]), manifest["unlogged"])
+        self._meter.start_at(int(manifest["step"]), manifest["unlogged"], first=self.is_world_process_zero())
         self._guard.start_at(manifest["guard"])
         if self.best is not None:
             self.best.start_at(manifest["best"])

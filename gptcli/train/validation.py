@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 
 from gptcli.evaluation.loss import LossResult, document_loss
+from gptcli.launch import rank, world_size
+from gptcli.train import group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,20 +26,23 @@ _TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
 
 
 def validation_loss(model: PreTrainedModel, shards: Shards, recipe: Recipe, precision: str) -> LossResult:
-    """The loss over the held-out documents, as DEFINITIONS has it; `precision` is that of training."""
+    """The loss over the held-out documents; `precision` is that of training. The run's processes share the windows."""
     assert recipe.data is not None
     documents = islice(shards.evaluation_documents(), recipe.eval.limit)
     prefix = shards.specials.eos if shards.specials.bos is None else shards.specials.bos
     assert prefix is not None  # tokenizing refuses a tokenizer without an end token
     half = _TYPES.get(precision) if model.device.type == "cuda" else None
     with _without_wrapper(model), torch.autocast(model.device.type, dtype=half, enabled=half is not None):
-        return document_loss(
+        own = document_loss(
             model,
             documents,
             prefix_id=prefix,
             sequence_length=recipe.data.sequence_length,
             stride=recipe.eval.stride,
+            part=(rank(), world_size()),
         )
+    nats, tokens = group.total([own.nats, own.tokens])
+    return replace(own, nats=nats, tokens=int(tokens))
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from gptcli.reporting import Silent
 from gptcli.runs.folder import RunFolder
 from gptcli.train.arguments import training_arguments
 from gptcli.train.assemble import assemble, look_at
+from gptcli.train.begin import Options
 from gptcli.train.rows import inputs_and_labels, label_count
-from gptcli.train.run import Options, train
+from gptcli.train.run import train
 from gptcli.train.trainer import CausalTrainer
 from tests.conftest import make_project
 
@@ -25,7 +26,7 @@ needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here
 
 def test_labels_are_the_next_tokens_and_their_count_is_known() -> None:
     batch = torch.arange(12).view(3, 4)
-    found = inputs_and_labels(batch)
+    found = inputs_and_labels(batch, torch.device("cpu"))
     assert found["input_ids"].tolist() == [[0, 1, 2], [4, 5, 6], [8, 9, 10]]
     assert found["labels"].tolist() == [[1, 2, 3], [5, 6, 7], [9, 10, 11]]
     assert found["labels"].numel() == label_count(batch) == 9

@@ -17,7 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from gptcli.errors import OutOfMemoryError, StoppedError
 from gptcli.recipe.load import load_recipe
 from gptcli.reporting import Silent
-from gptcli.train.run import Options, train
+from gptcli.train.begin import Options
+from gptcli.train.run import train
 from tests.conftest import make_project
 
 

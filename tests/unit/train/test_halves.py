@@ -17,10 +17,11 @@ from gptcli.recipe.load import load_recipe
 from gptcli.reporting import Silent
 from gptcli.train import lean
 from gptcli.train import plan as plan_module
+from gptcli.train.begin import Options
 from gptcli.train.halves import NO_SUM, Halves, Inputs, why_whole
 from gptcli.train.loss import TrainingLoss
 from gptcli.train.plan import HALVES
-from gptcli.train.run import Options, train
+from gptcli.train.run import train
 from tests.conftest import Cli, make_project
 from tests.tiny import make_model
 

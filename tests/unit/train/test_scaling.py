@@ -16,7 +16,8 @@ from gptcli.errors import DivergedError, StoppedError
 from gptcli.recipe.load import load_recipe
 from gptcli.reporting import Silent
 from gptcli.train import loss as loss_module
-from gptcli.train.run import Options, train
+from gptcli.train.begin import Options
+from gptcli.train.run import train
 from tests.conftest import make_project
 
 

@@ -1,0 +1,145 @@
+"""A model divided over the processes of a run: torch's FSDP2 by transformers' own `distributed`, on GPUs and CPUs.
+
+Each layer's weights, gradients and optimizer state are divided, and gathered for the layer's own pass alone (Zhao et
+al. 2023, arXiv:2304.11277). accelerate's plugin for it is not used: on a CPU it turns into DistributedDataParallel
+without a word (1.15). What is asked for and did not happen is an error here (`check_divided`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gptcli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gptcli.recipe.sections_rest import Fsdp
+
+FREE, KEEP = "free_full_weight", "keep_full_weight"
+
+
+def divide(model: PreTrainedModel, settings: Fsdp, *, processes: int, bf16: bool) -> None:
+    """Divide a model over so many processes, in place; its parameters are DTensors then.
+
+    Args:
+        model: the whole model, the same on every process.
+        settings: the recipe's section.
+        processes: those of the run.
+        bf16: whether weights are gathered, and computed with, in bf16; gradients are summed in fp32 all the same.
+
+    Raises:
+        RecipeError: the model has no layers by which it could be divided, or stayed whole.
+    """
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    config = DistributedConfig(
+        fsdp_size=processes,
+        fsdp_plan=dict.fromkeys(layer_names(model, settings), FREE if settings.reshard_after_forward else KEEP),
+        fsdp_cpu_offload=settings.cpu_offload,
+        fsdp_mixed_precision=bf16,
+    )
+    kind = type(model)
+    _, _, mesh = kind.prepare_distribute_model(config)
+    kind.maybe_distribute_model(model, config, mesh)
+    check_divided(model, processes)
+
+
+def layer_names(model: PreTrainedModel, settings: Fsdp) -> list[str]:
+    """The modules that are gathered one after the other, `model.layers.*`: those of the classes that the recipe names.
+
+    Else those that transformers says are not to be split.
+    """
+    named = settings.transformer_layer_cls_to_wrap
+    classes = {named} if isinstance(named, str) else set(named or model._no_split_modules or ())
+    found = {
+        re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, part in model.named_modules() if type(part).__name__ in classes
+    }
+    if not found:
+        asked = ", ".join(sorted(classes)) or "none that transformers names"
+        raise RecipeError(
+            f"launch.strategy: fsdp finds no layers in {type(model).__name__} ({asked})",
+            remedy="Name their class in launch.fsdp.transformer_layer_cls_to_wrap, or set launch.strategy: ddp.",
+        )
+    return sorted(found)
+
+
+def check_divided(model: nn.Module, processes: int) -> None:
+    """Refuse a model that is not divided: a part of each parameter here, all parts together the whole."""
+    from torch.distributed.tensor import DTensor
+
+    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    held = sum(local(parameter).numel() for parameter in model.parameters())
+    every = sum(parameter.numel() for parameter in model.parameters())
+    # The first rank's parts are rounded up: by at most one row of each parameter.
+    rows = sum(parameter.numel() // max(1, parameter.shape[0]) for parameter in model.parameters())
+    if whole or held > every / processes + rows:
+        raise RecipeError(
+            f"launch.strategy: fsdp did not divide {type(model).__name__}: {len(whole)} parameters are whole, "
+            f"{held:,} of {every:,} values are here",
+            remedy="Set launch.strategy: ddp.",
+        )
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether a model was divided by `divide`."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
+def part_again(model: nn.Module) -> None:
+    """Give back what a forward pass gathered that no backward pass followed: of the root, and of layers that keep it.
+
+    Until then these parameters are others than the optimizer's.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds."""
+    to_local = getattr(tensor, "to_local", None)
+    part: torch.Tensor = tensor if to_local is None else to_local()
+    return part
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be divided; all processes ask for it together."""
+    full = getattr(tensor, "full_tensor", None)
+    every: torch.Tensor = tensor if full is None else full()
+    return every
+
+
+def divided_like(tensor: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+    """A whole tensor divided as another of its shape is; the same tensor where that is not divided."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(pattern, DTensor) or tensor.shape != pattern.shape:
+        return tensor
+    device = pattern.to_local().device
+    return distribute_tensor(tensor.to(device), pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights of a divided model, on the host; on rank 0, which writes them, an empty dict elsewhere."""
+    from transformers.distributed.utils import gather_full_state_dict
+
+    return gather_full_state_dict(model)
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> Any:
+    """Fill a divided model from a folder with safetensors; what `load_state_dict` returns."""
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    state: dict[str, Any] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        state |= load_file(path)
+    return set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
