@@ -8,6 +8,7 @@ The one wait that is left is that of fp16's loss scaling, which has to know whet
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ class AheadTrainer(BackOffTrainer):
     _run_rows: RunRows
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared: Any = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # accelerate 1.15 gives DDP an argument that torch 2.13 has a new name for.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            prepared: Any = super()._prepare_for_training(*args, **kwargs)  # type: ignore[no-untyped-call]
         # Only now is the model as it will be trained: on its device, under autocast.
         model: Any = self.accelerator.unwrap_model(self.model)
         settle_attention(model, self._plan.attention)

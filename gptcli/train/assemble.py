@@ -144,10 +144,12 @@ def describe(assembly: Assembly) -> list[str]:
     kind = loaded.recipe.model.type or str(assembly.config.model_type)
     epochs = "" if plan.epochs is None else f" ({plan.epochs:.2f} epochs of {plan.rows_per_epoch:,} rows)"
     batch = f"{plan.global_batch_size} rows x {plan.sequence_length}"
-    parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps}"
+    parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} at once"
+    if plan.processes > 1:
+        parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} on each of {plan.processes} processes"
     lines = [
         f"model: {kind}, {plan.parameters / 1e6:.2f} M parameters",
-        f"train: {plan.steps:,} steps of {batch} ({parts} at once), {plan.total_tokens:,} tokens{epochs}",
+        f"train: {plan.steps:,} steps of {batch} ({parts}), {plan.total_tokens:,} tokens{epochs}",
         *_mixing_lines(assembly),
         f"device: {device_name(assembly.device)}, {plan.precision}",
     ]

@@ -18,8 +18,8 @@ from transformers.training_args import OptimizerNames
 from gptcli.device import return_freed_memory
 from gptcli.model.build import uses_a_matrix_twice
 from gptcli.train.base import Trainer
+from gptcli.train.gradients import clip, gradient_norm
 from gptcli.train.halves import NO_SUM, Halves, Inputs, why_whole
-from gptcli.train.sharding import whole
 
 
 class LeanTrainer(Trainer):
@@ -125,4 +125,11 @@ class LeanTrainer(Trainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self._short:
             return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        return whole(torch.nn.utils.clip_grad_norm_(self._parameters or (), self.args.max_grad_norm))
+        norm = gradient_norm(self._parameters or ())
+        clip(self._parameters or (), norm, self.args.max_grad_norm)
+        return norm
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._short:  # train.max_grad_norm: 0
+            return gradient_norm(self._parameters or ())
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]

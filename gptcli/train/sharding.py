@@ -131,7 +131,8 @@ def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights of a divided model, on the host; on rank 0, which writes them, an empty dict elsewhere."""
     from transformers.distributed.utils import gather_full_state_dict
 
-    return gather_full_state_dict(model)
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied one has one name here
+    return {name: tensor for name, tensor in gather_full_state_dict(model).items() if name in own}
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> Any:

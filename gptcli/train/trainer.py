@@ -208,7 +208,7 @@ class CausalTrainer(AheadTrainer):
         self._meter.count(nats)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm: Any = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        norm: Any = super()._get_grad_norm(model, grad_norm)
         if self._scaled is not None:
             self._scaled.watch(norm)
             return norm
