@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.runs import Forks
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -114,6 +117,15 @@ def run_cli(environment: dict[str, str]) -> Cli:
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Forks]:
+    """Processes that have imported everything, which fork commands."""
+    from tests.runs import forking
+
+    with forking(tmp_path_factory.mktemp("forks"), {**environment, "COLUMNS": "1000"}) as found:
+        yield found
 
 
 @pytest.fixture

@@ -123,13 +123,21 @@ class LeanTrainer(Trainer):
             parameter.grad = None
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if not self._short:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        norm = gradient_norm(self._parameters or ())
-        clip(self._parameters or (), norm, self.args.max_grad_norm)
+        norm = self._norm(model)
+        clip(self._listed(model), norm, self.args.max_grad_norm)
         return norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if grad_norm is None and self._short:  # train.max_grad_norm: 0
-            return gradient_norm(self._parameters or ())
+        if grad_norm is None and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            return self._norm(model)  # train.max_grad_norm: 0
         return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+
+    def _norm(self, model: Any) -> torch.Tensor:
+        if not self._short:
+            self.accelerator.unscale_gradients()  # fp16's
+        return gradient_norm(self._listed(model))
+
+    def _listed(self, model: Any) -> list[torch.nn.Parameter]:
+        return self._parameters or list(model.parameters())

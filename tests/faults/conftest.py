@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli, make_project
-from tests.runs import Bench, Disk, Forks, forking
+from tests.runs import Bench, Disk, Forks
 from tests.warm import Warm
 
 DISKS = count()
@@ -25,12 +25,6 @@ CHANGES = {
     "save_every: 4": "save_every: 3",
     "sample_every: 4": "sample_every: 6",
 }
-
-
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Forks]:
-    with forking(tmp_path_factory.mktemp("forks"), {**environment, "COLUMNS": "1000"}) as found:
-        yield found
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def test_the_order_of_the_parameters_does_not_matter(tmp_path: Path) -> None:
     one = make()
     names = [name for name, _ in one.named_parameters()]
     optimizer, schedule = trained(one, names)
-    optimizer_state.save(tmp_path, one, optimizer, schedule)
+    optimizer_state.save(tmp_path, optimizer_state.by_name(one, optimizer), schedule)
 
     other = copy.deepcopy(one)
     loaded, loaded_schedule = trained(other, names[::-1], steps=0)
@@ -52,7 +52,8 @@ def test_the_order_of_the_parameters_does_not_matter(tmp_path: Path) -> None:
 def test_the_state_of_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
     model = make()
     names = [name for name, _ in model.named_parameters()]
-    optimizer_state.save(tmp_path, model, *trained(model, names))
+    optimizer, schedule = trained(model, names)
+    optimizer_state.save(tmp_path, optimizer_state.by_name(model, optimizer), schedule)
     larger = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 5))
     with pytest.raises(CheckpointError, match="other parameters"):
         optimizer_state.load(tmp_path, larger, *trained(larger, [name for name, _ in larger.named_parameters()]))

@@ -1,0 +1,130 @@
+"""One recipe on one, two and four processes, whole or divided: the same rows in the same steps, and the same result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests import team
+from tests.conftest import make_project
+from tests.runs import Forks, lines
+
+RECIPE = """\
+data: {train: text.txt, validation: {tail: 10%}, sequence_length: LENGTH}
+tokenizer: {train: {algorithm: bytes, vocab_size: 258}}
+model: {type: MODEL, config: CONFIG}
+train:
+  epochs: EPOCHS
+  global_batch_size: 8
+  micro_batch_size: 2
+  learning_rate: 1e-3
+  precision: fp32
+  log_every: 1
+  eval_every: 10
+  save_every: 10
+  sample_every: 10
+generate: {prompts: [The model], max_new_tokens: 8}
+tracking: {to: []}
+"""
+# Steps of 8 rows, some 21 of them, of which the last is smaller than the others.
+SETTINGS = {
+    "llama": {
+        "CONFIG": "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 64}",
+        "LENGTH": "32",
+        "EPOCHS": "0.33",
+    },
+    # Tied embeddings, and a vocabulary whose logits are made in blocks.
+    "gpt2": {
+        "CONFIG": "{n_embd: 16, n_layer: 2, n_head: 2, vocab_size: 16000}",
+        "LENGTH": "512",
+        "EPOCHS": "5.6",
+    },
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
+    """The folder of a run of one process."""
+    folder = make_project(tmp_path_factory.mktemp(request.param))
+    recipe = RECIPE.replace("MODEL", request.param)
+    for name, value in SETTINGS[request.param].items():
+        recipe = recipe.replace(name, value)
+    (folder / "r.yaml").write_text(recipe)
+    done = forks("pretrain", "r.yaml", "name=alone", cwd=folder)
+    assert done.code == 0, done.err
+    tokens = values(folder / "runs" / "alone", "tokens")
+    assert len(tokens) > 20 and 0 < tokens[-1] - tokens[-2] < tokens[0]
+    return folder / "runs" / "alone"
+
+
+def values(run: Path, key: str) -> Any:
+    return np.array([line[key] for line in lines(run) if key in line])
+
+
+def assert_equal(run: Path, alone: Path) -> None:
+    """What DEFINITIONS calls the same on another number of processes, far closer than a user would notice."""
+    assert np.array_equal(values(run, "tokens"), values(alone, "tokens"))
+    assert np.allclose(values(run, "loss"), values(alone, "loss"), rtol=1e-5, atol=0)
+    assert np.allclose(values(run, "grad_norm"), values(alone, "grad_norm"), rtol=1e-5, atol=0)
+    for mine, theirs in zip(values(run, "validation"), values(alone, "validation"), strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    here, there = (load_file(path / "final" / "model.safetensors") for path in (run, alone))
+    assert here.keys() == there.keys()
+    assert all(np.allclose(here[name], there[name], rtol=0, atol=1e-4) for name in here)
+    assert {p.name for p in (run / "final").iterdir()} == {p.name for p in (alone / "final").iterdir()}
+    config = json.loads((run / "final" / "config.json").read_text())
+    assert config == json.loads((alone / "final" / "config.json").read_text())
+    assert lines(run, "samples.jsonl") == lines(alone, "samples.jsonl")
+
+
+def forget(run: Path) -> None:
+    """Leave of a finished run what there was after step 10."""
+    shutil.rmtree(run / "final")
+    for path in run.glob("checkpoint-*"):
+        if path.name != "checkpoint-10":
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
+def test_several_processes_end_as_one(alone: Path, forks: Forks, processes: int, strategy: str) -> None:
+    name = f"{strategy}-{processes}"
+    settings = (f"name={name}", f"launch.strategy={strategy}")
+    team.run(forks, processes, "pretrain", "r.yaml", *settings, cwd=alone.parent.parent)
+    assert_equal(alone.parent / name, alone)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, "fsdp"), (2, "ddp")), ((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp"))]
+)
+def test_a_checkpoint_goes_on_under_another_strategy_and_number_of_processes(
+    alone: Path, forks: Forks, before: tuple[int, str], after: tuple[int, str]
+) -> None:
+    """Fault 23: the same rows in the same steps, the same losses."""
+    folder, name = alone.parent.parent, f"{before}-{after}".replace(" ", "")
+    run = alone.parent / name
+    settings = ["pretrain", "r.yaml", f"name={name}"]
+    team.run(forks, before[0], *settings, f"launch.strategy={before[1]}", cwd=folder)
+    forget(run)
+    done = team.run(forks, after[0], *settings, f"launch.strategy={after[1]}", cwd=folder)
+    assert "from checkpoint-10 (" in done.out
+    assert_equal(run, alone)
+
+
+def test_two_processes_go_on_to_the_last_bit_where_two_began(alone: Path, forks: Forks) -> None:
+    folder, run = alone.parent.parent, alone.parent / "again"
+    dropout = "attn_pdrop" if "gpt2" in str(folder) else "attention_dropout"
+    settings = ["pretrain", "r.yaml", f"model.config.{dropout}=0.1"]
+    team.run(forks, 2, *settings, "name=whole", cwd=folder)
+    team.run(forks, 2, *settings, "name=again", cwd=folder)
+    forget(run)
+    team.run(forks, 2, *settings, "name=again", cwd=folder)
+    assert lines(run) == lines(run.with_name("whole"))
+    one, other = (load_file(path / "final" / "model.safetensors") for path in (run, run.with_name("whole")))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
