@@ -77,7 +77,7 @@ TABLE: tuple[Row, ...] = (
     Row("finetune.freeze", feature="freezing modules"),
     Row("launch.processes", ("auto", 1)),
     Row("launch.nodes", (1,)),
-    Row("launch.strategy", ("auto", "ddp")),
+    Row("launch.strategy", ("auto", "ddp", "fsdp")),
     Row("launch.rendezvous", feature="training on several machines"),
     Row("launch.parallel", feature="splitting a model over devices"),
     Row("launch.fsdp", feature="FSDP"),
