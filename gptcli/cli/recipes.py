@@ -18,9 +18,9 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A built-in recipe, su
 
 @app.command("list")
 def list_recipes(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """List the built-in recipes."""
+    """List the built-in recipes, and the files that start them on a cluster."""
     from gptcli.cli.console import console
-    from gptcli.recipe.catalog import builtin_recipes
+    from gptcli.recipe.catalog import builtin_recipes, cluster_files
 
     del debug
     out = console(json=json, quiet=quiet)
@@ -29,17 +29,19 @@ def list_recipes(json: Json = False, quiet: Quiet = False, debug: Debug = False)
         out.print_json([{"name": item.name, "summary": item.summary, "path": str(item.path)} for item in recipes])
         return
     out.table(["recipe", "what it does"], [[item.name, item.summary] for item in recipes])
+    out.table(["for a cluster (recipes copy)", "what it does"], [[item.name, item.summary] for item in cluster_files()])
 
 
 @app.command("show")
 def show(name: Name, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Print a recipe as it stands in its file."""
+    """Print a recipe, or a file for a cluster, as it stands."""
     from gptcli.cli.console import console
+    from gptcli.recipe.catalog import find_cluster_file
     from gptcli.recipe.load import find_recipe
     from gptcli.recipe.tree import read_text
 
     del debug
-    path = find_recipe(name)
+    path = find_cluster_file(name) or find_recipe(name)
     text = read_text(path, str(path))
     out = console(json=json, quiet=quiet)
     if json:
@@ -60,15 +62,18 @@ def copy(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Copy a built-in recipe, to change it."""
+    """Copy a built-in recipe, or a file for a cluster, to change it."""
     from gptcli.cli.console import console
-    from gptcli.recipe.catalog import copy_recipe
+    from gptcli.recipe.catalog import copy_recipe, find_cluster_file
 
     del debug
     out = console(json=json, quiet=quiet)
     target = copy_recipe(name, destination, force=force)
     if json:
         out.print_json({"name": name, "path": str(target)})
+        return
+    if find_cluster_file(name):
+        out.say(f"copied to {target}; its first lines say how it is started")
         return
     out.say(f"copied to {target}; check it after a change: gptcli recipes validate {target}")
 

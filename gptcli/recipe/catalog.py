@@ -1,6 +1,7 @@
 """The built-in recipes: where they lie, what they are called, and the nearest name to a mistyped one.
 
 They are <repository>/recipes in a checkout and gptcli/_recipes in a wheel; `recipes_root` is the one place that knows.
+The folder cluster/ holds files for schedulers: they ship, and can be shown and copied, but are no recipes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptcli.errors import UsageError
+
+CLUSTER = "cluster"
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,24 @@ def builtin_recipes() -> tuple[BuiltIn, ...]:
     root = recipes_root()
     if root is None:
         return ()
-    files = sorted(root.rglob("*.yaml"), key=lambda path: (len(path.relative_to(root).parts), path.as_posix()))
+    files = sorted(_recipes(root), key=lambda path: (len(path.relative_to(root).parts), path.as_posix()))
     return tuple(BuiltIn(_name(path, root), path, summary(path)) for path in files)
+
+
+def cluster_files() -> tuple[BuiltIn, ...]:
+    """The files that start gptcli under a scheduler, such as `cluster/slurm.sbatch`, by name."""
+    root = recipes_root()
+    files = [] if root is None else sorted(path for path in (root / CLUSTER).glob("*") if path.is_file())
+    return tuple(BuiltIn(f"{CLUSTER}/{path.name}", path, summary(path)) for path in files)
+
+
+def find_cluster_file(name: str) -> Path | None:
+    """The file of that name, `cluster/` and ending included; None: there is none."""
+    return next((item.path for item in cluster_files() if item.name == name), None)
+
+
+def _recipes(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*.yaml") if path.relative_to(root).parts[0] != CLUSTER]
 
 
 def _name(path: Path, root: Path) -> str:
@@ -48,7 +67,7 @@ def summary(path: Path) -> str:
     """The first sentence of the comment at the head of a recipe ("" without one)."""
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.strip()
-        if text.startswith("#") and text.strip("# ") and "yaml-language-server" not in text:
+        if text.startswith("#") and text.strip("# ") and "yaml-language-server" not in text and text[:2] != "#!":
             return text.strip("# ").split(". ")[0].rstrip(".")
         if text and not text.startswith("#"):
             break
@@ -60,11 +79,12 @@ def find_builtin(name: str) -> Path | None:
     root = recipes_root()
     if root is None or not name or name.startswith(("/", ".", "~")):
         return None
+    recipes = _recipes(root)
     exact = root / f"{name}.yaml"
-    if ".." not in Path(name).parts and exact.is_file():
+    if exact in recipes:
         return exact
     stem = f"{name}.yaml"
-    same = [path for path in root.rglob("*.yaml") if path.name == stem]
+    same = [path for path in recipes if path.name == stem]
     return same[0] if len(same) == 1 else None
 
 
@@ -84,14 +104,16 @@ def not_found(argument: str) -> UsageError:
 
 
 def copy_recipe(name: str, destination: Path | None, *, force: bool) -> Path:
-    """Copy a built-in recipe to a file, or into a folder (default: the current one); return the copy's path.
+    """Copy a built-in recipe or a file for a cluster to a file, or into a folder (default: the current one).
+
+    Returns the copy's path.
 
     Raises:
         UsageError: there is no such recipe, or the file exists and `force` is not given.
     """
     from gptcli.files import write_atomic
 
-    source = find_builtin(name)
+    source = find_cluster_file(name) or find_builtin(name)
     if source is None:
         raise not_found(name)
     target = Path(source.name) if destination is None else destination

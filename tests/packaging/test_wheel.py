@@ -32,6 +32,9 @@ def test_the_wheel_carries_the_recipes_and_runs_without_the_checkout(tmp_path: P
         timeout=60,
     )
     recipes = {item["name"]: Path(item["path"]) for item in json.loads(done.stdout)}
-    shipped = {str(path.relative_to(REPOSITORY / "recipes")) for path in (REPOSITORY / "recipes").rglob("*.yaml")}
-    assert {str(path.relative_to(target / "gptcli" / "_recipes")) for path in recipes.values()} == shipped
+    there, installed = REPOSITORY / "recipes", target / "gptcli" / "_recipes"
+    shipped = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()} == shipped
+    listed = {str(path.relative_to(installed)) for path in recipes.values()}
+    assert listed == {name for name in shipped if not name.startswith("cluster/")}
     assert "quickstart" in recipes

@@ -44,7 +44,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "train.best_metric=accuracy",
         "launch.processes=2",
         "launch.nodes=2",
-        "launch.strategy=fsdp",
+        "launch.strategy=deepspeed",
         "launch.parallel.tp=2",
         "launch.fsdp={reshard: true}",
     ],

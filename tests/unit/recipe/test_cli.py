@@ -35,6 +35,19 @@ def test_show_prints_the_file_as_it_is() -> None:
     assert run("show", "quickstart") == (root / "quickstart.yaml").read_text(encoding="utf-8")
 
 
+def test_a_file_for_a_cluster_is_listed_apart_shown_and_copied(here: Path) -> None:
+    root = recipes_root()
+    assert root is not None
+    script = (root / "cluster" / "slurm.sbatch").read_text(encoding="utf-8")
+    assert "cluster/slurm.sbatch" in run("list")
+    assert not [item for item in json.loads(run("list", "--json")) if item["name"].startswith("cluster")]
+    assert run("show", "cluster/slurm.sbatch") == script
+    assert "validate" not in run("copy", "cluster/slurm.sbatch")
+    assert (here / "slurm.sbatch").read_text(encoding="utf-8") == script
+    with pytest.raises(GptcliError, match="no recipe cluster/slurm"):
+        run("copy", "cluster/slurm")
+
+
 def test_a_copied_recipe_is_valid_and_is_not_replaced(here: Path) -> None:
     run("copy", "quickstart")
     assert "ok" in run("validate", "quickstart.yaml", "train.max_steps=3")
