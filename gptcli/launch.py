@@ -1,23 +1,267 @@
-"""Which process of a launched group this is, read from the environment that torchrun and accelerate set.
+"""How many processes a command runs on, which of them this one is, and starting them.
 
-Starting the processes is not here yet: one process trains, and `launch.processes` above 1 is refused.
+Started once, a command starts its workers itself, each the same command again; started by torchrun, accelerate, `srun`,
+`mpirun` or a PyTorchJob it is a worker. One process a machine that is to run several starts the machine's own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import shutil
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from gptcli.device import cpu_cores
+from gptcli.endings import report_of, write_report
+from gptcli.environment import HERE, Group, recognise
+from gptcli.errors import GptcliError, MissingError, UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous import RendezvousHandler
+
+# What a driver leaves where there is a GPU (NVIDIA, AMD, WSL); torch, seconds to import, is asked only then.
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+PR_SET_PDEATHSIG = 1
+JOIN_SECONDS = 600
+
+
+def group() -> Group:
+    """The place of this process in the group that it was started in; raises `UsageError`, see `recognise`."""
+    return recognise(os.environ)
 
 
 def rank() -> int:
     """The rank of this process over all machines, 0 when it was not launched in a group."""
-    return int(os.environ.get("RANK", "0"))
+    return group().rank
 
 
 def world_size() -> int:
     """The number of processes of the group, 1 when this process was not launched in one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return group().world_size
 
 
 def is_main_process() -> bool:
-    """Whether this is the one process that prints and writes."""
-    return rank() == 0
+    """Whether this is the one process that prints and writes; one whose place cannot be known is."""
+    try:
+        return rank() == 0
+    except UsageError:
+        return True
+
+
+def restarted() -> bool:
+    """Whether this worker was started again after a failure: it goes on, whatever its command says of starting anew."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def join() -> Group:
+    """Let torch, accelerate and transformers see the group as if torchrun had started it; one alone is left alone."""
+    mine = group()
+    if mine.world_size > 1:
+        os.environ.update(mine.exported())
+    return mine
+
+
+def local_processes(wanted: int | Literal["auto"]) -> int:
+    """The number of processes that this machine runs: as wanted; auto: one a visible GPU, one on a CPU.
+
+    Raises:
+        MissingError: there are GPUs, and fewer than processes.
+    """
+    devices = _gpus()
+    if wanted == "auto":
+        return max(devices, 1)
+    if 0 < devices < wanted:
+        raise MissingError(
+            f"launch.processes: {wanted} processes, and this machine has {devices} GPU{'s' if devices > 1 else ''}",
+            remedy=f"launch.processes={devices}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU.",
+        )
+    return wanted
+
+
+def processes_to_start(wanted: int | Literal["auto"], nodes: int, rendezvous: str | None) -> int:
+    """The number of workers that this process has to start here; 0: it trains itself.
+
+    Args:
+        wanted: the recipe's `launch.processes`.
+        nodes: the recipe's `launch.nodes`.
+        rendezvous: the recipe's `launch.rendezvous`.
+
+    Raises:
+        UsageError: the launcher and the recipe differ in the number of machines, nothing says where they meet, or see
+            `recognise`.
+        MissingError: see `local_processes`.
+    """
+    mine = group()
+    if mine.launcher and not mine.per_machine:
+        return 0
+    if mine.world_size == 1 and nodes > 1 and rendezvous is None:
+        raise UsageError(
+            f"launch.nodes is {nodes}, and where the machines meet is not said",
+            remedy="launch.rendezvous=HOST:PORT, one of the machines and a free port there; the same command on each.",
+        )
+    here = local_processes(mine.processes or "auto" if wanted == "auto" else wanted)
+    if mine.world_size == 1:
+        return here if here * nodes > 1 else 0
+    if nodes not in (1, mine.world_size):
+        raise UsageError(
+            f"launch.nodes is {nodes}, and {mine.launcher} started {mine.world_size} machines",
+            remedy="Leave launch.nodes out: the launcher says it.",
+        )
+    return here if here > 1 else 0
+
+
+def launch(
+    arguments: Sequence[str],
+    *,
+    processes: int,
+    nodes: int = 1,
+    rendezvous: str | None = None,
+    name: str = "gptcli",
+    warn: Callable[[str], None] = lambda text: None,
+    entrypoint: Sequence[str] | None = None,
+) -> None:
+    """Run a command on several processes and wait for them.
+
+    Args:
+        arguments: of the command line, the same for every worker.
+        processes: on this machine.
+        nodes: machines, when no launcher started one process on each.
+        rendezvous: host:port at which the machines meet.
+        name: of the run, the same on every machine.
+        warn: where a restart is said.
+        entrypoint: what Python runs before the arguments; none: gptcli.
+
+    Raises:
+        WorkersError: what the workers ended with, with their exit code.
+        AbortedError: a signal came before there were workers.
+    """
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    from gptcli.agent import Agent
+
+    restarts = _max_restarts()
+    handler, meeting = _meeting(nodes, rendezvous, name)
+    reports = Path(tempfile.mkdtemp(prefix="gptcli-"))
+    spec = WorkerSpec(
+        role="gptcli",
+        local_world_size=processes,
+        rdzv_handler=handler,
+        entrypoint=sys.executable,
+        args=(*(_this_program() if entrypoint is None else entrypoint), *arguments),
+        max_restarts=restarts if handler.get_backend() != "static" else 0,
+    )
+    agent = Agent(spec, reports=reports, variables=_variables(processes), warn=warn)
+    try:
+        with agent.passing_signals_on():
+            agent.run()
+    except RendezvousError as error:
+        if agent.error is None:
+            raise _lost(error, meeting) from error
+    finally:
+        with contextlib.suppress(RuntimeError):
+            handler.shutdown()
+        shutil.rmtree(reports, ignore_errors=True)
+    if agent.error is not None:
+        raise agent.error
+
+
+def _meeting(nodes: int, endpoint: str | None, name: str) -> tuple[RendezvousHandler, str]:
+    """torch's way for the machines to meet, and how to call it."""
+    import torch.distributed.elastic.rendezvous.registry as registry
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    if "LOGLEVEL" not in os.environ:  # torch's way to ask for it; what matters is said by `WorkersError`
+        logger = logging.getLogger("torch.distributed")
+        logger.addHandler(logging.NullHandler())
+        logger.propagate = False
+    mine = group()
+    if mine.world_size > 1:
+        nodes, endpoint = mine.world_size, f"{mine.master_addr}:{mine.master_port}"
+        parameters = RendezvousParameters("static", endpoint, name, nodes, nodes, rank=mine.rank, timeout=JOIN_SECONDS)
+    elif nodes > 1:
+        parameters = RendezvousParameters("c10d", endpoint or "", name, nodes, nodes, join_timeout=JOIN_SECONDS)
+    else:
+        # A name of its own and a port that the system chooses: any number of runs beside each other.
+        endpoint = f"{HERE}:0"
+        parameters = RendezvousParameters("c10d", endpoint, uuid.uuid4().hex, 1, 1, local_addr=HERE, is_host="true")
+    return registry.get_rendezvous_handler(parameters), f"{nodes} machines at {endpoint}"
+
+
+def _lost(error: Exception, meeting: str) -> GptcliError:
+    if "Timeout" in type(error).__name__:
+        return GptcliError(
+            f"{meeting}: not all of them came within {JOIN_SECONDS // 60} minutes",
+            remedy="Run the same command on every machine; that port has to be open between them.",
+        )
+    return GptcliError(
+        f"{meeting}: that one cannot be reached, or the command there has ended",
+        remedy="If it was running, the cause is in what it says there. The port has to be open between the machines.",
+    )
+
+
+def _max_restarts() -> int:
+    text = os.environ.get("GPTCLI_MAX_RESTARTS", "0")
+    if not text.isdecimal():
+        raise UsageError(
+            f"GPTCLI_MAX_RESTARTS={text}: not a number", remedy="How often a failed group is started again."
+        )
+    return int(text)
+
+
+def _variables(processes: int) -> dict[str, str]:
+    """The environment of the workers; the cores are divided among them unless OMP_NUM_THREADS says otherwise."""
+    threads = str(max(1, cpu_cores() // processes))
+    return {"OMP_NUM_THREADS": threads, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", **os.environ}
+
+
+def _this_program() -> tuple[str, ...]:
+    """`-m gptcli`, and without the current folder on the path where the installed command has none there either."""
+    started_by_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
+    return ("-m", "gptcli") if started_by_module else ("-P", "-m", "gptcli")
+
+
+def _gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1") or not (visible or any(os.path.exists(path) for path in GPU_FILES)):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def follow_parent() -> None:
+    """In a worker that gptcli started: end with the parent, saving first, also when it is killed (Linux)."""
+    parent = os.environ.get("GPTCLI_LAUNCHER_PID")
+    if parent is None:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if not os.path.exists(f"/proc/{parent}"):  # it ended before it was followed
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def hand_to_parent(error: GptcliError, traceback: str = "") -> bool:
+    """Leave an error that ends this worker to the parent that started it; False: there is none, so print it."""
+    folder = os.environ.get("GPTCLI_REPORTS")
+    if folder is None or str(os.getppid()) != os.environ.get("GPTCLI_LAUNCHER_PID"):
+        return False
+    return write_report(Path(folder), report_of(error, rank(), traceback))
+
+
+def place() -> str:
+    """What this process is called beside others; empty for rank 0, and for one whose place cannot be known."""
+    with contextlib.suppress(UsageError):
+        mine = group()
+        if mine.rank:
+            return f"process {mine.rank} of {mine.world_size}"
+    return ""

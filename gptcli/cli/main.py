@@ -14,6 +14,7 @@ import typer
 
 from gptcli import __version__
 from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError
+from gptcli.launch import follow_parent, hand_to_parent
 
 # In the order of `--help`: the module under gptcli.cli, and the function or group (a typer app) in it.
 COMMANDS = {
@@ -70,6 +71,7 @@ def main(arguments: list[str]) -> int:
     """Run one command; return its exit code. With `--debug` an error is raised with its traceback."""
     debug = "--debug" in arguments
     try:
+        follow_parent()
         app = build_app(arguments[0] if arguments else None)
         code = app(args=arguments, standalone_mode=False)
     except GptcliError as error:
@@ -92,11 +94,14 @@ def main(arguments: list[str]) -> int:
 def _report(error: GptcliError, debug: bool) -> int:
     from gptcli.cli.console import print_error
 
+    text = ""
     if debug:
         import traceback
 
-        traceback.print_exception(error)
-    print_error(error)
+        text = "".join(traceback.format_exception(error))
+    if not hand_to_parent(error, text):
+        sys.stderr.write(text)
+        print_error(error)
     return error.exit_code
 
 

@@ -58,15 +58,13 @@ def train_command(
     quiet: bool,
 ) -> None:
     """What `pretrain` and `finetune` share: load, check, train, print the result."""
-    from gptcli.errors import StoppedError, UsageError
-    from gptcli.launch import world_size
+    import sys
+
+    from gptcli.errors import StoppedError
+    from gptcli.launch import join, launch, processes_to_start
     from gptcli.recipe.availability import check_available
     from gptcli.recipe.load import load_recipe
 
-    if world_size() > 1:
-        raise UsageError(
-            f"training on {world_size()} processes is not available yet", remedy=f"Start it once: gptcli {command} ..."
-        )
     loaded = load_recipe(recipe, overrides or ())
     check_available(loaded, command)
     model = "model.from" if command == "finetune" else "model"
@@ -75,6 +73,13 @@ def train_command(
     from gptcli.cli.console import console
 
     out = console(json=json, quiet=quiet)
+    asked = loaded.recipe.launch
+    here = 0 if smoke else processes_to_start(asked.processes, asked.nodes, asked.rendezvous)
+    if here:
+        name = f"{command}-{loaded.recipe.name}"
+        launch(sys.argv[1:], processes=here, nodes=asked.nodes, rendezvous=asked.rendezvous, name=name, warn=out.warn)
+        return
+    join()
     result: dict[str, Any]
     if smoke:
         from gptcli.train.smoke import smoke_run
