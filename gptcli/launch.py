@@ -24,12 +24,15 @@ from gptcli.environment import HERE, Group, recognise
 from gptcli.errors import GptcliError, MissingError, UsageError
 
 if TYPE_CHECKING:
+    from torch.distributed import TCPStore
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 # What a driver leaves where there is a GPU (NVIDIA, AMD, WSL); torch, seconds to import, is asked only then.
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 PR_SET_PDEATHSIG = 1
 JOIN_SECONDS = 600
+# Held until the process ends: a store goes with its last owner.
+_OWN_STORES: list[TCPStore] = []
 
 
 def group() -> Group:
@@ -65,7 +68,27 @@ def join() -> Group:
     mine = group()
     if mine.world_size > 1:
         os.environ.update(mine.exported())
+        if restarted() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _move_to_a_new_store(mine)
     return mine
+
+
+def _move_to_a_new_store(mine: Group) -> None:
+    """Meet in another store than before a restart: there torch finds the addresses of processes that are gone.
+
+    Its agent keeps one store for all starts, and with torch 2.13 gloo then waits forever, under torchrun too
+    (https://github.com/pytorch/pytorch/issues/135712).
+    """
+    from torch.distributed import TCPStore
+
+    key = f"gptcli/port/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    old = TCPStore(mine.master_addr, mine.master_port, is_master=False)
+    if mine.rank == 0:
+        server = TCPStore(mine.master_addr, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        _OWN_STORES.append(server)
+        old.set(key, str(server.port))
+    os.environ["MASTER_PORT"] = old.get(key).decode()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def local_processes(wanted: int | Literal["auto"]) -> int:
@@ -253,9 +276,20 @@ def follow_parent() -> None:
 def hand_to_parent(error: GptcliError, traceback: str = "") -> bool:
     """Leave an error that ends this worker to the parent that started it; False: there is none, so print it."""
     folder = os.environ.get("GPTCLI_REPORTS")
-    if folder is None or str(os.getppid()) != os.environ.get("GPTCLI_LAUNCHER_PID"):
+    if folder is None:
         return False
-    return write_report(Path(folder), report_of(error, rank(), traceback))
+    return _parent_lives() and write_report(Path(folder), report_of(error, rank(), traceback)) and _parent_lives()
+
+
+def _parent_lives() -> bool:
+    """Whether the parent of this worker is there; killed, it is a zombie until the last of its threads has ended."""
+    parent = os.environ["GPTCLI_LAUNCHER_PID"]
+    with contextlib.suppress(OSError):
+        return (
+            str(os.getppid()) == parent
+            and Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        )
+    return False
 
 
 def place() -> str:

@@ -13,7 +13,9 @@ from gptcli.launch import launch
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])
     worker = str(Path(__file__).with_name("worker.py"))
-    cli.build_app = lambda wanted: lambda args, standalone_mode: launch(  # type: ignore[assignment,misc]
-        args, entrypoint=[worker], warn=console().warn, **options
+    cli.build_app = lambda wanted: (
+        lambda args, standalone_mode: launch(  # type: ignore[assignment,misc]
+            args, entrypoint=[worker], warn=console().warn, **options
+        )
     )
     sys.exit(cli.main(sys.argv[2:]))

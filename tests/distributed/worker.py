@@ -16,7 +16,7 @@ from types import FrameType
 
 import gptcli.cli.main as cli
 from gptcli.errors import DataError, StoppedError
-from gptcli.launch import rank, restarted, world_size
+from gptcli.launch import join, rank, restarted, world_size
 
 FOLDER = Path(sys.argv[2])
 LONG = timedelta(hours=1)
@@ -137,6 +137,7 @@ def segfault() -> None:
 
 def deaf() -> None:
     """Rank 0 waits where no signal is heard, as in a collective of NCCL, for what rank 1 will never send."""
+    listen()
     if rank() == 1:
         raise DataError("row 7 is no text", where="a.jsonl:7")
     from torch.distributed import TCPStore
@@ -145,9 +146,17 @@ def deaf() -> None:
 
 
 BEHAVIOURS: dict[str, Callable[[], None]] = {
-    name: value for name, value in list(globals().items()) if callable(value) and getattr(value, "__module__", "") == __name__
+    name: value
+    for name, value in list(globals().items())
+    if callable(value) and getattr(value, "__module__", "") == __name__
 }
 
+
+def run(behaviour: str) -> None:
+    join()
+    BEHAVIOURS[behaviour]()
+
+
 if __name__ == "__main__":
-    cli.build_app = lambda wanted: lambda args, standalone_mode: BEHAVIOURS[args[0]]()  # type: ignore[assignment,misc]
+    cli.build_app = lambda wanted: lambda args, standalone_mode: run(args[0])  # type: ignore[assignment,misc]
     sys.exit(cli.main(sys.argv[1:]))
