@@ -208,7 +208,8 @@ class Agent(SimpleElasticAgent):
         if machines == 1 or time.monotonic() < self._looked + LOOK_SECONDS:
             return
         self._looked = time.monotonic()
-        self._failed_elsewhere = _told(store, 0.0)
+        with contextlib.suppress(RuntimeError):  # the store is gone with its machine: torch's own watch ends this
+            self._failed_elsewhere = _told(store, 0.0)
 
     def _heard_from_all(self, worker_group: WorkerGroup, error: WorkersError) -> WorkersError:
         """On several machines: tell the others the cause, or hear it when ours only lost a connection."""

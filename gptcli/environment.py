@@ -100,7 +100,7 @@ def first_host(hosts: str) -> str:
 
 def _torchrun(env: Mapping[str, str]) -> Group:
     rank, size, local = (_number(env, name, _AS_TORCHRUN) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    address, port = _meeting(env, size, _AS_TORCHRUN)
+    address, port = _meeting({name: value for name, value in env.items() if not name.startswith("PET_")}, size)
     everyone_is_here = size if address in LOOPBACK else local + 1
     return Group(
         rank=rank,
@@ -128,7 +128,7 @@ def _pod(env: Mapping[str, str]) -> Group:
     rank_name = "PET_NODE_RANK" if "PET_NODE_RANK" in env else "RANK"
     size_name = "PET_NNODES" if "PET_NNODES" in env else "WORLD_SIZE"
     rank, size = _number(env, rank_name, _AS_TORCHRUN), _number(env, size_name, _AS_TORCHRUN)
-    address, port = _meeting(env, size, _AS_TORCHRUN)
+    address, port = _meeting(env, size)
     here = size > 1 and address in LOOPBACK
     return Group(
         rank=rank,
@@ -195,7 +195,7 @@ def _slurm(env: Mapping[str, str]) -> Group:
     if size == 1:
         return Group(launcher="Slurm", per_machine=True)
     rank, local = _number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID", remedy)
-    local_size = _slurm_tasks_here(env, size)
+    local_size, machines = _slurm_tasks_here(env, size)
     hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
     address = env.get("MASTER_ADDR") or (HERE if local_size == size else first_host(hosts or ""))
     if not address:
@@ -213,21 +213,22 @@ def _slurm(env: Mapping[str, str]) -> Group:
         master_addr=address,
         master_port=port,
         launcher="Slurm",
-        per_machine=local_size == 1,
+        per_machine=machines == size,
     )
 
 
-def _slurm_tasks_here(env: Mapping[str, str], size: int) -> int:
-    """Tasks on this machine: `2(x3),1` is two on each of the first three machines, one on the fourth."""
+def _slurm_tasks_here(env: Mapping[str, str], size: int) -> tuple[int, int]:
+    """Tasks on this machine, and machines: `2(x3),1` is two on each of the first three of four, one on the last."""
     written = env.get("SLURM_STEP_TASKS_PER_NODE", "")
     counts: list[int] = []
     for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", written):
         counts += [int(tasks)] * int(times or 1)
     machine = _number(env, "SLURM_NODEID") if "SLURM_NODEID" in env else 0
     if machine < len(counts):
-        return counts[machine]
-    machines = next((env[name] for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES") if name in env), "1")
-    return max(1, size // int(machines)) if machines.isdecimal() and int(machines) else size
+        return counts[machine], len(counts)
+    name = next((name for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES") if name in env), None)
+    machines = max(1, _number(env, name)) if name else 1
+    return max(1, size // machines), machines
 
 
 _AS_TORCHRUN = (
@@ -236,7 +237,7 @@ _AS_TORCHRUN = (
 )
 
 
-def _meeting(env: Mapping[str, str], size: int, remedy: str) -> tuple[str, int]:
+def _meeting(env: Mapping[str, str], size: int) -> tuple[str, int]:
     """The address and port at which the processes meet; needed by more than one process only."""
     if size <= 1:
         return HERE, DEFAULT_PORT
@@ -244,10 +245,10 @@ def _meeting(env: Mapping[str, str], size: int, remedy: str) -> tuple[str, int]:
     address, _, port = endpoint.rpartition(":") if re.search(r":\d+$", endpoint) else (endpoint, "", "")
     address = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR") or address.strip("[]")
     if not address:
-        raise UsageError(f"there are {size} processes, and MASTER_ADDR is not set", remedy=remedy)
+        raise UsageError(f"there are {size} processes, and MASTER_ADDR is not set", remedy=_AS_TORCHRUN)
     name = "PET_MASTER_PORT" if "PET_MASTER_PORT" in env else "MASTER_PORT"
     if name in env or not port:
-        return address, _number(env, name, remedy)
+        return address, _number(env, name, _AS_TORCHRUN)
     return address, int(port)
 
 

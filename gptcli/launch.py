@@ -11,8 +11,10 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,17 +22,18 @@ from typing import TYPE_CHECKING, Literal
 
 from gptcli.device import cpu_cores
 from gptcli.endings import report_of, write_report
-from gptcli.environment import HERE, Group, recognise
+from gptcli.environment import HERE, LOOPBACK, Group, recognise
 from gptcli.errors import GptcliError, MissingError, UsageError
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 # What a driver leaves where there is a GPU (NVIDIA, AMD, WSL); torch, seconds to import, is asked only then.
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 PR_SET_PDEATHSIG = 1
 JOIN_SECONDS = 600
+TRY_SECONDS = 1.0
 # Held until the process ends: a store goes with its last owner.
 _OWN_STORES: list[TCPStore] = []
 
@@ -79,7 +82,7 @@ def _move_to_a_new_store(mine: Group) -> None:
     Its agent keeps one store for all starts, and with torch 2.13 gloo then waits forever, under torchrun too
     (https://github.com/pytorch/pytorch/issues/135712).
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     key = f"gptcli/port/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     old = TCPStore(mine.master_addr, mine.master_port, is_master=False)
@@ -165,6 +168,7 @@ def launch(
         WorkersError: what the workers ended with, with their exit code.
         AbortedError: a signal came before there were workers.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.rendezvous import RendezvousError
 
@@ -185,9 +189,9 @@ def launch(
     try:
         with agent.passing_signals_on():
             agent.run()
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:
         if agent.error is None:
-            raise _lost(error, meeting) from error
+            raise _lost(meeting) from error
     finally:
         with contextlib.suppress(RuntimeError):
             handler.shutdown()
@@ -199,34 +203,87 @@ def launch(
 def _meeting(nodes: int, endpoint: str | None, name: str) -> tuple[RendezvousHandler, str]:
     """torch's way for the machines to meet, and how to call it."""
     import torch.distributed.elastic.rendezvous.registry as registry
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters
 
     if "LOGLEVEL" not in os.environ:  # torch's way to ask for it; what matters is said by `WorkersError`
-        logger = logging.getLogger("torch.distributed")
-        logger.addHandler(logging.NullHandler())
-        logger.propagate = False
+        logging.getLogger("torch.distributed").handlers = [logging.NullHandler()]
     mine = group()
     if mine.world_size > 1:
-        nodes, endpoint = mine.world_size, f"{mine.master_addr}:{mine.master_port}"
-        parameters = RendezvousParameters("static", endpoint, name, nodes, nodes, rank=mine.rank, timeout=JOIN_SECONDS)
-    elif nodes > 1:
-        parameters = RendezvousParameters("c10d", endpoint or "", name, nodes, nodes, join_timeout=JOIN_SECONDS)
-    else:
-        # A name of its own and a port that the system chooses: any number of runs beside each other.
-        endpoint = f"{HERE}:0"
-        parameters = RendezvousParameters("c10d", endpoint, uuid.uuid4().hex, 1, 1, local_addr=HERE, is_host="true")
-    return registry.get_rendezvous_handler(parameters), f"{nodes} machines at {endpoint}"
-
-
-def _lost(error: Exception, meeting: str) -> GptcliError:
-    if "Timeout" in type(error).__name__:
-        return GptcliError(
-            f"{meeting}: not all of them came within {JOIN_SECONDS // 60} minutes",
-            remedy="Run the same command on every machine; that port has to be open between them.",
+        meeting = f"{mine.world_size} machines at {mine.master_addr}:{mine.master_port}"
+        if mine.rank:
+            _wait_for(mine.master_addr, mine.master_port, meeting)
+        parameters = RendezvousParameters(
+            "static",
+            f"{mine.master_addr}:{mine.master_port}",
+            name,
+            mine.world_size,
+            mine.world_size,
+            rank=mine.rank,
+            timeout=JOIN_SECONDS,
         )
+        return registry.get_rendezvous_handler(parameters), meeting
+    if nodes == 1:
+        # A name of its own and a port that the system chooses: any number of runs beside each other.
+        parameters = RendezvousParameters("c10d", f"{HERE}:0", uuid.uuid4().hex, 1, 1, local_addr=HERE, is_host="true")
+        return registry.get_rendezvous_handler(parameters), HERE
+    address, port = _parts(endpoint or "")
+    meeting = f"{nodes} machines at {address}:{port}"
+    for is_host in (_is_ours_and_free(address, port), False):
+        if not is_host:
+            _wait_for(address, port, meeting)
+        parameters = RendezvousParameters(
+            "c10d",
+            f"{address}:{port}",
+            name,
+            nodes,
+            nodes,
+            local_addr=HERE if address in LOOPBACK else None,
+            join_timeout=JOIN_SECONDS,
+            is_host=str(is_host).lower(),
+        )
+        try:
+            return registry.get_rendezvous_handler(parameters), meeting
+        except RendezvousConnectionError:  # another command on this machine was faster
+            continue
+    raise _lost(meeting)
+
+
+def _parts(endpoint: str) -> tuple[str, int]:
+    address, _, port = endpoint.rpartition(":")
+    if not address or not port.isdecimal():
+        raise UsageError(f"launch.rendezvous is {endpoint}: not host:port", remedy="launch.rendezvous=HOST:29400")
+    return address.strip("[]"), int(port)
+
+
+def _is_ours_and_free(address: str, port: int) -> bool:
+    """Whether this machine has the address, by whatever name, and nobody listens there."""
+    try:
+        kind, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError:
+        return False
+    return True
+
+
+def _wait_for(address: str, port: int, meeting: str) -> None:
+    """Wait until somebody listens there. torch waits too, but in C++, where Ctrl+C is not heard."""
+    until = time.monotonic() + JOIN_SECONDS
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=TRY_SECONDS):
+            return
+        time.sleep(TRY_SECONDS)
+    raise GptcliError(
+        f"{meeting}: nobody listened there within {JOIN_SECONDS // 60} minutes",
+        remedy="Run the same command on every machine; that port has to be open between them.",
+    )
+
+
+def _lost(meeting: str) -> GptcliError:
     return GptcliError(
-        f"{meeting}: that one cannot be reached, or the command there has ended",
-        remedy="If it was running, the cause is in what it says there. The port has to be open between the machines.",
+        f"{meeting}: one of them did not come, or its command has ended",
+        remedy="If it was running, the cause is in what it said there. The port has to be open between the machines.",
     )
 
 

@@ -154,7 +154,15 @@ BEHAVIOURS: dict[str, Callable[[], None]] = {
 
 def run(behaviour: str) -> None:
     join()
-    BEHAVIOURS[behaviour]()
+    try:
+        BEHAVIOURS[behaviour]()
+    finally:
+        if "torch.distributed" in sys.modules:
+            import torch.distributed as dist
+
+            # Without it gloo's threads may still run when the interpreter is torn down, and abort it.
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 if __name__ == "__main__":
