@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -92,6 +91,8 @@ class WorkersError(GptcliError):
 
 def write_report(folder: Path, report: Report) -> bool:
     """Leave a report for the parent, whole or not at all; False: the folder is gone, with the parent."""
+    import tempfile
+
     try:
         handle, name = tempfile.mkstemp(dir=folder)
         with os.fdopen(handle, "w") as file:

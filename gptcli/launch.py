@@ -7,15 +7,10 @@ Started once, a command starts its workers itself, each the same command again; 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import shutil
 import signal
-import socket
 import sys
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -168,6 +163,9 @@ def launch(
         WorkersError: what the workers ended with, with their exit code.
         AbortedError: a signal came before there were workers.
     """
+    import shutil
+    import tempfile
+
     from torch.distributed import DistError
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -202,6 +200,9 @@ def launch(
 
 def _meeting(nodes: int, endpoint: str | None, name: str) -> tuple[RendezvousHandler, str]:
     """torch's way for the machines to meet, and how to call it."""
+    import logging
+    import uuid
+
     import torch.distributed.elastic.rendezvous.registry as registry
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters
 
@@ -257,6 +258,8 @@ def _parts(endpoint: str) -> tuple[str, int]:
 
 def _is_ours_and_free(address: str, port: int) -> bool:
     """Whether this machine has the address, by whatever name, and nobody listens there."""
+    import socket
+
     try:
         kind, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(kind) as probe:
@@ -269,6 +272,8 @@ def _is_ours_and_free(address: str, port: int) -> bool:
 
 def _wait_for(address: str, port: int, meeting: str) -> None:
     """Wait until somebody listens there. torch waits too, but in C++, where Ctrl+C is not heard."""
+    import socket
+
     until = time.monotonic() + JOIN_SECONDS
     while time.monotonic() < until:
         with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=TRY_SECONDS):

@@ -6,6 +6,7 @@ of a second.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -14,7 +15,6 @@ import typer
 
 from gptcli import __version__
 from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError
-from gptcli.launch import follow_parent, hand_to_parent
 
 # In the order of `--help`: the module under gptcli.cli, and the function or group (a typer app) in it.
 COMMANDS = {
@@ -71,7 +71,10 @@ def main(arguments: list[str]) -> int:
     """Run one command; return its exit code. With `--debug` an error is raised with its traceback."""
     debug = "--debug" in arguments
     try:
-        follow_parent()
+        if "GPTCLI_LAUNCHER_PID" in os.environ:
+            from gptcli.launch import follow_parent
+
+            follow_parent()
         app = build_app(arguments[0] if arguments else None)
         code = app(args=arguments, standalone_mode=False)
     except GptcliError as error:
@@ -93,6 +96,7 @@ def main(arguments: list[str]) -> int:
 
 def _report(error: GptcliError, debug: bool) -> int:
     from gptcli.cli.console import print_error
+    from gptcli.launch import hand_to_parent
 
     text = ""
     if debug:
