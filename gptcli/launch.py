@@ -127,6 +127,8 @@ def processes_to_start(wanted: int | Literal["auto"], nodes: int, rendezvous: st
             f"launch.nodes is {nodes}, and where the machines meet is not said",
             remedy="launch.rendezvous=HOST:PORT, one of the machines and a free port there; the same command on each.",
         )
+    if mine.world_size == 1 and nodes > 1:
+        _parts(rendezvous or "")
     here = local_processes(mine.processes or "auto" if wanted == "auto" else wanted)
     if mine.world_size == 1:
         return here if here * nodes > 1 else 0

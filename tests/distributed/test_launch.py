@@ -22,8 +22,12 @@ Launch = Callable[..., Parent]
 def launch(tmp_path: Path, environment: dict[str, str]) -> Iterator[Launch]:
     started: list[Parent] = []
 
-    def run(behaviour: str, name: str = "one", variables: dict[str, str] | None = None, **options: Any) -> Parent:
-        started.append(start(behaviour, tmp_path / name, {**environment, **(variables or {})}, options))
+    def run(
+        behaviour: str, name: str = "one", variables: dict[str, str | None] | None = None, **options: Any
+    ) -> Parent:
+        both = {**environment, **(variables or {})}
+        kept = {key: value for key, value in both.items() if value is not None}
+        started.append(start(behaviour, tmp_path / name, kept, options))
         return started[-1]
 
     yield run
@@ -34,13 +38,8 @@ def launch(tmp_path: Path, environment: dict[str, str]) -> Iterator[Launch]:
         )
 
 
-def test_workers_know_their_place_and_share_the_cores(launch: Launch, environment: dict[str, str]) -> None:
-    without = {key: value for key, value in environment.items() if key != "OMP_NUM_THREADS"}
-    environment.pop("OMP_NUM_THREADS")
-    try:
-        parent = launch("done")
-    finally:
-        environment.update({"OMP_NUM_THREADS": "1", **without})
+def test_workers_know_their_place_and_share_the_cores(launch: Launch) -> None:
+    parent = launch("done", variables={"OMP_NUM_THREADS": None})
     done = parent.finish()
     assert (done.code, done.out, done.err) == (0, "", "")
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -64,6 +63,7 @@ def test_a_signal_reaches_each_worker_once_and_the_command_ends_with_75(launch: 
     assert parent.signals(0) == parent.signals(1) == [number.name]
 
 
+@pytest.mark.slow_fault
 def test_a_save_after_a_signal_is_waited_for_longer_than_the_followers_of_a_failure(launch: Launch) -> None:
     parent = launch("slow_save")
     parent.until_ready(0, 1)
@@ -182,6 +182,22 @@ def ready(parents: list[Parent]) -> dict[int, int]:
     files = {rank: [parent.folder / f"ready-{rank}" for parent in parents] for rank in (0, 1)}
     wait_until(lambda: all(any(f.exists() for f in both) for both in files.values()), "both ready")
     return {rank: next(i for i, file in enumerate(both) if file.exists()) for rank, both in files.items()}
+
+
+@pytest.mark.slow_fault
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_waiting_for_another_machine_can_be_left(launch: Launch, number: signal.Signals) -> None:
+    port = free_port()
+    parent = launch("done", processes=1, nodes=2, rendezvous=f"127.0.0.1:{port}")
+
+    def listens() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_until(listens, "listening")
+    parent.send(number)
+    done = parent.finish()
+    assert (done.code, done.err) == (130, "stopped: there was nothing to save\n")
 
 
 @pytest.mark.slow_fault
