@@ -48,6 +48,16 @@ def world_size() -> int:
     return group().world_size
 
 
+def local_rank() -> int:
+    """The rank of this process among those of its machine."""
+    return group().local_rank
+
+
+def local_world_size() -> int:
+    """The number of processes of the group on this machine."""
+    return group().local_world_size
+
+
 def is_main_process() -> bool:
     """Whether this is the one process that prints and writes; one whose place cannot be known is."""
     try:

@@ -6,7 +6,17 @@ import pytest
 
 import gptcli.launch as launching
 from gptcli.errors import MissingError, UsageError
-from gptcli.launch import is_main_process, join, local_processes, processes_to_start, rank, restarted, world_size
+from gptcli.launch import (
+    is_main_process,
+    join,
+    local_processes,
+    local_rank,
+    local_world_size,
+    processes_to_start,
+    rank,
+    restarted,
+    world_size,
+)
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "PMI_", "OMPI_", "PET_", "TORCHELASTIC_", "GPTCLI_")
 SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n[1-2]"}
@@ -29,6 +39,7 @@ def test_a_process_knows_its_place_before_anything_is_exported(monkeypatch: pyte
     assert (rank(), world_size(), is_main_process(), restarted()) == (0, 1, True, False)
     set_all(monkeypatch, {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"})
     assert (rank(), world_size(), is_main_process()) == (1, 2, False)
+    assert (local_rank(), local_world_size()) == (0, 1)
     monkeypatch.setenv("SLURM_LOCALID", "x")
     assert is_main_process()  # who prints the error of it?
 
