@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from gptcli.device import cpu_cores
@@ -335,16 +336,29 @@ def _gpus() -> int:
 
 
 def follow_parent() -> None:
-    """In a worker that gptcli started: end with the parent, saving first, also when it is killed (Linux)."""
-    parent = os.environ.get("GPTCLI_LAUNCHER_PID")
-    if parent is None:
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
+    """In a worker that gptcli started: stop, as by SIGTERM, when the parent has ended, also when it was killed (Linux).
 
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    The kernel signals once for each thread of the parent that ends; a second SIGTERM would leave without saving.
+    """
+    parent = os.environ.get("GPTCLI_LAUNCHER_PID")
+    if parent is None or not hasattr(signal, "SIGRTMIN"):
+        return
+    orphaned = signal.SIGRTMIN + 5  # one that nobody uses
+    stopping = False
+
+    def stop(number: int = 0, frame: FrameType | None = None) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    import ctypes
+
+    signal.signal(orphaned, stop)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, orphaned)
     if not os.path.exists(f"/proc/{parent}"):  # it ended before it was followed
-        os.kill(os.getpid(), signal.SIGTERM)
+        stop()
 
 
 def hand_to_parent(error: GptcliError, traceback: str = "") -> bool:

@@ -85,7 +85,7 @@ def test_a_second_signal_leaves_at_once_with_130(launch: Launch) -> None:
 
 
 def test_workers_stop_and_save_when_their_parent_is_killed(launch: Launch) -> None:
-    parent = launch("stop")
+    parent = launch("slow_save")  # long enough for a second signal to come
     pids = parent.until_ready(0, 1)
     os.kill(parent.process.pid, signal.SIGKILL)
     done = parent.finish()
