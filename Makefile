@@ -39,7 +39,7 @@ recipes: $(STAMP)
 
 ## Every fault at full length: a kill at each operation of a save, twenty kills of one run instead of three.
 faults: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup tests/faults tests/resume --all-faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadgroup tests/faults tests/resume tests/distributed --all-faults
 
 ## Every figure of benchmarks/RESULTS.md but a GPU's (benchmarks/gpu.py). NANOGPT=PATH, a checkout of karpathy/nanoGPT, adds that peer.
 bench: $(STAMP)

@@ -18,7 +18,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from gptcli.launch import is_main_process
+from gptcli.endings import WorkersError
+from gptcli.errors import StoppedError
+from gptcli.launch import is_main_process, place
 from gptcli.reporting import one_line, visible
 
 if TYPE_CHECKING:
@@ -128,12 +130,17 @@ def console(*, json: bool = False, quiet: bool = False) -> Console:
 
 
 def print_error(error: GptcliError) -> None:
-    """Print an error on standard error: what and where, then the remedy, at most eight lines."""
-    if not is_main_process():
+    """Print an error on standard error: what and where, then the remedy, at most eight lines.
+
+    Of the processes that another launcher started, all but the first name themselves, and leave an orderly stop to it.
+    """
+    here = "" if isinstance(error, WorkersError) else place()  # which names the worker itself
+    if not error.lines() or (here and isinstance(error, StoppedError)):
         return
     red, reset = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() else ("", "")
     head, *rest = error.lines()
     rest = [line for part in rest for line in part.splitlines()][: MAX_ERROR_LINES - 1]
+    head = f"{here}: {head}" if here else head
     lines = [f"{red}{error.label}:{reset} {_cut(head)}", *(f"  {_cut(line)}" for line in rest)]
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from gptcli.cli.arguments import Debug, Json, Quiet
+
+if TYPE_CHECKING:
+    from gptcli.environment import Group
 
 # extra: (what it is for, the packages that it brings)
 _EXTRAS = {
@@ -38,10 +43,12 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
         total_memory,
     )
     from gptcli.files import cache_root
+    from gptcli.launch import group, local_processes
     from gptcli.runs.folder import runs_root
     from gptcli.train.record import versions
 
     device = best_device()
+    launched = group()
     free = shutil.disk_usage(next(p for p in (cache_root(), *cache_root().parents) if p.exists())).free
     peak = peak_flops(device, "fp32" if device.type == "cpu" else "bf16")
     machine = {
@@ -55,6 +62,8 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
         "cache": str(cache_root()),
         "cache_free_bytes": free,
         "runs": str(runs_root()),
+        "processes": local_processes("auto"),
+        "launcher": launched.launcher or None,
         "offline": os.environ.get("HF_HUB_OFFLINE") == "1",
     }
     found = versions()
@@ -76,6 +85,7 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
             ["C compiler", str(machine["c_compiler"] or "none: train.compile has nothing to build with")],
             ["cache", f"{cache_root()} ({free / 2**30:.1f} GiB free)"],
             ["runs", str(runs_root())],
+            ["processes", _started(launched, local_processes("auto"))],
             ["offline", "yes (HF_HUB_OFFLINE=1)" if machine["offline"] else "no"],
         ],
     )
@@ -86,3 +96,12 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
         state = "ready" if not lacking else f"missing {', '.join(lacking)}"
         rows.append([extra, purpose, state, "" if not lacking else f"pip install 'gptcli[{extra}]'"])
     out.table(["extra", "for", "state", "get it"], rows)
+
+
+def _started(launched: Group, here: int) -> str:
+    """How many processes a training command runs on, and who started this one."""
+    if launched.launcher and not launched.per_machine:
+        return f"this is {launched.rank} of {launched.world_size}, started by {launched.launcher}"
+    machines = f" on each of {launched.world_size} machines" if launched.world_size > 1 else ""
+    by = f", under {launched.launcher}" if launched.launcher else ""
+    return f"{launched.processes or here} with launch.processes: auto{machines}{by}"

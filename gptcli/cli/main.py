@@ -6,6 +6,7 @@ of a second.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -70,6 +71,10 @@ def main(arguments: list[str]) -> int:
     """Run one command; return its exit code. With `--debug` an error is raised with its traceback."""
     debug = "--debug" in arguments
     try:
+        if "GPTCLI_LAUNCHER_PID" in os.environ:
+            from gptcli.launch import follow_parent
+
+            follow_parent()
         app = build_app(arguments[0] if arguments else None)
         code = app(args=arguments, standalone_mode=False)
     except GptcliError as error:
@@ -91,12 +96,16 @@ def main(arguments: list[str]) -> int:
 
 def _report(error: GptcliError, debug: bool) -> int:
     from gptcli.cli.console import print_error
+    from gptcli.launch import hand_to_parent
 
+    text = ""
     if debug:
         import traceback
 
-        traceback.print_exception(error)
-    print_error(error)
+        text = "".join(traceback.format_exception(error))
+    if not hand_to_parent(error, text):
+        sys.stderr.write(text)
+        print_error(error)
     return error.exit_code
 
 

@@ -58,7 +58,10 @@ def train_command(
     quiet: bool,
 ) -> None:
     """What `pretrain` and `finetune` share: load, check, train, print the result."""
+    import sys
+
     from gptcli.errors import StoppedError
+    from gptcli.launch import join, launch, processes_to_start
     from gptcli.recipe.availability import check_available
     from gptcli.recipe.load import load_recipe
 
@@ -70,6 +73,13 @@ def train_command(
     from gptcli.cli.console import console
 
     out = console(json=json, quiet=quiet)
+    asked = loaded.recipe.launch
+    here = 0 if smoke else processes_to_start(asked.processes, asked.nodes, asked.rendezvous)
+    if here:
+        name = f"{command}-{loaded.recipe.name}"
+        launch(sys.argv[1:], processes=here, nodes=asked.nodes, rendezvous=asked.rendezvous, name=name, warn=out.warn)
+        return
+    join()
     result: dict[str, Any]
     if smoke:
         from gptcli.train.smoke import smoke_run

@@ -15,7 +15,7 @@ from typing import Any
 
 from gptcli.errors import CheckpointError
 from gptcli.files import write_atomic
-from gptcli.launch import is_main_process
+from gptcli.launch import is_main_process, restarted
 from gptcli.recipe.load import LoadedRecipe, dump_yaml, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
@@ -82,7 +82,9 @@ def begin(
 
     def decide() -> _Begun:
         held.enter_context(locked(run))
-        start = find_start(run, resume=options.resume, overwrite=options.overwrite, reporter=reporter)
+        anew = options.overwrite and not restarted()
+        resume = "auto" if restarted() and options.resume == "never" else options.resume
+        start = find_start(run, resume=resume, overwrite=anew, reporter=reporter)
         assembly = assemble(
             loaded, run, reporter, decided=decided_before(start, resolved(loaded)), verify=options.verify or None
         )
@@ -94,7 +96,7 @@ def begin(
         for line in describe(assembly):
             reporter.say(line)
         _check_disk(assembly)
-        if options.overwrite:
+        if anew:
             clear(run)
         write_start(assembly, options)
         own.append(assembly)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gptcli.errors import AbortedError
+from gptcli.launch import is_main_process
 from gptcli.train import group
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from gptcli.train.plan import Plan
 
 
+# How long a signal that comes by two ways is taken for one.
+ECHO_SECONDS = 1.0
 # Reasons to stop beside the numbers of signals.
 _MAX_TIME, _AS_ASKED = 1000, 1001
 
@@ -35,6 +38,7 @@ class StopRequest:
     def __init__(self, *, max_seconds: float | None = None, after_step: int | None = None) -> None:
         self.reason: str | None = None
         self._signal = 0
+        self._signalled = 0.0
         self._started = time.monotonic()
         self._max_seconds = max_seconds
         self._after_step = after_step
@@ -58,14 +62,22 @@ class StopRequest:
         def handle(number: int, frame: FrameType | None) -> None:
             del frame
             if not self._signal:
-                self._signal = number
-                # A signal handler must not take rich's locks: plain bytes to standard error.
-                os.write(2, b"\nstopping after this step; once more leaves at once\n")
+                self._signal, self._signalled = number, time.monotonic()
+                say(b"\nstopping after this step; once more leaves at once\n")
                 return
-            os.write(2, b"\nleft at once; the last checkpoint is good\n")
+            # A scheduler signals all processes of a job, and the parent of the workers passes its own signal on.
+            if number == self._signal and launched and time.monotonic() < self._signalled + ECHO_SECONDS:
+                return
+            say(b"\nleft at once; the last checkpoint is good\n")
             sys.stderr.flush()
             os._exit(AbortedError.exit_code)
 
+        def say(text: bytes) -> None:
+            # A signal handler must not take rich's locks: plain bytes to standard error.
+            if is_main_process():
+                os.write(2, text)
+
+        launched = "GPTCLI_LAUNCHER_PID" in os.environ
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
             numbers.append(signal.SIGHUP)

@@ -76,7 +76,8 @@ def from_first(do: Callable[[], Value]) -> Value:
         _told((type(error).__name__, {**vars(error)}))
         raise
     except BaseException as error:
-        _told(("GptcliError", {"what": f"process 0: {type(error).__name__}: {error}", "where": None, "remedy": None}))
+        what = f"connection closed: process 0 failed ({type(error).__name__}: {error})"
+        _told(("GptcliError", {"what": what, "where": None, "remedy": None}))
         raise
     _told((None, value))
     return value

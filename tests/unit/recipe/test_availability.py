@@ -42,11 +42,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "train.neftune_noise_alpha=5",
         "train.profile={start: 1}",
         "train.best_metric=accuracy",
-        "launch.processes=2",
-        "launch.nodes=2",
         "launch.strategy=deepspeed",
         "launch.parallel.tp=2",
-        "launch.fsdp={reshard: true}",
     ],
 )
 def test_what_does_not_exist_yet_is_refused_with_its_place(recipe: str, override: str) -> None:
@@ -93,7 +90,9 @@ def test_eval_refuses_metrics_of_later(recipe: str, override: str) -> None:
         "train.max_time=1h",
         "train.trainer_args={tf32: true}",
         "train.z_loss=0",
-        "launch.processes=1",
+        "launch.processes=2",
+        "launch.nodes=2",
+        "launch.rendezvous=head:29400",
         "launch.strategy=ddp",
         "tracking.to=[wandb]",
         "data.validation={tail: 10%}",
