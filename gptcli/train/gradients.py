@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gptcli.train.sharding import local
+from gptcli.train.sharding import copies, local
 
 PIECE = 1 << 16
 
@@ -20,12 +20,13 @@ def gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
-    parts = [local(gradient) for gradient in gradients]
-    divided = parts[0] is not gradients[0]  # all of a model's are, or none
-    if parts[0].device.type == "cpu":
-        parts = [piece for part in parts for piece in torch.split(part.reshape(-1), PIECE)]
-    squares = torch.stack(torch._foreach_norm(parts)).double().square().sum()
-    if divided:
+    held = copies(gradients)
+    parts = [(local(gradient), count) for gradient, count in zip(gradients, held or [1] * len(gradients), strict=True)]
+    if gradients[0].device.type == "cpu":
+        parts = [(piece, count) for part, count in parts for piece in torch.split(part.reshape(-1), PIECE)]
+    norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
+    squares = (norms.square() / torch.tensor([count for _, count in parts], device=norms.device)).sum()
+    if held is not None:
         torch.distributed.all_reduce(squares)
     return squares.sqrt().float()
 

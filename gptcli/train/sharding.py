@@ -7,7 +7,9 @@ without a word (1.15). What is asked for and did not happen is an error here (`c
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 from gptcli.errors import RecipeError
+from gptcli.launch import world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,6 +111,22 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     to_local = getattr(tensor, "to_local", None)
     part: torch.Tensor = tensor if to_local is None else to_local()
     return part
+
+
+def copies(tensors: Sequence[torch.Tensor]) -> list[int] | None:
+    """How many processes hold the same part of each of a model's tensors; None of a model that is not divided."""
+    from torch.distributed.tensor import DTensor
+
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return None
+    found = []
+    for tensor in tensors:
+        parts = 1
+        if isinstance(tensor, DTensor):
+            sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+            parts = math.prod(size for size, placement in sizes if not placement.is_replicate())
+        found.append(world_size() // parts)
+    return found
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
