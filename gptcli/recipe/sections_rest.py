@@ -13,8 +13,11 @@ from gptcli.recipe.sections_data import MeasuredSources
 class Parallel(Section):
     """How a model is split over devices (accelerate's parallelism_config)."""
 
-    tp: Count = Field(default=1, description="Tensor parallel devices.")
-    cp: Count = Field(default=1, description="Context parallel devices.")
+    tp: Count = Field(default=1, description="Processes that divide each matrix and work on the same rows.")
+    cp: Count = Field(default=1, description="Processes that divide each row.")
+    dp_replicate: Count = Field(
+        default=1, description="fsdp: copies of the model, each divided over the rest (hybrid sharding)."
+    )
 
 
 class Fsdp(Section):

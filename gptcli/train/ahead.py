@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from gptcli.model.kernels import settle_attention
-from gptcli.train import float8
+from gptcli.train import float8, group
 from gptcli.train.backoff import BackOffTrainer
 from gptcli.train.rows import MicroBatches, RunRows, inputs_and_labels, label_count, whole
 
@@ -44,7 +44,7 @@ class AheadTrainer(BackOffTrainer):
         workers = self.args.dataloader_num_workers
         return DataLoader(
             self._run_rows,
-            batch_sampler=MicroBatches(self._plan, self.args.process_index),
+            batch_sampler=MicroBatches(self._plan, group.part(self._plan.processes)[0]),
             collate_fn=whole,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -65,7 +65,8 @@ class AheadTrainer(BackOffTrainer):
         count = sum(label_count(batch) for batch in batch_samples)
         if self.args.world_size == 1:
             return count
-        return self.accelerator.gather(torch.tensor(count, device=device)).sum()
+        every = self.accelerator.gather(torch.tensor(count, device=device)).sum()
+        return every * self._plan.processes // self.args.world_size
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The model's inputs and the labels, two views of the batch that is on the device already."""

@@ -83,6 +83,11 @@ def from_first(do: Callable[[], Value]) -> Value:
     return value
 
 
+def part(parts: int) -> tuple[int, int]:
+    """(i, n): which of n parts of the rows this process takes; several take one where they divide the matrices."""
+    return rank() * parts // world_size(), parts
+
+
 def most(number: int) -> int:
     """The largest of the numbers that all processes bring."""
     if _words is None:

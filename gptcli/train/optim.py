@@ -132,10 +132,12 @@ def build_optimizer(model: PreTrainedModel, train: Train) -> Optimizer | None:
     if train.optimizer == "muon":
         matrices = {name: p for name, p in hidden_matrices(model).items() if name in trained and p.ndim == 2}
     others = {name: p for name, p in trained.items() if name not in matrices}
+    decayed = {name: p for name, p in others.items() if p.ndim >= 2}
+    rest = {name: p for name, p in others.items() if p.ndim < 2}
     adamw = AdamW(
         [
-            {"params": [(n, p) for n, p in others.items() if p.ndim >= 2], "weight_decay": train.weight_decay},
-            {"params": [(n, p) for n, p in others.items() if p.ndim < 2], "weight_decay": 0.0},
+            *({"params": alike, "weight_decay": train.weight_decay} for alike in _by_mesh(decayed)),
+            *({"params": alike, "weight_decay": 0.0} for alike in _by_mesh(rest)),
         ],
         lr=train.learning_rate,
         betas=(train.betas[0], train.betas[1]),
@@ -146,6 +148,14 @@ def build_optimizer(model: PreTrainedModel, train: Train) -> Optimizer | None:
         return adamw
     rate = train.learning_rate if train.muon_learning_rate is None else train.muon_learning_rate
     return MuonAdamW(adamw, Muon(list(matrices.items()), lr=rate, weight_decay=train.weight_decay))
+
+
+def _by_mesh(parameters: dict[str, torch.nn.Parameter]) -> list[list[tuple[str, torch.nn.Parameter]]]:
+    """Parameters that one kernel can update together: of a divided model, those divided over the same processes."""
+    groups: dict[Any, list[tuple[str, torch.nn.Parameter]]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        groups[getattr(parameter, "device_mesh", None)].append((name, parameter))
+    return list(groups.values()) or [[]]
 
 
 def build_schedule(

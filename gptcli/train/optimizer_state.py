@@ -58,18 +58,23 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None
     schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
     names = _names(model, optimizer)
     numbers = {name: number for number, name in enumerate(names)}
-    groups = {frozenset(group["params"]): group for group in saved["param_groups"]}
+    # By parameter: a divided model's groups are more, of those that are divided alike.
+    settings = {
+        name: {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for group in saved["param_groups"]
+        for name in group["params"]
+    }
     ordered = []
     for group in optimizer.state_dict()["param_groups"]:  # torch goes by positions: all in the order of now
         of_group = [names[number] for number in group["params"]]
-        if frozenset(of_group) not in groups or len(groups) != len(optimizer.param_groups):
+        found = [settings.get(name) for name in of_group]
+        if settings.keys() != numbers.keys() or any(fields != found[0] for fields in found):
             raise CheckpointError(
                 "the optimizer's state cannot be restored: it is of other parameters, or of others together",
                 where=str(folder),
                 remedy="Resume from another checkpoint with --resume PATH, or train anew with --overwrite.",
             )
-        fields = {**groups[frozenset(of_group)], "params": group["params"]}
-        ordered.append({**fields, **({"param_names": of_group} if "param_names" in fields else {})})
+        ordered.append({**group, **(found[0] or {} if found else {})})
     parameters = dict(model.named_parameters())
     state = {
         numbers[name]: {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gptcli.device import keep_freed_memory
 from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError, StoppedError
 from gptcli.files import write_atomic
-from gptcli.launch import is_main_process
+from gptcli.launch import is_main_process, world_size
 from gptcli.recipe.load import LoadedRecipe, dump_yaml, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs import metrics
@@ -176,8 +176,11 @@ def _build_model(assembly: Assembly, reporter: Reporter) -> PreTrainedModel:
         torch.set_float32_matmul_precision("high")
     if assembly.device.type == "cpu" and not plan.compile:
         keep_derivatives(model)
-    if recipe.launch.strategy == "fsdp" and plan.processes > 1:
-        sharding.divide(model, recipe.launch.fsdp, processes=plan.processes, bf16=plan.precision == "bf16")
+    strategy, world = recipe.launch.strategy, world_size()
+    if world > 1 and (strategy == "fsdp" or recipe.launch.parallel.tp > 1):
+        # On a CPU autocast stays: evaluation there is in fp32, with whole weights.
+        bf16 = plan.precision == "bf16" and assembly.device.type != "cpu"
+        sharding.divide(model, recipe.launch, strategy=strategy, processes=world, bf16=bf16)
     return model
 
 

@@ -16,41 +16,59 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gptcli.errors import RecipeError
+from gptcli.errors import RecipeError, first_line
 from gptcli.launch import world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gptcli.recipe.sections_rest import Fsdp
+    from gptcli.recipe.sections_rest import Fsdp, Launch
 
 FREE, KEEP = "free_full_weight", "keep_full_weight"
 
 
-def divide(model: PreTrainedModel, settings: Fsdp, *, processes: int, bf16: bool) -> None:
+def divide(model: PreTrainedModel, launch: Launch, *, strategy: str, processes: int, bf16: bool) -> None:
     """Divide a model over so many processes, in place; its parameters are DTensors then.
 
     Args:
         model: the whole model, the same on every process.
-        settings: the recipe's section.
+        launch: the recipe's section.
+        strategy: fsdp; with ddp only the matrices are divided, over `launch.parallel.tp` processes.
         processes: those of the run.
-        bf16: whether weights are gathered, and computed with, in bf16; gradients are summed in fp32 all the same.
+        bf16: whether fsdp gathers weights, and computes with them, in bf16; gradients are summed in fp32 all the same.
 
     Raises:
         RecipeError: the model has no layers by which it could be divided, or stayed whole.
     """
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    config = DistributedConfig(
-        fsdp_size=processes,
-        fsdp_plan=dict.fromkeys(layer_names(model, settings), FREE if settings.reshard_after_forward else KEEP),
-        fsdp_cpu_offload=settings.cpu_offload,
-        fsdp_mixed_precision=bf16,
-    )
-    kind = type(model)
-    _, _, mesh = kind.prepare_distribute_model(config)
-    kind.maybe_distribute_model(model, config, mesh)
-    check_divided(model, processes)
+    settings, parallel = launch.fsdp, launch.parallel
+    rows = processes // parallel.tp
+    copied = parallel.dp_replicate if strategy == "fsdp" else rows
+    if rows % copied:
+        raise RecipeError(
+            f"launch.parallel.dp_replicate: {copied} copies do not divide {rows} processes",
+            remedy=f"Set it to a divisor of {rows}.",
+        )
+    plan = dict.fromkeys(layer_names(model, settings), FREE if settings.reshard_after_forward else KEEP)
+    try:
+        config = DistributedConfig(
+            tp_size=parallel.tp,
+            dp_replicate_size=copied,
+            fsdp_size=rows // copied,
+            fsdp_plan=plan,
+            fsdp_cpu_offload=settings.cpu_offload,
+            fsdp_mixed_precision=bf16,
+        )
+        kind = type(model)
+        _, _, mesh = kind.prepare_distribute_model(config)
+        kind.maybe_distribute_model(model, config, mesh)
+    except (ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"launch: transformers cannot divide {type(model).__name__}: {first_line(error)}",
+            remedy="Set launch.strategy: ddp and leave launch.parallel out.",
+        ) from error
+    check_divided(model, rows // copied)
 
 
 def layer_names(model: PreTrainedModel, settings: Fsdp) -> list[str]:
@@ -73,9 +91,11 @@ def layer_names(model: PreTrainedModel, settings: Fsdp) -> list[str]:
 
 
 def check_divided(model: nn.Module, processes: int) -> None:
-    """Refuse a model that is not divided: a part of each parameter here, all parts together the whole."""
+    """Refuse a model of which not every parameter is divided over so many processes."""
     from torch.distributed.tensor import DTensor
 
+    if processes == 1:
+        return
     whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     held = sum(local(parameter).numel() for parameter in model.parameters())
     every = sum(parameter.numel() for parameter in model.parameters())

@@ -201,7 +201,7 @@ class CausalTrainer(AheadTrainer):
         if balance is not None:
             weight = self.plain_model.config.get_text_config().router_aux_loss_coef
             objective = objective + weight * balance * labels.ne(IGNORED).sum()
-        return objective / num_items_in_batch * self.accelerator.num_processes, nats
+        return objective / num_items_in_batch * self._plan.processes, nats
 
     def count(self, nats: torch.Tensor) -> None:
         """Add the nats of a micro-batch to those of the next log line."""
@@ -226,7 +226,8 @@ class CausalTrainer(AheadTrainer):
         return norm
 
     def _summed(self, nats: torch.Tensor) -> torch.Tensor:
-        total: torch.Tensor = self.accelerator.reduce(nats, "sum")
+        # Where several processes work on the same rows, all together have counted them several times.
+        total: torch.Tensor = self.accelerator.reduce(nats, "sum") * (self._plan.processes / self.args.world_size)
         return total
 
     def _describe_rows(self, step: int) -> str:
@@ -282,7 +283,7 @@ class CausalTrainer(AheadTrainer):
         del args, kwargs
         if self._validation is None:
             return {}
-        result = validation_loss(self.plain_model, self._validation, self._recipe, self._plan.precision)
+        result = validation_loss(self.plain_model, self._validation, self._recipe, self._plan)
         sharding.part_again(self.plain_model)
         self.validation_result = result
         step = self.state.global_step

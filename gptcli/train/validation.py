@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptcli.evaluation.loss import LossResult, document_loss
-from gptcli.launch import rank, world_size
+from gptcli.launch import world_size
 from gptcli.train import group
 
 if TYPE_CHECKING:
@@ -19,19 +19,20 @@ if TYPE_CHECKING:
 
     from gptcli.data.shards import Shards
     from gptcli.recipe.schema import Recipe
+    from gptcli.train.plan import Plan
 
 
 # What products are rounded to on a GPU; on a CPU evaluation is in fp32, as `gptcli eval` is.
 _TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
 
 
-def validation_loss(model: PreTrainedModel, shards: Shards, recipe: Recipe, precision: str) -> LossResult:
-    """The loss over the held-out documents; `precision` is that of training. The run's processes share the windows."""
+def validation_loss(model: PreTrainedModel, shards: Shards, recipe: Recipe, plan: Plan) -> LossResult:
+    """The loss over the held-out documents, whose windows the run's processes share; rounded as in training."""
     assert recipe.data is not None
     documents = islice(shards.evaluation_documents(), recipe.eval.limit)
     prefix = shards.specials.eos if shards.specials.bos is None else shards.specials.bos
     assert prefix is not None  # tokenizing refuses a tokenizer without an end token
-    half = _TYPES.get(precision) if model.device.type == "cuda" else None
+    half = _TYPES.get(plan.precision) if model.device.type == "cuda" else None
     with _without_wrapper(model), torch.autocast(model.device.type, dtype=half, enabled=half is not None):
         own = document_loss(
             model,
@@ -39,10 +40,11 @@ def validation_loss(model: PreTrainedModel, shards: Shards, recipe: Recipe, prec
             prefix_id=prefix,
             sequence_length=recipe.data.sequence_length,
             stride=recipe.eval.stride,
-            part=(rank(), world_size()),
+            part=group.part(plan.processes),
         )
-    nats, tokens = group.total([own.nats, own.tokens])
-    return replace(own, nats=nats, tokens=int(tokens))
+    share = plan.processes / world_size()  # below 1: several processes work on the same rows
+    nats, tokens = group.total([own.nats * share, own.tokens * share])
+    return replace(own, nats=nats, tokens=round(tokens))
 
 
 @contextmanager
