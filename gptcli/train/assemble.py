@@ -53,20 +53,32 @@ def assemble(
     *,
     decided: Mapping[str, str] | None = None,
     verify: bool = False,
+    hardware: Hardware | None = None,
 ) -> Assembly:
-    """Data, configuration, device and plan of a recipe (`decided`: see `make_plan`; `verify`: see `prepare`)."""
+    """Data, configuration, device and plan of a recipe.
+
+    Args:
+        loaded: the recipe.
+        run: its run's folder.
+        reporter: where to say what is done.
+        decided: see `make_plan`.
+        verify: see `prepare`.
+        hardware: what to plan for; None: this machine. Only on this machine is anything timed.
+    """
+    import torch
+
     from gptcli.model.build import count_parameters
     from gptcli.model.kernels import usable_attention
 
     prepared = prepare(loaded, reporter, verify=verify or None)
     rows = sum(_proportions(loaded, prepared).rows)
     config = model_config(loaded, prepared, reporter)
-    device = best_device()
+    device = torch.device("cpu") if hardware is not None and hardware.kind == "cpu" else best_device()
     counts = count_parameters(config)
-    hardware, usable = look_at(device), usable_attention(config)
+    hardware, usable = hardware or look_at(device), usable_attention(config)
     planned = partial(make_plan, counts=counts, rows_per_epoch=rows, decided=decided, usable=usable)
     plan = planned(loaded, hardware=hardware)
-    if loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
+    if hardware.here and loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
         batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}
         what = "out of memory while the model was timed in fp32 and bf16"
         with explained(partial(out_of_memory, what, loaded, config, counts, plan, device)):

@@ -42,11 +42,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "train.neftune_noise_alpha=5",
         "train.profile={start: 1}",
         "train.best_metric=accuracy",
-        "launch.processes=2",
-        "launch.nodes=2",
-        "launch.strategy=fsdp",
-        "launch.parallel.tp=2",
-        "launch.fsdp={reshard: true}",
     ],
 )
 def test_what_does_not_exist_yet_is_refused_with_its_place(recipe: str, override: str) -> None:

@@ -19,8 +19,9 @@ from gptcli.model.build import counts_of
 from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.reporting import Silent
 from gptcli.train import fitting
+from gptcli.train.decisions import Hardware
 from gptcli.train.fitting import dry_step, largest_micro_batch, largest_that_fits
-from gptcli.train.plan import Hardware, Plan, make_plan
+from gptcli.train.plan import Plan, make_plan
 from gptcli.train.run import Options, train
 from tests.conftest import REPOSITORY, make_project
 from tests.tiny import make_model
