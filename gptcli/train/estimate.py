@@ -135,12 +135,12 @@ def estimate(
     Raises:
         UsageError: no such card.
     """
+    card = None if device in (None, "cpu") else _card(str(device))
     import torch
 
     launch = loaded.recipe.launch
     nodes = nodes or launch.nodes
     here = best_device() if device is None else torch.device("cpu")
-    card = None if device in (None, "cpu") else _card(str(device))
     if processes is None:
         visible = torch.cuda.device_count() if here.type == "cuda" else 1
         processes = visible if launch.processes == "auto" else launch.processes
