@@ -1,4 +1,4 @@
-"""The plan's estimate of memory beside the peak of the training process: is `gptcli plan` within 15%?
+"""The plan's estimate of memory beside the peak of the training process: is it within 15%?
 
     python benchmarks/memory.py
 

@@ -158,7 +158,7 @@ def test_the_answer_is_told_and_recorded_and_a_resume_takes_it(tmp_path: Path, m
         return real(*arguments, **more, sizes=[1, 2])
 
     monkeypatch.setattr(fitting, "largest_micro_batch", two_fit)
-    monkeypatch.setattr("gptcli.train.plan.GPU_MICRO_BATCH_TOKENS", 32)  # the estimate: one row
+    monkeypatch.setattr("gptcli.train.batches.GPU_MICRO_BATCH_TOKENS", 32)  # the estimate: one row
     monkeypatch.setattr("gptcli.train.fitting.dry_step_sizes", lambda plan: [1, 2, 4])
     run, said = trained(folder)
     assert asked == [[1, 2, 4]]
