@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import traceback
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -94,50 +95,79 @@ def total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# Dense bf16 (fp16 before Ampere) matrix-product peaks with fp32 sums, FLOP/s: the makers' data sheets, for GeForce the
-# architecture's whitepaper. A key is words of the card's name that must all be there; the first that fits counts, so
+@dataclass(frozen=True)
+class Card:
+    """What the maker's data sheet says of a GPU.
+
+    Attributes:
+        name: words of the name that its driver gives it, which must all be there.
+        flops: dense matrix products in bf16 (fp16 before Ampere) with fp32 sums, FLOP/s.
+        gigabytes: of memory, 10^9 bytes; a little less than most drivers show.
+        capability: CUDA's compute capability, on AMD's what torch makes of the gfx number.
+        amd: whether it is AMD's, by ROCm.
+    """
+
+    name: str
+    flops: float
+    gigabytes: int
+    capability: tuple[int, int]
+    amd: bool = False
+
+    @property
+    def slug(self) -> str:
+        """The name as a command line has it: a100-80gb."""
+        return self.name.lower().replace(" ", "-")
+
+
+# The makers' data sheets, for GeForce the architecture's whitepaper. The first whose words are all there counts, so
 # what is more special stands first. A card that is not here has no MFU.
-_PEAK_FLOPS = {
-    "GB300": 2.5e15,
-    "B300": 2.25e15,
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "B100": 1.75e15,
-    "GH200": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800 PCIe": 756e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX A6000": 154.8e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090 Ti": 80e12,
-    "RTX 3090": 71e12,
-    "V100 PCIE": 112e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "MI355X": 2.5e15,
-    "MI350X": 2.3e15,
-    "MI325X": 1307e12,
-    "MI300X": 1307e12,
-    "MI300A": 980e12,
-}
+CARDS = (
+    Card("GB300", 2.5e15, 288, (10, 3)),
+    Card("B300", 2.25e15, 288, (10, 3)),
+    Card("GB200", 2.5e15, 186, (10, 0)),
+    Card("B200", 2.25e15, 180, (10, 0)),
+    Card("B100", 1.75e15, 180, (10, 0)),
+    Card("GH200", 989e12, 96, (9, 0)),
+    Card("H200 NVL", 835e12, 141, (9, 0)),
+    Card("H200", 989e12, 141, (9, 0)),
+    Card("H100 PCIe", 756e12, 80, (9, 0)),
+    Card("H100 NVL", 835e12, 94, (9, 0)),
+    Card("H100", 989e12, 80, (9, 0)),
+    Card("H800 PCIe", 756e12, 80, (9, 0)),
+    Card("H800", 989e12, 80, (9, 0)),
+    Card("H20", 148e12, 96, (9, 0)),
+    Card("A100 80GB", 312e12, 80, (8, 0)),
+    Card("A100", 312e12, 40, (8, 0)),
+    Card("A800 80GB", 312e12, 80, (8, 0)),
+    Card("A800", 312e12, 40, (8, 0)),
+    Card("A40", 149.7e12, 48, (8, 6)),
+    Card("A30", 165e12, 24, (8, 0)),
+    Card("A10G", 70e12, 24, (8, 6)),
+    Card("A10", 125e12, 24, (8, 6)),
+    Card("L40S", 362e12, 48, (8, 9)),
+    Card("L40", 181e12, 48, (8, 9)),
+    Card("L4", 121e12, 24, (8, 9)),
+    Card("RTX 6000 Ada", 364e12, 48, (8, 9)),
+    Card("RTX A6000", 154.8e12, 48, (8, 6)),
+    Card("RTX 5090", 209.5e12, 32, (12, 0)),
+    Card("RTX 4090", 165.2e12, 24, (8, 9)),
+    Card("RTX 3090 Ti", 80e12, 24, (8, 6)),
+    Card("RTX 3090", 71e12, 24, (8, 6)),
+    Card("V100 PCIE 32GB", 112e12, 32, (7, 0)),
+    Card("V100 PCIE", 112e12, 16, (7, 0)),
+    Card("V100 32GB", 125e12, 32, (7, 0)),
+    Card("V100", 125e12, 16, (7, 0)),
+    Card("T4", 65e12, 16, (7, 5)),
+    Card("MI355X", 2.5e15, 288, (9, 5), amd=True),
+    Card("MI350X", 2.3e15, 288, (9, 5), amd=True),
+    Card("MI325X", 1307e12, 256, (9, 4), amd=True),
+    Card("MI300X", 1307e12, 192, (9, 4), amd=True),
+    Card("MI300A", 980e12, 128, (9, 4), amd=True),
+)
 # Cards and parts of cards that share a name's words with a faster one.
 _OTHER_CARDS = {"Laptop", "D", "MIG", "GRID", "Max"}
+# Words that people write beside a card's name and that tell nothing more.
+_BESIDE = {"nvidia", "amd", "geforce", "tesla", "instinct", "gpu", "sxm"}
 _PRODUCT_SIZE = 1024
 
 
@@ -158,7 +188,18 @@ def data_sheet_flops(name: str) -> float | None:
     words = set(re.split(r"[\s\-/]+", name))
     if words & _OTHER_CARDS:
         return None
-    return next((peak for known, peak in _PEAK_FLOPS.items() if words.issuperset(known.split())), None)
+    return next((card.flops for card in CARDS if words.issuperset(card.name.split())), None)
+
+
+def card_named(name: str) -> Card | None:
+    """The card that a person means: h100, a100-80gb, "NVIDIA RTX 4090"; None for one that is not known."""
+    words = set(re.split(r"[\s\-_/]+", name.strip().lower())) - _BESIDE
+    for card in CARDS:
+        own = set(card.slug.split("-"))
+        # The size may be said where it needs not be: a100-40gb.
+        if own <= words <= own | {f"{card.gigabytes}gb"}:
+            return card
+    return None
 
 
 @functools.cache

@@ -6,9 +6,10 @@ proportions of the type's own default configuration, so that `{type: qwen3, pres
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from gptcli.model.kept import Kept
     from gptcli.recipe.load import LoadedRecipe
 
 # Widths that follow the hidden size, under the names that configurations of transformers use.
@@ -54,6 +56,9 @@ class Counts:
         hidden_matrices: 2-D weights that are neither embeddings nor the head: what Muon updates.
         head: those of the output head.
         layers, width: depth and width, for the attention term of the FLOPs.
+        heads: of attention.
+        largest_units: those of the largest two units that FSDP gathers: a layer, the embedding, the head.
+        kept, kept_half: what a forward pass keeps in fp32 and under autocast; None where that could not be counted.
     """
 
     total: int
@@ -62,6 +67,10 @@ class Counts:
     head: int
     layers: int
     width: int
+    heads: int = 0
+    largest_units: int = 0
+    kept: Kept | None = None
+    kept_half: Kept | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -144,11 +153,15 @@ def looks_only_back(model: PreTrainedModel) -> bool:
 
 
 def count_parameters(config: PreTrainedConfig) -> Counts:
-    """Count a model's parameters without allocating them (on torch's meta device)."""
+    """Count a model's parameters, and what its layers keep, without allocating them (on torch's meta device)."""
     import torch
 
+    from gptcli.model.kept import kept_bytes
+
     with torch.device("meta"):
-        return counts_of(_from_config(config))
+        model = _from_config(copy.deepcopy(config), dtype=torch.float32)
+    counts = counts_of(model)
+    return replace(counts, kept=kept_bytes(model, half=False), kept_half=kept_bytes(model, half=True))
 
 
 def counts_of(model: PreTrainedModel) -> Counts:
@@ -165,7 +178,24 @@ def counts_of(model: PreTrainedModel) -> Counts:
         head=head_size,
         layers=int(getattr(text_config, "num_hidden_layers", 0) or 0),
         width=int(getattr(text_config, "hidden_size", 0) or 0),
+        heads=int(getattr(text_config, "num_attention_heads", 0) or 0),
+        largest_units=sum(sorted(_units(model))[-2:]),
     )
+
+
+def _units(model: PreTrainedModel) -> list[int]:
+    """Parameters of what accelerate gives to FSDP2 as one piece each: embedding, layers, head (tied: one piece)."""
+    from torch import nn
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+    layers = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=())
+    ends = {
+        id(p): p.numel()
+        for module in (model.get_input_embeddings(), output_head(model))
+        if module is not None
+        for p in module.parameters()
+    }
+    return [*ends.values(), *(sum(p.numel() for p in layer.parameters()) for layer in layers)]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

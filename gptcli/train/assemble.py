@@ -23,6 +23,7 @@ from gptcli.train.decisions import Hardware
 from gptcli.train.modes import BLOCKS, check_modes
 from gptcli.train.plan import Plan, make_plan, without_compiler
 from gptcli.train.shortage import explained, out_of_memory
+from gptcli.train.strategy import check_strategy
 
 if TYPE_CHECKING:
     import torch
@@ -54,20 +55,32 @@ def assemble(
     *,
     decided: Mapping[str, str] | None = None,
     verify: bool | None = None,
+    hardware: Hardware | None = None,
 ) -> Assembly:
-    """Data, configuration, device and plan of a recipe (`decided`: see `make_plan`; `verify`: see `prepare`)."""
+    """Data, configuration, device and plan of a recipe.
+
+    Args:
+        loaded: the recipe.
+        run: its run's folder.
+        reporter: where to say what is done.
+        decided: see `make_plan`.
+        verify: see `prepare`.
+        hardware: what to plan for; None: this machine. Only on this machine is anything timed.
+    """
+    import torch
+
     from gptcli.model.build import count_parameters
     from gptcli.model.kernels import usable_attention
 
     prepared = prepare(loaded, reporter, verify=verify)
     rows = sum(_proportions(loaded, prepared).rows)
     config = model_config(loaded, prepared, reporter)
-    device = best_device()
+    device = torch.device("cpu") if hardware is not None and hardware.kind == "cpu" else best_device()
     counts = count_parameters(config)
-    hardware, usable = look_at(device), usable_attention(config)
+    hardware, usable = hardware or look_at(device), usable_attention(config)
     planned = partial(make_plan, counts=counts, rows_per_epoch=rows, decided=decided, usable=usable)
     plan = planned(loaded, hardware=hardware)
-    if loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
+    if hardware.here and loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
         batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}
         what = "out of memory while the model was timed in fp32 and bf16"
         with explained(partial(out_of_memory, what, loaded, config, counts, plan, device)):
@@ -76,6 +89,7 @@ def assemble(
         hardware = replace(hardware, fast_bf16=fast, bf16_reason=reason)
         plan = planned(loaded, hardware=hardware)
     check_modes(loaded, plan, hardware, usable)
+    check_strategy(loaded, plan)
     uncompiled = without_compiler(planned(_not_compiling(loaded), hardware=hardware)) if plan.compile else None
     fingerprints = {
         "recipe": fingerprint(loaded.written),
@@ -145,8 +159,10 @@ def describe(assembly: Assembly) -> list[str]:
     epochs = "" if plan.epochs is None else f" ({plan.epochs:.2f} epochs of {plan.rows_per_epoch:,} rows)"
     batch = f"{plan.global_batch_size} rows x {plan.sequence_length}"
     parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} at once"
-    if plan.processes > 1:
+    if plan.world_size > 1:
         parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} on each of {plan.processes} processes"
+        parts += f" x {plan.tensor_parallel}" if plan.tensor_parallel > 1 else ""
+        parts += f", {plan.strategy}"
     lines = [
         f"model: {kind}, {plan.parameters / 1e6:.2f} M parameters",
         f"train: {plan.steps:,} steps of {batch} ({parts}), {plan.total_tokens:,} tokens{epochs}",
@@ -166,7 +182,8 @@ def decided_recipe(loaded: LoadedRecipe, plan: Plan) -> dict[str, Any]:
     train_section["compile"] = plan.compile
     # Our own kernel has no name in a recipe; `auto` finds it again.
     train_section["attention"] = "auto" if plan.attention == BLOCKS else plan.attention
-    recipe["launch"]["processes"] = plan.processes
+    recipe["launch"]["processes"] = plan.world_size // loaded.recipe.launch.nodes
+    recipe["launch"]["strategy"] = plan.strategy
     if recipe["data"].get("workers") == "auto":
         recipe["data"]["workers"] = 0
     return recipe

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptcli.device import free_memory, is_out_of_memory
+from gptcli.train.batches import next_smaller
 from gptcli.train.lean import LeanTrainer
-from gptcli.train.plan import next_smaller
 
 if TYPE_CHECKING:
     from gptcli.reporting import Reporter

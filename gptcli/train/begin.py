@@ -60,6 +60,7 @@ class _Begun:
     start: Start
     decided: dict[str, str]
     dry_step: bool
+    strategy: str
     result: dict[str, Any] | None
 
 
@@ -92,7 +93,7 @@ def begin(
         if start.checkpoint is not None:
             result = _check_resume(assembly, options, start, reporter)
             if result is not None:
-                return _Begun(start, {}, False, result)
+                return _Begun(start, {}, False, "", result)
         for line in describe(assembly):
             reporter.say(line)
         _check_disk(assembly)
@@ -100,7 +101,7 @@ def begin(
             clear(run)
         write_start(assembly, options)
         own.append(assembly)
-        return _Begun(start, plan.decided, plan.dry_step, None)
+        return _Begun(start, plan.decided, plan.dry_step, plan.strategy, None)
 
     begun = group.from_first(decide)
     if begun.result is not None:
@@ -115,7 +116,8 @@ def begin(
             remedy="Put output_dir on a file system that all machines share.",
         )
     assembly = assemble(loaded, run, reporter, decided=begun.decided, verify=False)
-    return replace(assembly, plan=replace(assembly.plan, dry_step=begun.dry_step)), begun.start
+    plan = replace(assembly.plan, dry_step=begun.dry_step, strategy=begun.strategy)
+    return replace(assembly, plan=plan), begun.start
 
 
 def _check_resume(assembly: Assembly, options: Options, start: Start, reporter: Reporter) -> dict[str, Any] | None:

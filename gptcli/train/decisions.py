@@ -14,13 +14,15 @@ class Hardware:
         kind: cpu, cuda or mps.
         fast_bf16: whether this model trains faster in bf16 than in fp32.
         bf16_reason: how that is known.
-        processes: the number of training processes (the world size).
+        processes: the number of training processes on all machines (the world size).
         memory_bytes: of one device.
         capability: a GPU's compute capability, (8, 0) for an A100; None without one.
         rocm: whether the GPU is AMD's.
         compiler: whether torch.compile has a compiler to build with.
         packages: those of triton, torchao, liger_kernel, flash_attn and flash_attn_interface that can be used.
         threads: that an operation on a CPU is shared by.
+        nodes: machines.
+        here: whether it is this machine: only then can anything be timed.
     """
 
     kind: str
@@ -33,6 +35,8 @@ class Hardware:
     compiler: bool = False
     packages: frozenset[str] = frozenset()
     threads: int = 1
+    nodes: int = 1
+    here: bool = True
 
 
 @dataclass(frozen=True)

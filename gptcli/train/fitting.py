@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from gptcli.device import free_memory, is_out_of_memory, total_memory
+from gptcli.train.batches import GPU_MICRO_BATCH_TOKENS
 from gptcli.train.loss import TrainingLoss
-from gptcli.train.plan import GPU_MICRO_BATCH_TOKENS, HEAD_ROOM, dry_step_sizes, loss_block
+from gptcli.train.plan import dry_step_sizes, loss_block
+from gptcli.train.strategy import HEAD_ROOM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +73,7 @@ def largest_micro_batch(
     cuda = model.device.type == "cuda"
     with torch.random.fork_rng([model.device] if cuda else []), _as_in_training(model, train):
         try:
-            held = _hold(model, plan.memory["optimizer"] + spare_bytes)
+            held = _hold(model, plan.memory.get("optimizer", 0) + spare_bytes)
             if held is None:
                 return None
             return largest_that_fits(sizes, lambda rows: _fits(model, plan, train, rows), first=plan.micro_batch_size)

@@ -27,7 +27,7 @@ BLOCKS = "blocks"
 BLOCKS_LONGEST = 512
 FLASH_2, FLASH_3, FLEX = "flash_attention_2", "flash_attention_3", "flex_attention"
 # The installed package behind each, as `Hardware.packages` names it, and how to get it.
-_PACKAGES = {
+PACKAGES = {
     FLASH_2: ("flash_attn", "pip install flash-attn --no-build-isolation"),
     FLASH_3: (
         "flash_attn_interface",
@@ -118,7 +118,7 @@ def lacks(value: str, hardware: Hardware) -> tuple[str, str] | None:
     card = _card_for(value, hardware)
     if card is not None:
         return card
-    package, command = _PACKAGES.get(value, (None, ""))
+    package, command = PACKAGES.get(value, (None, ""))
     if package is None or package in hardware.packages:
         return None
     return f"{value} needs the package {package}, which is not installed", command

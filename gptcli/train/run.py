@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gptcli.device import keep_freed_memory
 from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError, StoppedError
 from gptcli.files import write_atomic
-from gptcli.launch import is_main_process, world_size
+from gptcli.launch import is_main_process
 from gptcli.recipe.load import LoadedRecipe, dump_yaml, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs import metrics
@@ -27,6 +27,7 @@ from gptcli.train.plan import MICRO_BATCH, Plan, with_micro_batch
 from gptcli.train.record import now, record_end
 from gptcli.train.resume import Start, ended_early
 from gptcli.train.shortage import explained, out_of_memory
+from gptcli.train.strategy import is_divided
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -176,11 +177,10 @@ def _build_model(assembly: Assembly, reporter: Reporter) -> PreTrainedModel:
         torch.set_float32_matmul_precision("high")
     if assembly.device.type == "cpu" and not plan.compile:
         keep_derivatives(model)
-    strategy, world = recipe.launch.strategy, world_size()
-    if world > 1 and (strategy == "fsdp" or recipe.launch.parallel.tp > 1):
+    if is_divided(plan):
         # On a CPU autocast stays: evaluation there is in fp32, with whole weights.
         bf16 = plan.precision == "bf16" and assembly.device.type != "cpu"
-        sharding.divide(model, recipe.launch, strategy=strategy, processes=world, bf16=bf16)
+        sharding.divide(model, recipe.launch, strategy=plan.strategy, processes=plan.world_size, bf16=bf16)
     return model
 
 
@@ -215,7 +215,7 @@ def _build_trainer(
     tokenizer = load_tokenizer(assembly.prepared.tokenizer)
     arguments = training_arguments(loaded, plan, assembly.run.path, assembly.device.type)
     facts = {
-        "processes": plan.processes,
+        "processes": plan.world_size,
         "fingerprints": assembly.fingerprints,
         "recipe": resolved(loaded),
     }

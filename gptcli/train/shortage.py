@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from gptcli.device import free_memory, is_out_of_memory, total_memory
 from gptcli.errors import OutOfMemoryError, RecipeError
 from gptcli.recipe.presets import PRESETS
-from gptcli.train.memory import mebibytes
-from gptcli.train.plan import loss_block, next_smaller, planned_memory
+from gptcli.train.batches import next_smaller
+from gptcli.train.memory import mebibytes, memory_estimate
+from gptcli.train.plan import loss_block, step_of
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,15 @@ def savings(loaded: LoadedRecipe, config: PreTrainedConfig, counts: Counts, plan
     def needed(counts: Counts = counts, train: Train = train, rows: int = rows, length: int = length) -> int:
         halves, accumulation = plan.halves and rows > 1, share // rows
         block = loss_block(rows * length, counts.vocabulary, 2 if halves else 1, logit_bytes=plan.logit_bytes)
-        memory = planned_memory(counts, train, rows * length, block, halves=halves, accumulation=accumulation)
-        return sum(memory.values())
+        step = replace(
+            step_of(plan),
+            tokens=rows * length // plan.context_parallel,
+            length=length,
+            block=block,
+            halves=halves,
+            accumulation=accumulation,
+        )
+        return sum(memory_estimate(counts, train, step).values())
 
     options: list[tuple[str, int, str]] = []
     if rows > 1:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from gptcli.device import data_sheet_flops
+from gptcli.device import CARDS, card_named, data_sheet_flops
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,41 @@ def test_a_known_card_has_its_data_sheets_peak(name: str, teraflops: float) -> N
 )
 def test_a_card_that_only_looks_like_one_has_none(name: str) -> None:
     assert data_sheet_flops(name) is None
+
+
+def test_every_card_is_found_by_its_own_name_and_by_its_drivers() -> None:
+    for card in CARDS:
+        assert card_named(card.slug) is card
+        assert data_sheet_flops(f"NVIDIA {card.name} ZZZ") == card.flops
+
+
+@pytest.mark.parametrize(
+    "name, gigabytes, capability",
+    [
+        ("h100", 80, (9, 0)),
+        ("H200", 141, (9, 0)),
+        ("a100-40gb", 40, (8, 0)),
+        ("a100-80gb", 80, (8, 0)),
+        ("NVIDIA A100-SXM-80GB", 80, (8, 0)),
+        ("l40s", 48, (8, 9)),
+        ("v100-16gb", 16, (7, 0)),
+        ("v100-32gb", 32, (7, 0)),
+        ("t4", 16, (7, 5)),
+        ("NVIDIA GeForce RTX 4090", 24, (8, 9)),
+        ("rtx_3090", 24, (8, 6)),
+        ("b200", 180, (10, 0)),
+        ("mi300x", 192, (9, 4)),
+    ],
+)
+def test_a_card_has_its_memory_and_generation(name: str, gigabytes: int, capability: tuple[int, int]) -> None:
+    card = card_named(name)
+    assert card is not None
+    assert (card.gigabytes, card.capability) == (gigabytes, capability)
+
+
+@pytest.mark.parametrize("name", ["h1000", "a100-60gb", "rtx", "rtx-4090-laptop", "80gb", "", "cpu"])
+def test_a_name_that_is_nearly_a_cards_is_none(name: str) -> None:
+    assert card_named(name) is None
 
 
 # Pages that come new from the system while the same sizes are taken and freed; in a thread too, as in the second half

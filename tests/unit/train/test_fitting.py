@@ -20,8 +20,9 @@ from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.reporting import Silent
 from gptcli.train import fitting
 from gptcli.train.begin import Options
+from gptcli.train.decisions import Hardware
 from gptcli.train.fitting import dry_step, largest_micro_batch, largest_that_fits
-from gptcli.train.plan import Hardware, Plan, make_plan
+from gptcli.train.plan import Plan, make_plan
 from gptcli.train.run import train
 from tests.conftest import REPOSITORY, make_project
 from tests.tiny import make_model
@@ -158,7 +159,7 @@ def test_the_answer_is_told_and_recorded_and_a_resume_takes_it(tmp_path: Path, m
         return real(*arguments, **more, sizes=[1, 2])
 
     monkeypatch.setattr(fitting, "largest_micro_batch", two_fit)
-    monkeypatch.setattr("gptcli.train.plan.GPU_MICRO_BATCH_TOKENS", 32)  # the estimate: one row
+    monkeypatch.setattr("gptcli.train.batches.GPU_MICRO_BATCH_TOKENS", 32)  # the estimate: one row
     monkeypatch.setattr("gptcli.train.fitting.dry_step_sizes", lambda plan: [1, 2, 4])
     run, said = trained(folder)
     assert asked == [[1, 2, 4]]

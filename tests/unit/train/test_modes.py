@@ -10,6 +10,7 @@ import pytest
 from gptcli.errors import MissingError
 from gptcli.model.build import Counts
 from gptcli.recipe.load import load_recipe
+from gptcli.train.decisions import Hardware
 from gptcli.train.modes import (
     COMPILE_STEPS,
     auto_attention,
@@ -20,7 +21,7 @@ from gptcli.train.modes import (
     check_modes,
     lacks,
 )
-from gptcli.train.plan import Hardware, make_plan
+from gptcli.train.plan import make_plan
 
 CPU = Hardware("cpu", fast_bf16=False, processes=1, memory_bytes=2**34, bf16_reason="measured", compiler=True)
 BF16_CPU = replace(CPU, fast_bf16=True)

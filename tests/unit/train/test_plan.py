@@ -8,8 +8,10 @@ import pytest
 from gptcli.errors import RecipeError
 from gptcli.model.build import Counts
 from gptcli.recipe.load import LoadedRecipe, load_recipe
+from gptcli.train.decisions import Hardware
 from gptcli.train.memory import memory_estimate
-from gptcli.train.plan import HEAD_ROOM, Hardware, Plan, dry_step_sizes, make_plan, next_smaller, with_micro_batch
+from gptcli.train.plan import Plan, dry_step_sizes, make_plan, step_of, with_micro_batch
+from gptcli.train.strategy import HEAD_ROOM
 
 COUNTS = Counts(total=1_200_000, matrix=1_000_000, hidden_matrices=800_000, head=200_000, layers=4, width=128)
 CPU = Hardware("cpu", fast_bf16=False, processes=1, memory_bytes=2**34, bf16_reason="no AVX512-BF16")
@@ -75,9 +77,10 @@ def test_on_a_gpu_the_micro_batch_is_an_estimate_until_a_dry_step(tmp_path: Path
     assert made.micro_batch_size == 512  # 64K tokens
     assert dry_step_sizes(made) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
     small = replace(GPU, memory_bytes=256 << 20)
-    rows = plan(loaded, small).micro_batch_size
-    needed = [sum(memory_estimate(COUNTS, loaded.recipe.train, n * 128).values()) for n in (rows, 2 * rows)]
-    assert needed[0] <= (1 - HEAD_ROOM) * small.memory_bytes < needed[1]
+    made = plan(loaded, small)
+    twice = with_micro_batch(made, loaded.recipe.train, COUNTS, 2 * made.micro_batch_size, "why")
+    assert made.memory_bytes <= (1 - HEAD_ROOM) * small.memory_bytes < twice.memory_bytes
+    assert made.memory == memory_estimate(COUNTS, loaded.recipe.train, step_of(made))
     assert not plan(recipe(tmp_path, "train.micro_batch_size=4"), GPU).dry_step
     assert not plan(loaded, replace(GPU, kind="mps")).dry_step
     assert not plan(loaded).dry_step
@@ -106,34 +109,6 @@ def test_another_micro_batch_is_planned_as_if_the_recipe_had_it(tmp_path: Path) 
         assert {d.key: d for d in found.decisions}["train.micro_batch_size"].reason == "why"
         others = tuple(d for d in found.decisions if d.key != "train.micro_batch_size")
         assert replace(found, decisions=others) == expected
-
-
-def test_a_micro_batch_is_halved_to_one_that_divides_it() -> None:
-    assert [next_smaller(rows) for rows in (64, 12, 9, 15, 7, 3, 2)] == [32, 6, 3, 5, 1, 1, 1]
-
-
-def test_an_optimizers_state_is_counted_by_what_it_keeps(tmp_path: Path) -> None:
-    def state(name: str) -> int:
-        return plan(recipe(tmp_path, f"train.optimizer={name}")).memory["optimizer"]
-
-    assert state("adamw") == 8 * COUNTS.total
-    assert state("muon") == 8 * COUNTS.total - 4 * COUNTS.hidden_matrices
-    assert state("lion") == 4 * COUNTS.total
-    assert state("adamw_8bit") == 2 * COUNTS.total
-    assert state("sgd") == 0
-    assert 0 < state("adafactor") < COUNTS.total
-
-
-def test_a_batch_that_does_not_divide_over_processes_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError) as caught:
-        plan(recipe(tmp_path), replace(CPU, processes=3))
-    assert "15 and 18" in str(caught.value.remedy)
-
-
-def test_batch_tokens_are_rows_and_less_than_one_row_is_an_error(tmp_path: Path) -> None:
-    assert plan(recipe(tmp_path, "train.global_batch_tokens=4Ki")).global_batch_size == 32
-    with pytest.raises(RecipeError):
-        plan(recipe(tmp_path, "train.global_batch_tokens=100"))
 
 
 def test_warmup_is_steps_or_a_share(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""How several processes share a model: whole in each (DDP), or divided among them (FSDP, DeepSpeed's ZeRO).
+
+`auto` is DDP, which sends least, while the whole model fits one device beside a row's activations; else FSDP.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gptcli.errors import RecipeError
+from gptcli.train.memory import mebibytes
+
+if TYPE_CHECKING:
+    from gptcli.recipe.load import LoadedRecipe
+    from gptcli.recipe.schema import Launch
+    from gptcli.train.decisions import Hardware
+    from gptcli.train.plan import Plan
+
+STRATEGY = "launch.strategy"
+# Whose update works on parts of matrices, as tests show.
+DIVIDED_OPTIMIZERS = ("adamw", "muon", "sgd")
+DIVIDED_PRECISIONS = ("fp32", "bf16")
+# Of a device's memory, what a plan leaves: fragments, libraries' workspaces, evaluation.
+HEAD_ROOM = 0.05
+# accelerate's, where a DeepSpeed configuration does not say which.
+ZERO_STAGE = 2
+
+
+def room(hardware: Hardware) -> int:
+    """Bytes that a process may fill: of its GPU; of a CPU's memory its part, as the machine's processes share it."""
+    sharing = max(1, hardware.processes // hardware.nodes) if hardware.kind == "cpu" else 1
+    return int((1 - HEAD_ROOM) * hardware.memory_bytes) // sharing
+
+
+def auto_strategy(hardware: Hardware, one_row: int) -> tuple[str, str]:
+    """DDP or FSDP, and why; `one_row`: bytes that DDP needs for weights, gradients, optimizer and one row."""
+    there, needed = mebibytes(room(hardware)), mebibytes(one_row)
+    if one_row <= room(hardware):
+        return "ddp", f"the whole model and a row need {needed} of a device's {there}"
+    return "fsdp", f"the whole model and a row need {needed}, a device has {there}: divided over the processes"
+
+
+def is_divided(plan: Plan) -> bool:
+    """Whether the processes of a plan hold parts of the model."""
+    return plan.world_size > 1 and (plan.strategy == "fsdp" or plan.tensor_parallel > 1)
+
+
+def check_strategy(loaded: LoadedRecipe, plan: Plan) -> None:
+    """Refuse what does not work on parts of a model.
+
+    Raises:
+        RecipeError: with what does.
+    """
+    if not is_divided(plan):
+        return
+    train = loaded.recipe.train
+    for key, value, known in (
+        ("train.optimizer", train.optimizer, DIVIDED_OPTIMIZERS),
+        ("train.precision", plan.precision, DIVIDED_PRECISIONS),
+    ):
+        if value not in known:
+            raise RecipeError(
+                f"{key}: {value} is not known to work on a model that is divided over processes ({plan.strategy})",
+                where=loaded.where(key),
+                remedy=f"{' and '.join(known)} are; or set launch.strategy: ddp.",
+            )
+
+
+def sharing_of(strategy: str, launch: Launch) -> str:
+    """The memory's arithmetic of a strategy: ddp, fsdp, or zero0 to zero3 for DeepSpeed's stage."""
+    if strategy != "deepspeed":
+        return strategy
+    zero = launch.deepspeed.get("zero_optimization")
+    stage = zero.get("stage", ZERO_STAGE) if isinstance(zero, dict) else ZERO_STAGE
+    return f"zero{stage}" if stage in (0, 1, 2, 3) else f"zero{ZERO_STAGE}"
