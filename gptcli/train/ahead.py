@@ -76,6 +76,8 @@ class AheadTrainer(BackOffTrainer):
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        # For accelerate's own way to deal out rows, which is not ours; it refuses it on a CPU.
+        arguments.pop("parallelism_config", None)
         if self.args.mixed_precision == "fp8":
             arguments["kwargs_handlers"].append(float8.handler())
         return arguments

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from gptcli.model.build import Counts
     from gptcli.recipe.schema import Train
 
-# Anonymous memory of a process on a CPU that is no tensor of training: Python, torch, transformers, Trainer, and what
-# their threads take in the first products; what is left of the peak of a run of one short row (benchmarks/memory.py).
+# Anonymous memory of a process on a CPU that is no tensor of training: Python, torch, transformers, and what their
+# threads take in the first products; what is left of the peak of a run of one short row (benchmarks/memory.py).
 LIBRARIES_BYTES = 300 << 20
 # glibc's heap grows to this many times the activations in it, as what is freed between tensors that stay is kept and
 # does not always fit the next (benchmarks/memory.py). A GPU's caching allocator has it far less, see HEAD_ROOM.
