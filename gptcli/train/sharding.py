@@ -7,6 +7,7 @@ without a word (1.15). What is asked for and did not happen is an error here (`c
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def divide(model: PreTrainedModel, launch: Launch, *, strategy: str, processes: 
     """
     from transformers.distributed.configuration_utils import DistributedConfig
 
+    # A matrix that is divided twice is gathered in two steps, which torch says for each of them at every save.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     settings, parallel = launch.fsdp, launch.parallel
     rows = processes // parallel.tp
     copied = parallel.dp_replicate if strategy == "fsdp" else rows
@@ -157,13 +160,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def divided_like(tensor: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
-    """A whole tensor divided as another of its shape is; the same tensor where that is not divided."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    """A whole tensor, which every process has, divided as another of its shape is; itself where that is not divided."""
+    from torch.distributed.tensor import DTensor, Replicate
 
     if not isinstance(pattern, DTensor) or tensor.shape != pattern.shape:
         return tensor
-    device = pattern.to_local().device
-    return distribute_tensor(tensor.to(device), pattern.device_mesh, pattern.placements, src_data_rank=None)
+    mesh = pattern.device_mesh
+    copied = DTensor.from_local(tensor.to(pattern.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return copied.redistribute(placements=pattern.placements)
 
 
 def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -177,9 +181,14 @@ def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def load_weights(model: PreTrainedModel, folder: Path) -> Any:
     """Fill a divided model from a folder with safetensors; what `load_state_dict` returns."""
     from safetensors.torch import load_file
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.nn.modules.module import _IncompatibleKeys
 
-    state: dict[str, Any] = {}
+    saved: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        state |= load_file(path)
-    return set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+        saved |= load_file(path)
+    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name in saved.keys() & places.keys():
+            local(places[name]).copy_(local(divided_like(saved[name], places[name])))
+    missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in saved]
+    return _IncompatibleKeys(missing, sorted(saved.keys() - places.keys()))

@@ -101,6 +101,54 @@ def test_several_processes_end_as_one(alone: Path, forks: Forks, processes: int,
 
 
 @pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        (2, ["launch.parallel.tp=2"]),
+        (4, ["launch.parallel.tp=2", "launch.strategy=fsdp"]),
+        (4, ["launch.parallel.dp_replicate=2", "launch.strategy=fsdp"]),
+    ],
+    ids=["tp", "tp-fsdp", "hybrid"],
+)
+def test_processes_that_divide_matrices_or_hold_copies_end_as_one(
+    alone: Path, forks: Forks, processes: int, settings: list[str]
+) -> None:
+    if "gpt2" in str(alone):
+        pytest.skip("transformers has no plan to divide GPT-2's matrices")
+    name, folder = "-".join(settings).replace("launch.", "").replace("=", ""), alone.parent.parent
+    team.run(forks, processes, "pretrain", "r.yaml", f"name={name}", *settings, cwd=folder)
+    assert_equal(alone.parent / name, alone)
+    forget(alone.parent / name)
+    team.run(forks, processes, "pretrain", "r.yaml", f"name={name}", *settings, cwd=folder)
+    assert_equal(alone.parent / name, alone)
+
+
+ONE_STEP = ["train.optimizer=sgd", "train.learning_rate=1", "train.lr_scheduler=constant", "train.warmup=0"]
+ONE_STEP += ["train.epochs=null", "train.max_steps=1", "train.max_grad_norm=0", "train.weight_decay=0"]
+
+
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+def test_the_gradient_of_a_step_is_that_of_one_process(
+    alone: Path, forks: Forks, processes: int, strategy: str
+) -> None:
+    """A step of plain descent at rate 1 takes the gradient off the weights; that of none shows what they were."""
+    folder = alone.parent.parent
+
+    def weights(name: str, count: int, *settings: str) -> dict[str, Any]:
+        if not (alone.parent / name).exists():
+            team.run(forks, count, "pretrain", "r.yaml", *ONE_STEP, f"name={name}", *settings, cwd=folder)
+        return load_file(alone.parent / name / "final" / "model.safetensors")
+
+    before = weights("before", 1, "train.learning_rate=1e-30")
+    one = weights("one", 1)
+    several = weights(f"{strategy}-{processes}-step", processes, f"launch.strategy={strategy}")
+    gradient = {name: (before[name] - one[name]).astype(np.float64) for name in one}
+    norm = sum((part**2).sum() for part in gradient.values()) ** 0.5
+    off = sum(((several[name] - one[name]).astype(np.float64) ** 2).sum() for name in one) ** 0.5
+    assert norm > 0.1
+    assert off < 1e-6 * norm
+
+
+@pytest.mark.parametrize(
     ("before", "after"), [((2, "fsdp"), (2, "ddp")), ((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp"))]
 )
 def test_a_checkpoint_goes_on_under_another_strategy_and_number_of_processes(
