@@ -18,6 +18,7 @@ from gptcli.model.kernels import settle_attention
 from gptcli.train import float8, group
 from gptcli.train.backoff import BackOffTrainer
 from gptcli.train.rows import MicroBatches, RunRows, inputs_and_labels, label_count, whole
+from gptcli.train.sharding import part_again
 
 
 class AheadTrainer(BackOffTrainer):
@@ -37,6 +38,7 @@ class AheadTrainer(BackOffTrainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         settle_attention(model, self._plan.attention)
         self._compiler.settle(self._prepare_inputs(self._run_rows.first(self._plan.micro_batch_size)))
+        part_again(model)
         return prepared
 
     def get_train_dataloader(self) -> DataLoader[torch.Tensor]:

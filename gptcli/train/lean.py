@@ -20,6 +20,7 @@ from gptcli.model.build import uses_a_matrix_twice
 from gptcli.train.base import Trainer
 from gptcli.train.gradients import clip, gradient_norm
 from gptcli.train.halves import NO_SUM, Halves, Inputs, why_whole
+from gptcli.train.sharding import part_again
 
 
 class LeanTrainer(Trainer):
@@ -42,6 +43,7 @@ class LeanTrainer(Trainer):
         """Training inside takes the short ways: parameters are listed once, and modules are not walked."""
         arguments = self.args
         assert self.model is not None
+        part_again(self.model)  # the model was tried before this
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._short = (
             self.accelerator.distributed_type

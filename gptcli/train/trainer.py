@@ -143,7 +143,6 @@ class CausalTrainer(AheadTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The recipe's optimizer; names other than adamw and muon are built by transformers."""
         if self.optimizer is None:
-            sharding.part_again(self.plain_model)  # models were tried before this
             self.optimizer = optim.build_optimizer(self.plain_model, self._recipe.train)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
@@ -283,7 +282,8 @@ class CausalTrainer(AheadTrainer):
         del args, kwargs
         if self._validation is None:
             return {}
-        result = validation_loss(self.plain_model, self._validation, self._recipe, self._plan)
+        plan = self._plan
+        result = validation_loss(self.plain_model, self._validation, self._recipe, plan.precision, parts=plan.processes)
         sharding.part_again(self.plain_model)
         self.validation_result = result
         step = self.state.global_step

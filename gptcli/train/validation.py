@@ -19,20 +19,29 @@ if TYPE_CHECKING:
 
     from gptcli.data.shards import Shards
     from gptcli.recipe.schema import Recipe
-    from gptcli.train.plan import Plan
 
 
 # What products are rounded to on a GPU; on a CPU evaluation is in fp32, as `gptcli eval` is.
 _TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
 
 
-def validation_loss(model: PreTrainedModel, shards: Shards, recipe: Recipe, plan: Plan) -> LossResult:
-    """The loss over the held-out documents, whose windows the run's processes share; rounded as in training."""
+def validation_loss(
+    model: PreTrainedModel, shards: Shards, recipe: Recipe, precision: str, *, parts: int = 1
+) -> LossResult:
+    """The loss over the held-out documents: that of `gptcli eval`.
+
+    Args:
+        model: the model.
+        shards: the documents.
+        recipe: says how they are cut into windows.
+        precision: that of training.
+        parts: the run's processes, or groups of them, that share the windows.
+    """
     assert recipe.data is not None
     documents = islice(shards.evaluation_documents(), recipe.eval.limit)
     prefix = shards.specials.eos if shards.specials.bos is None else shards.specials.bos
     assert prefix is not None  # tokenizing refuses a tokenizer without an end token
-    half = _TYPES.get(plan.precision) if model.device.type == "cuda" else None
+    half = _TYPES.get(precision) if model.device.type == "cuda" else None
     with _without_wrapper(model), torch.autocast(model.device.type, dtype=half, enabled=half is not None):
         own = document_loss(
             model,
@@ -40,9 +49,9 @@ def validation_loss(model: PreTrainedModel, shards: Shards, recipe: Recipe, plan
             prefix_id=prefix,
             sequence_length=recipe.data.sequence_length,
             stride=recipe.eval.stride,
-            part=group.part(plan.processes),
+            part=group.part(parts),
         )
-    share = plan.processes / world_size()  # below 1: several processes work on the same rows
+    share = parts / world_size()  # below 1: several processes work on the same rows
     nats, tokens = group.total([own.nats * share, own.tokens * share])
     return replace(own, nats=nats, tokens=round(tokens))
 

@@ -43,12 +43,15 @@ SETTINGS = {
     "gpt2": {
         "CONFIG": "{n_embd: 16, n_layer: 2, n_head: 2, vocab_size: 16000}",
         "LENGTH": "512",
-        "EPOCHS": "5.6",
+        "EPOCHS": "5.5",
     },
 }
 
 
-@pytest.fixture(scope="module", params=SETTINGS)
+SLOW = pytest.mark.slow_fault
+
+
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=SLOW)])
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
     """The folder of a run of one process."""
     folder = make_project(tmp_path_factory.mktemp(request.param))
@@ -92,7 +95,9 @@ def forget(run: Path) -> None:
             shutil.rmtree(path)
 
 
-@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")])
+@pytest.mark.parametrize(
+    ("processes", "strategy"), [(2, "ddp"), pytest.param(4, "ddp", marks=SLOW), (2, "fsdp"), (4, "fsdp")]
+)
 def test_several_processes_end_as_one(alone: Path, forks: Forks, processes: int, strategy: str) -> None:
     name = f"{strategy}-{processes}"
     settings = (f"name={name}", f"launch.strategy={strategy}")
@@ -103,9 +108,9 @@ def test_several_processes_end_as_one(alone: Path, forks: Forks, processes: int,
 @pytest.mark.parametrize(
     ("processes", "settings"),
     [
-        (2, ["launch.parallel.tp=2"]),
+        pytest.param(2, ["launch.parallel.tp=2"], marks=SLOW),
         (4, ["launch.parallel.tp=2", "launch.strategy=fsdp"]),
-        (4, ["launch.parallel.dp_replicate=2", "launch.strategy=fsdp"]),
+        pytest.param(4, ["launch.parallel.dp_replicate=2", "launch.strategy=fsdp"], marks=SLOW),
     ],
     ids=["tp", "tp-fsdp", "hybrid"],
 )
@@ -126,7 +131,7 @@ ONE_STEP = ["train.optimizer=sgd", "train.learning_rate=1", "train.lr_scheduler=
 ONE_STEP += ["train.epochs=null", "train.max_steps=1", "train.max_grad_norm=0", "train.weight_decay=0"]
 
 
-@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), pytest.param(4, "ddp", marks=SLOW), (2, "fsdp")])
 def test_the_gradient_of_a_step_is_that_of_one_process(
     alone: Path, forks: Forks, processes: int, strategy: str
 ) -> None:
