@@ -6,8 +6,7 @@ Evaluation, saving and sampling are triggered by `callbacks.Schedule`, so the Tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from gptcli.errors import CheckpointError
 from gptcli.evaluation.loss import LossResult
 from gptcli.model.kernels import one_stream_rows
-from gptcli.model.load import quiet
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, group, optim, optimizer_state, random_state, sharding
 from gptcli.train.ahead import AheadTrainer
@@ -32,6 +30,7 @@ from gptcli.train.meter import Meter
 from gptcli.train.rows import RunRows, whole
 from gptcli.train.scaling import follow_scaler
 from gptcli.train.validation import validation_loss
+from gptcli.train.weights import write_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -364,21 +363,7 @@ class CausalTrainer(AheadTrainer):
 
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
         """Write the model, with `whole_weights`, and the tokenizer: a plain Hugging Face folder."""
-        with self.inference_config():
-            save_pretrained(self.plain_model, self._tokenizer, folder, weights)
-
-    @contextmanager
-    def inference_config(self) -> Iterator[None]:
-        """The model's configuration as users should get it: not as it is divided, with the key-value cache on."""
-        config: Any = self.plain_model.config
-        before = {key: config.__dict__[key] for key in ("use_cache", "distributed_config") if key in config.__dict__}
-        if self._use_cache is not None:
-            config.use_cache = self._use_cache
-        config.__dict__.pop("distributed_config", None)
-        try:
-            yield
-        finally:
-            config.__dict__.update(before)
+        write_model(folder, self.plain_model, self._tokenizer, weights, use_cache=self._use_cache)
 
     def run_from(self, start: Path | None) -> None:
         """Train to the end, or until the schedule stops it, from a checkpoint or from the first step."""
@@ -399,13 +384,3 @@ class CausalTrainer(AheadTrainer):
     def meter(self) -> Meter:
         """What the log lines say."""
         return self._meter
-
-
-def save_pretrained(
-    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict[str, Any] | None = None
-) -> None:
-    """Write a plain Hugging Face folder: safetensors, configuration, tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with quiet():
-        model.save_pretrained(folder, state_dict=state_dict)
-        tokenizer.save_pretrained(str(folder))
