@@ -19,6 +19,7 @@ from torch import nn
 
 from gptcli.errors import RecipeError, first_line
 from gptcli.launch import world_size
+from gptcli.model.load import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,8 +65,9 @@ def divide(model: PreTrainedModel, launch: Launch, *, strategy: str, processes: 
             fsdp_mixed_precision=bf16,
         )
         kind = type(model)
-        _, _, mesh = kind.prepare_distribute_model(config)
-        kind.maybe_distribute_model(model, config, mesh)
+        with quiet():  # of rules for the names of other models
+            _, _, mesh = kind.prepare_distribute_model(config)
+            kind.maybe_distribute_model(model, config, mesh)
     except (ValueError, RuntimeError) as error:
         raise RecipeError(
             f"launch: transformers cannot divide {type(model).__name__}: {first_line(error)}",
