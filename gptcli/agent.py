@@ -39,6 +39,7 @@ from gptcli.endings import (
     verdict,
 )
 from gptcli.errors import AbortedError, StoppedError
+from gptcli.network import notice_silence
 
 FOLLOW_SECONDS = 3.0
 KILL_SECONDS = 10.0
@@ -60,18 +61,26 @@ class Agent(SimpleElasticAgent):
         reports: an empty folder, where workers leave what they have to say.
         variables: the environment of the workers, but for what their rank decides.
         warn: where a restart is said.
+        silence: seconds after which a machine that does not answer is gone.
 
     After `run`, `error` is what they ended with; None: all are done.
     """
 
     def __init__(
-        self, spec: WorkerSpec, *, reports: Path, variables: Mapping[str, str], warn: Callable[[str], None]
+        self,
+        spec: WorkerSpec,
+        *,
+        reports: Path,
+        variables: Mapping[str, str],
+        warn: Callable[[str], None],
+        silence: int,
     ) -> None:
         super().__init__(spec)
         self.error: WorkersError | None = None
         self._reports = reports
         self._variables = variables
         self._warn = warn
+        self._silence = silence
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._endings: dict[int, Ending] = {}
         self._starts = 0
@@ -107,6 +116,7 @@ class Agent(SimpleElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         restarts = self._agreed_starts(worker_group)
+        notice_silence(self._silence)
         folder = self._reports / str(self._starts)
         folder.mkdir()
         self._starts += 1

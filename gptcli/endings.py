@@ -23,6 +23,11 @@ CONSEQUENCE = re.compile(
     r"socket (timeout|error)|recvValue|sendBytes|wait timeout",
     re.IGNORECASE,
 )
+GLOOS_ADVICE = ". This is typically caused by"
+AFTER_A_LOSS = (
+    "Another process, its machine or the network has probably failed (--debug shows the traceback). "
+    "The same command goes on from the last checkpoint."
+)
 # What a user, a scheduler or a closing terminal sends.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The last of what `_kind` tells apart.
@@ -159,8 +164,11 @@ def _as_reported(causes: Sequence[Ending], endings: Sequence[Ending], world_size
     said_by_first = any(e.rank == 0 and e.report is not None and e.report.lines == report.lines for e in endings)
     by_all = report.code == StoppedError.exit_code or (report.typed and said_by_first)
     head, *rest = report.lines or [f"ended with code {report.code}"]
+    lost = _kind(first) == LOSS
+    if lost:
+        head, rest = head.partition(GLOOS_ADVICE)[0], [AFTER_A_LOSS]
     lines = [head if by_all else f"{process}: {head}", *rest]
-    return WorkersError(report.code, report.label, lines, report.traceback, lost=_kind(first) == LOSS)
+    return WorkersError(report.code, report.label, lines, report.traceback, lost=lost)
 
 
 def _kind(ending: Ending) -> int:

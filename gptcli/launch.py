@@ -20,6 +20,7 @@ from gptcli.device import cpu_cores
 from gptcli.endings import report_of, write_report
 from gptcli.environment import HERE, LOOPBACK, Group, recognise
 from gptcli.errors import GptcliError, MissingError, UsageError
+from gptcli.network import address_for_others, interface_towards, is_ours_and_free, step_seconds
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -76,7 +77,12 @@ def join() -> Group:
     """Let torch, accelerate and transformers see the group as if torchrun had started it; one alone is left alone."""
     mine = group()
     if mine.world_size > 1:
+        _quiet()
         os.environ.update(mine.exported())
+        several = mine.local_world_size < mine.world_size and mine.master_addr not in LOOPBACK
+        # gloo takes that of the host's own name; NCCL takes every one that is no loopback, and several carry more.
+        if several and "GLOO_SOCKET_IFNAME" not in os.environ and (leading := interface_towards(mine.master_addr)):
+            os.environ["GLOO_SOCKET_IFNAME"] = leading
         if restarted() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             _move_to_a_new_store(mine)
     return mine
@@ -98,6 +104,11 @@ def _move_to_a_new_store(mine: Group) -> None:
         old.set(key, str(server.port))
     os.environ["MASTER_PORT"] = old.get(key).decode()
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+
+def _quiet() -> None:
+    """Before torch is imported: no C++ stack traces of its tries to connect; what matters is raised, and said once."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def local_processes(wanted: int | Literal["auto"]) -> int:
@@ -175,7 +186,10 @@ def launch(
     Raises:
         WorkersError: what the workers ended with, with their exit code.
         AbortedError: a signal came before there were workers.
+        UsageError: GPTCLI_MAX_RESTARTS or GPTCLI_STEP_TIMEOUT is no number.
     """
+    _quiet()
+
     import shutil
     import tempfile
 
@@ -185,7 +199,7 @@ def launch(
 
     from gptcli.agent import Agent
 
-    restarts = _max_restarts()
+    restarts, silence = _max_restarts(), step_seconds()
     handler, meeting = _meeting(nodes, rendezvous, name)
     reports = Path(tempfile.mkdtemp(prefix="gptcli-"))
     spec = WorkerSpec(
@@ -196,7 +210,7 @@ def launch(
         args=(*(_this_program() if entrypoint is None else entrypoint), *arguments),
         max_restarts=restarts if handler.get_backend() != "static" else 0,
     )
-    agent = Agent(spec, reports=reports, variables=_variables(processes), warn=warn)
+    agent = Agent(spec, reports=reports, variables=_variables(processes), warn=warn, silence=silence)
     try:
         with agent.passing_signals_on():
             agent.run()
@@ -242,7 +256,7 @@ def _meeting(nodes: int, endpoint: str | None, name: str) -> tuple[RendezvousHan
         return registry.get_rendezvous_handler(parameters), HERE
     address, port = _parts(endpoint or "")
     meeting = f"{nodes} machines at {address}:{port}"
-    for is_host in (_is_ours_and_free(address, port), False):
+    for is_host in (is_ours_and_free(address, port), False):
         if not is_host:
             _wait_for(address, port, meeting)
         parameters = RendezvousParameters(
@@ -251,7 +265,7 @@ def _meeting(nodes: int, endpoint: str | None, name: str) -> tuple[RendezvousHan
             name,
             nodes,
             nodes,
-            local_addr=HERE if address in LOOPBACK else None,
+            local_addr=address_for_others(address),
             join_timeout=JOIN_SECONDS,
             is_host=str(is_host).lower(),
         )
@@ -267,20 +281,6 @@ def _parts(endpoint: str) -> tuple[str, int]:
     if not address or not port.isdecimal():
         raise UsageError(f"launch.rendezvous is {endpoint}: not host:port", remedy="launch.rendezvous=HOST:29400")
     return address.strip("[]"), int(port)
-
-
-def _is_ours_and_free(address: str, port: int) -> bool:
-    """Whether this machine has the address, by whatever name, and nobody listens there."""
-    import socket
-
-    try:
-        kind, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-    except OSError:
-        return False
-    return True
 
 
 def _wait_for(address: str, port: int, meeting: str) -> None:
@@ -330,6 +330,7 @@ def _gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1") or not (visible or any(os.path.exists(path) for path in GPU_FILES)):
         return 0
+    _quiet()
     import torch
 
     return torch.cuda.device_count()

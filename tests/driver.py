@@ -41,6 +41,7 @@ MODULES = (
     "transformers.models.llama.modeling_llama",
 )
 CAPABILITY_VERSION_3 = 0x20080522
+CLONE_NEWNET = 0x40000000
 
 
 def be_faulty(fault: dict[str, Any]) -> None:
@@ -98,8 +99,20 @@ def drop_capabilities() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
+def enter(namespace: str) -> None:
+    """Move this process to a network namespace that `ip netns add` made."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    if libc.setns(descriptor, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
+    os.close(descriptor)
+
+
 def become(command: dict[str, Any]) -> None:
-    """Turn this forked process into a command: {"arguments", "cwd", "environment", "out", "err", "fault"}."""
+    """Turn this forked process into a command.
+
+    It is {"arguments", "cwd", "environment", "out", "err", "fault", "namespace"}; the namespace is null or one's name.
+    """
     for number, path, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, command["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
@@ -110,6 +123,8 @@ def become(command: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(command["environment"])
     sys.argv = ["gptcli", *command["arguments"]]
+    if command["namespace"]:
+        enter(command["namespace"])
     be_faulty(command["fault"])
 
 

@@ -92,8 +92,15 @@ class Forks:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *arguments: str, cwd: Path, fault: dict[str, Any] | None = None, **variables: str) -> Started:
-        """Start `gptcli`, with what is to happen to it."""
+    def start(
+        self,
+        *arguments: str,
+        cwd: Path,
+        fault: dict[str, Any] | None = None,
+        namespace: str | None = None,
+        **variables: str,
+    ) -> Started:
+        """Start `gptcli`, with what is to happen to it, in a network namespace if one is named."""
         number = next(self._numbers)
         out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
         pid = self._ask(
@@ -104,6 +111,7 @@ class Forks:
                 "out": str(out),
                 "err": str(err),
                 "fault": fault or {},
+                "namespace": namespace,
             }
         )
         self.alive.add(pid)

@@ -3,7 +3,7 @@
 Decisions are made once, by rank 0, and told (`from_first`), or agreed on by all (`most`); an error that rank 0 meets
 in what it does for all is raised by all. This goes over sockets (gloo) beside the tensors' own way (NCCL on GPUs), so
 that no decision waits for a device, and with a time-out of days, since others wait while rank 0 makes tokens. A process
-that dies closes its sockets, which ends the others' waits at once.
+that dies closes its sockets, which ends the others' waits at once; a machine that vanishes is noticed by its silence.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from gptcli import errors
 from gptcli.device import cpu_cores
 from gptcli.errors import GptcliError
 from gptcli.launch import local_rank, local_world_size, rank, world_size
+from gptcli.network import notice_silence, step_seconds
 
 Value = TypeVar("Value")
 
-# How long a step's collective waits for a process that neither goes on nor dies (a machine that lost its power).
-STEP_TIMEOUT = timedelta(minutes=10)
 WAIT_TIMEOUT = timedelta(days=7)
 _words: Any = None
 
@@ -34,17 +33,19 @@ def join() -> None:
     import torch
     import torch.distributed as dist
 
+    step_timeout = timedelta(seconds=step_seconds())
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         device = torch.device("cuda", torch.cuda.current_device())
-        dist.init_process_group("nccl", timeout=STEP_TIMEOUT, device_id=device)
+        dist.init_process_group("nccl", timeout=step_timeout, device_id=device)
     else:
         if "OMP_NUM_THREADS" not in os.environ:
             threads = max(1, cpu_cores() // local_world_size())
             os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate looks there, and guesses otherwise
             torch.set_num_threads(threads)
-        dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
+        dist.init_process_group("gloo", timeout=step_timeout)
     _words = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    notice_silence(step_seconds())
 
 
 def leave() -> None:

@@ -41,6 +41,15 @@ def test_the_cause_is_what_a_worker_decided_before_what_it_did_not_expect_before
     assert judged(lost) == (1, f"process 0 of 1: {LOST}")
 
 
+def test_a_loss_that_nothing_explains_says_what_may_have_failed_and_no_advice_of_gloo() -> None:
+    said = f"{LOST}. This is typically caused by a remote worker hanging. GLHF!"
+    error = verdict([ending(0, 1, 1.0, said, typed=False)], 2, signalled=False)
+    assert error is not None and error.lost
+    head, remedy = error.lines()
+    assert head == f"process 0 of 2: {LOST}"
+    assert "network has probably failed" in remedy and "from the last checkpoint" in remedy
+
+
 def test_of_two_decisions_the_earlier_is_the_cause() -> None:
     assert judged(ending(0, 3, 2.0, "later"), ending(1, 4, 1.0, "earlier")) == (4, "process 1 of 2: earlier")
 

@@ -50,7 +50,7 @@ def test_joining_shows_a_slurm_step_as_torchrun_would(monkeypatch: pytest.Monkey
     assert dict(os.environ) == before
     set_all(monkeypatch, {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_JOB_ID": "7"})
     shown = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "n1"}
-    for name in (*shown, "MASTER_PORT"):
+    for name in (*shown, "MASTER_PORT", "GLOO_SOCKET_IFNAME", "TORCH_CPP_LOG_LEVEL"):
         monkeypatch.setenv(name, "")  # so that they are unset again
     join()
     assert {name: os.environ[name] for name in shown} == shown
