@@ -101,7 +101,14 @@ def test_several_processes_end_as_one(alone: Path, forks: Forks, processes: int,
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, "fsdp"), (2, "ddp")), ((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp"))]
+    ("before", "after"),
+    [
+        ((2, "fsdp"), (2, "ddp")),
+        ((2, "fsdp"), (1, "ddp")),
+        ((1, "ddp"), (2, "fsdp")),
+        pytest.param((4, "ddp"), (1, "ddp"), marks=pytest.mark.slow_fault),
+        pytest.param((1, "ddp"), (4, "ddp"), marks=pytest.mark.slow_fault),
+    ],
 )
 def test_a_checkpoint_goes_on_under_another_strategy_and_number_of_processes(
     alone: Path, forks: Forks, before: tuple[int, str], after: tuple[int, str]
