@@ -22,7 +22,8 @@ STEP = {"at": r"os\.rename .*/checkpoint-3$", "then": 2}  # step 4, before the l
 VALIDATION = {"at": r"open .*/samples\.jsonl", "then": 1}  # step 6, before the line of the log; then comes validation
 SAVING = {"at": SAVE, "then": 8}
 TOKENS = {"at": r"os\.rename .*/cache\d+/", "then": 0}  # rank 0 prepares data that nobody has prepared
-# Rows too long for a process that may have no more memory.
+UNREADABLE = {"at": r"open .*\.tokens\.npy", "do": "error", "reading": True}
+# More rows at once than a process holds that may have little more memory.
 LARGE = (
     *("data.sequence_length=256", "data.validation=0", "train.global_batch_size=128", "train.micro_batch_size=64"),
     *("model.config={num_hidden_layers: 4, hidden_size: 64, num_attention_heads: 4}", "train.max_steps=1"),

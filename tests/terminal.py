@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import subprocess
 import sys
 import termios
@@ -22,6 +23,7 @@ class Terminal:
         self._ours, theirs = os.openpty()
         termios.tcsetwinsize(self._ours, (50, 160))
         self._shown = bytearray()
+        self._wake, self._awake = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gptcli", *arguments],
             cwd=cwd,
@@ -43,12 +45,15 @@ class Terminal:
         self.process.kill()
         self.process.wait()
         self._reader.join(PATIENCE)
-        with contextlib.suppress(OSError):
-            os.close(self._ours)
+        for descriptor in (self._ours, self._wake, self._awake):
+            os.close(descriptor)
 
     def _read(self) -> None:
         with contextlib.suppress(OSError):  # nobody has the other side open any more
-            while part := os.read(self._ours, 1 << 16):
+            # Not in `read` when the window is closed, which would hold it open.
+            while self._wake not in select.select([self._ours, self._wake], [], [])[0]:
+                if not (part := os.read(self._ours, 1 << 16)):
+                    return
                 self._shown.extend(part)
 
     def type(self, keys: bytes) -> None:
@@ -57,6 +62,8 @@ class Terminal:
 
     def close(self) -> None:
         """Close the window."""
+        os.write(self._awake, b"x")
+        self._reader.join(PATIENCE)
         os.close(self._ours)
         self._ours = os.open(os.devnull, os.O_RDWR)
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests import team
 from tests.faults import test_numbers as numbers
-from tests.pairs import LARGE, SAVING, STEP, TOKENS, VALIDATION, Pair, codes
+from tests.pairs import LARGE, SAVING, STEP, TOKENS, UNREADABLE, VALIDATION, Pair, codes
 from tests.resume import test_early_stopping as early
 from tests.runs import Forks, assert_all_good, assert_same_model, lines
 
@@ -170,7 +170,7 @@ def test_both_go_on_after_a_save_that_failed_where_the_recipe_says_so(pair: Pair
 @pytest.mark.parametrize(
     ("fault", "arguments", "code", "said"),
     [
-        ({"at": r"open .*\.tokens\.npy", "do": "error", "reading": True}, (), 3, "Input/output error"),
+        (UNREADABLE, (), 3, "Input/output error"),
         pytest.param({"memory": 300 << 20}, LARGE, 6, "does not fit", marks=SLOW),
     ],
     ids=["shard", "memory"],
