@@ -11,7 +11,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ AFTER_A_LOSS = (
     "Another process, its machine or the network has probably failed (--debug shows the traceback). "
     "The same command goes on from the last checkpoint."
 )
+# The same as gloo and NCCL say it where the other one has ended, rather than that a device or the network is wrong.
+_GONE = re.compile(r"connection (closed|reset)|broken pipe|remote process exited", re.IGNORECASE)
 # What a user, a scheduler or a closing terminal sends.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The last of what `_kind` tells apart.
@@ -122,6 +125,25 @@ def report_of(error: GptcliError, rank: int, traceback: str = "") -> Report:
     return Report(rank, error.exit_code, error.label, error.lines(), typed, time.time(), traceback)
 
 
+@contextmanager
+def told_as_loss() -> Iterator[None]:
+    """Inside, what gloo or NCCL raise where another process of the run has ended says so, without their own words.
+
+    Raises:
+        GptcliError: another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _GONE.search(str(error)):
+            raise
+        raise GptcliError(
+            "connection closed: another process of the run has ended",
+            remedy="What it said last, or what is said of it, is the cause.\n"
+            "The same command goes on from the last checkpoint.",
+        ) from error
+
+
 def is_orderly(ending: Ending) -> bool:
     """Whether a worker ended as all agreed to: done, or stopped with its work saved."""
     return ending.code in (0, StoppedError.exit_code)
@@ -146,9 +168,14 @@ def verdict(endings: Sequence[Ending], world_size: int, *, signalled: bool) -> W
         if ending.code == aborted or (signalled and not ending.stopped and -ending.code in STOP_SIGNALS)
     ]
     causes = [ending for ending in failed if ending not in left and not ending.stopped]
+    if left:  # a worker that waits in a collective hears no second signal, only that the other has left
+        causes = [ending for ending in causes if _kind(ending) != LOSS]
     if not causes:
-        said = next((ending.report for ending in left if ending.report is not None), None)
         silent = any(ending.code == aborted and ending.report is None for ending in left)
+        saved = [ending for ending in endings if ending.code == StoppedError.exit_code]
+        if saved and not silent:  # one of them had something to save, the others waited for it
+            return _as_reported(saved, endings, world_size)
+        said = next((ending.report for ending in left if ending.report is not None), None)
         if said is None and not silent:
             return WorkersError(aborted, AbortedError.label, ["there was nothing to save"])
         return WorkersError(aborted, AbortedError.label, [] if silent or said is None else said.lines)

@@ -8,6 +8,8 @@ exit code, or null once it has stopped. A fault goes by what Python tells its au
         of signals that the process sends itself, or "error", which is an I/O error in place of the operation
     {"bytes": N}: the first file that grows beyond N bytes ends the process in the middle of a write, as SIGKILL would
     {"bytes": N, "do": "error"}: that write is an error
+    {"at": REGEX, "do": ACTION, "reading": true}: files that are opened to be read are such events too
+    {"memory": N}: no more than N bytes of address space beyond what the fork has
     {"unprivileged": true}: a superuser is bound by permissions too
 """
 
@@ -54,17 +56,21 @@ def be_faulty(fault: dict[str, Any]) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
     if "at" in fault:
-        watch(re.compile(fault["at"]), fault.get("then", 0), fault["do"])
+        watch(re.compile(fault["at"]), fault.get("then", 0), fault["do"], reading=fault.get("reading", False))
+    if "memory" in fault:
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + fault["memory"], resource.RLIM_INFINITY))
 
 
-def watch(first: re.Pattern[str], left: int, action: str) -> None:
+def watch(first: re.Pattern[str], left: int, action: str, *, reading: bool = False) -> None:
     """Take the action `left` events after the first that matches."""
     begun = False
 
     def look(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal begun, left
         if event == "open":
-            if not isinstance(arguments[2], int) or not arguments[2] & WRITING:
+            if not isinstance(arguments[2], int) or not (reading or arguments[2] & WRITING):
                 return
         elif event not in (*EVENTS, "os.fsync") or (event == "os.mkdir" and os.path.isdir(arguments[0])):
             return

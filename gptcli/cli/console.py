@@ -9,6 +9,7 @@ output, and in a launched process group only rank 0 prints.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -52,6 +53,10 @@ class Console:
                 self.quiet = True
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if self.stderr else 1)
 
+            def _check_buffer(self) -> None:
+                with _outliving_the_terminal():
+                    super()._check_buffer()
+
         self.json_output = json_output
         self.quiet = quiet or not is_main_process()
         self._info = Lasting(stderr=json_output, highlight=False)
@@ -90,8 +95,9 @@ class Console:
         if is_main_process():
             text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
             # JSON writes the other control characters as \\u001b by itself.
-            sys.stdout.write(re.sub(r"[\x7f-\x9f\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text) + "\n")
-            sys.stdout.flush()
+            with _outliving_the_terminal():
+                sys.stdout.write(re.sub(r"[\x7f-\x9f\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", text) + "\n")
+                sys.stdout.flush()
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
         """Print a table; columns whose cells are all numbers are aligned to the right."""
@@ -129,11 +135,29 @@ def console(*, json: bool = False, quiet: bool = False) -> Console:
     return Console(json_output=json, quiet=quiet)
 
 
-def print_error(error: GptcliError) -> None:
-    """Print an error on standard error: what and where, then the remedy, at most eight lines.
+@contextmanager
+def _outliving_the_terminal() -> Iterator[None]:
+    """Inside, a terminal that was closed takes what is written, into nowhere: a run that is to stop has yet to save."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        for number in (1, 2):
+            try:
+                os.write(number, b"")
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def print_error(error: GptcliError, traceback: str = "") -> None:
+    """Print an error on standard error: what and where, then the remedy, at most eight lines after a traceback.
 
     Of the processes that another launcher started, all but the first name themselves, and leave an orderly stop to it.
     """
+    if traceback:
+        with _outliving_the_terminal():
+            sys.stderr.write(traceback)
     here = "" if isinstance(error, WorkersError) else place()  # which names the worker itself
     if not error.lines() or (here and isinstance(error, StoppedError)):
         return
@@ -142,8 +166,9 @@ def print_error(error: GptcliError) -> None:
     rest = [line for part in rest for line in part.splitlines()][: MAX_ERROR_LINES - 1]
     head = f"{here}: {head}" if here else head
     lines = [f"{red}{error.label}:{reset} {_cut(head)}", *(f"  {_cut(line)}" for line in rest)]
-    sys.stderr.write("\n".join(lines) + "\n")
-    sys.stderr.flush()
+    with _outliving_the_terminal():
+        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.flush()
 
 
 def _cut(line: str) -> str:

@@ -104,8 +104,7 @@ def _report(error: GptcliError, debug: bool) -> int:
 
         text = "".join(traceback.format_exception(error))
     if not hand_to_parent(error, text):
-        sys.stderr.write(text)
-        print_error(error)
+        print_error(error, text)
     return error.exit_code
 
 

@@ -11,14 +11,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gptcli import launch
 from gptcli.errors import AbortedError
-from gptcli.launch import is_main_process
 from gptcli.train import group
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class StopRequest:
                 self._signal, self._signalled = number, time.monotonic()
                 say(b"\nstopping after this step; once more leaves at once\n")
                 return
-            # A scheduler signals all processes of a job, and the parent of the workers passes its own signal on.
+            # A scheduler or a terminal signals all processes of a job, and their parent passes its own signal on.
             if number == self._signal and launched and time.monotonic() < self._signalled + ECHO_SECONDS:
                 return
             say(b"\nleft at once; the last checkpoint is good\n")
@@ -74,10 +74,11 @@ class StopRequest:
 
         def say(text: bytes) -> None:
             # A signal handler must not take rich's locks: plain bytes to standard error.
-            if is_main_process():
-                os.write(2, text)
+            if launch.is_main_process():
+                with suppress(OSError):  # a terminal that was closed
+                    os.write(2, text)
 
-        launched = "GPTCLI_LAUNCHER_PID" in os.environ
+        launched = launch.group().launcher != ""
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
             numbers.append(signal.SIGHUP)

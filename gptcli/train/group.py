@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from gptcli import errors
 from gptcli.device import cpu_cores
-from gptcli.errors import GptcliError
+from gptcli.errors import AbortedError, GptcliError
 from gptcli.launch import local_rank, local_world_size, rank, world_size
 from gptcli.network import notice_silence, step_seconds
 
@@ -73,12 +74,14 @@ def from_first(do: Callable[[], Value]) -> Value:
         return told
     try:
         value = do()
-    except GptcliError as error:
-        _told((type(error).__name__, {**vars(error)}))
-        raise
     except BaseException as error:
-        what = f"connection closed: process 0 failed ({type(error).__name__}: {error})"
-        _told(("GptcliError", {"what": what, "where": None, "remedy": None}))
+        told_error: BaseException = error
+        if isinstance(error, KeyboardInterrupt):
+            told_error = AbortedError("there was nothing to save")
+        elif not isinstance(error, GptcliError):
+            told_error = GptcliError(f"connection closed: process 0 failed ({type(error).__name__}: {error})")
+        with suppress(RuntimeError):  # nobody is left to hear it
+            _told((type(told_error).__name__, {**vars(told_error)}))
         raise
     _told((None, value))
     return value

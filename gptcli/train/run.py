@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.device import keep_freed_memory
+from gptcli.endings import told_as_loss
 from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError, StoppedError
 from gptcli.files import write_atomic
 from gptcli.launch import is_main_process
@@ -46,7 +47,7 @@ def train(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> dict[st
     keep_freed_memory()
     group.join()
     try:
-        with ExitStack() as held:
+        with ExitStack() as held, told_as_loss():
             begun = begin(loaded, options, run, reporter, held)
             result = begun if isinstance(begun, dict) else _train(*begun, options, reporter)
             group.leave()
@@ -60,7 +61,8 @@ def train(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> dict[st
 def _train(assembly: Assembly, start: Start, options: Options, reporter: Reporter) -> dict[str, Any]:
     ended = partial(record_end, assembly.run, reporter)
     try:
-        return _run_compiled_or_not(assembly, options, start, reporter)
+        with told_as_loss():
+            return _run_compiled_or_not(assembly, options, start, reporter)
     except GptcliError as error:
         ended("stopped" if isinstance(error, StoppedError) else "failed", error.what)
         raise

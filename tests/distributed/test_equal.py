@@ -154,7 +154,14 @@ def test_the_gradient_of_a_step_is_that_of_one_process(
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, "fsdp"), (2, "ddp")), ((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp"))]
+    ("before", "after"),
+    [
+        ((2, "fsdp"), (2, "ddp")),
+        ((2, "fsdp"), (1, "ddp")),
+        ((1, "ddp"), (2, "fsdp")),
+        pytest.param((4, "ddp"), (1, "ddp"), marks=SLOW),
+        pytest.param((1, "ddp"), (4, "ddp"), marks=SLOW),
+    ],
 )
 def test_a_checkpoint_goes_on_under_another_strategy_and_number_of_processes(
     alone: Path, forks: Forks, before: tuple[int, str], after: tuple[int, str]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import team
 from tests.conftest import Cli, make_project
+from tests.pairs import Pair
 from tests.runs import Bench, Disk, Forks
 from tests.warm import Warm
 
@@ -39,6 +41,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory, run_cli: Cli, forks: Forks) 
     done = run_cli("pretrain", "tiny.yaml", cwd=folder)
     assert done.code == 0, done.err
     return Bench(folder, folder / "runs" / "tiny", forks)
+
+
+@pytest.fixture(scope="session")
+def pair(bench: Bench) -> Pair:
+    """The run of `bench` on two processes."""
+    done = team.run(bench.forks, 2, "pretrain", "tiny.yaml", "name=pair", cwd=bench.folder)
+    said = done.out.splitlines()
+    return Pair(bench, bench.run("pair"), said[: next(n for n, line in enumerate(said) if line.startswith("step "))])
 
 
 @pytest.fixture

@@ -59,7 +59,12 @@ def letter_id(folder: Path, letter: str) -> int:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_project(tmp_path_factory.mktemp("poisoned"))
+    return make_poisoned(tmp_path_factory.mktemp("poisoned"))
+
+
+def make_poisoned(folder: Path) -> Path:
+    """A project of which some rows hold the letter."""
+    make_project(folder)
     recipe = (folder / "tiny.yaml").read_text()
     start, end = recipe.index("model:"), recipe.index("train:\n  max_steps")
     (folder / "tiny.yaml").write_text(recipe[:start] + "model: {from: poisoned}\n" + recipe[end:])

@@ -73,12 +73,20 @@ def test_an_end_without_a_word_is_told_by_its_code(code: int, head: str) -> None
 def test_leaving_at_once_is_130_whatever_the_others_lost_by_it() -> None:
     # The worker has said so itself.
     assert judged(ending(0, 130), ending(1, 130), signalled=True) == (130, "")
+    # The second signal found it in a collective, where it is not heard.
+    assert judged(ending(0, 130), ending(1, 1, says=LOST, typed=False), signalled=True) == (130, "")
     # A signal before the worker listened.
     assert judged(ending(0, -signal.SIGTERM), ending(1, -signal.SIGINT), signalled=True)[0] == 130
     assert judged(ending(0, 130, says="there was nothing to save"), signalled=True) == (
         130,
         "there was nothing to save",
     )
+
+
+def test_a_stop_with_work_saved_is_75_whatever_the_waiting_others_had_to_save() -> None:
+    stopped, waited = ending(0, 75, says="40% is tokenized"), ending(1, 130, says="there was nothing to save")
+    assert judged(stopped, waited, signalled=True) == (75, "40% is tokenized")
+    assert judged(stopped, ending(1, 130), signalled=True)[0] == 130
 
 
 def test_a_worker_that_its_parent_ended_is_no_cause() -> None:

@@ -1,0 +1,74 @@
+"""A command in a terminal of its own, whose foreground it is: what is typed there is what a person types."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+PATIENCE = 120.0
+
+
+class Terminal:
+    """A running `python -m gptcli` in a terminal; use as a context manager, which ends it."""
+
+    def __init__(self, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> None:
+        self._ours, theirs = os.openpty()
+        termios.tcsetwinsize(self._ours, (50, 160))
+        self._shown = bytearray()
+        self._wake, self._awake = os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gptcli", *arguments],
+            cwd=cwd,
+            env={**environment, "TERM": "xterm-256color", "COLUMNS": "160"},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # its session's leader: its terminal
+        )
+        os.close(theirs)
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(PATIENCE)
+        for descriptor in (self._ours, self._wake, self._awake):
+            os.close(descriptor)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # nobody has the other side open any more
+            # Not in `read` when the window is closed, which would hold it open.
+            while self._wake not in select.select([self._ours, self._wake], [], [])[0]:
+                if not (part := os.read(self._ours, 1 << 16)):
+                    return
+                self._shown.extend(part)
+
+    def type(self, keys: bytes) -> None:
+        """Press keys; `\\x03` is Ctrl+C."""
+        os.write(self._ours, keys)
+
+    def close(self) -> None:
+        """Close the window."""
+        os.write(self._awake, b"x")
+        self._reader.join(PATIENCE)
+        os.close(self._ours)
+        self._ours = os.open(os.devnull, os.O_RDWR)
+
+    def finish(self) -> tuple[int, str]:
+        """Wait for the end; the exit code, and all that was shown."""
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code, self._shown.decode(errors="replace")
