@@ -15,7 +15,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -51,6 +51,27 @@ LOOK_SECONDS = 1.0
 HEAR_SECONDS = 3.0
 CAUSE = "gptcli/cause"
 HEARD = "gptcli/heard"
+
+
+@contextmanager
+def hearing_signals(agents: Sequence[Agent]) -> Iterator[None]:
+    """Inside, SIGINT, SIGTERM and SIGHUP (unless ignored, as by nohup) go to the agent, once there is one."""
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        del frame
+        if not agents:
+            raise AbortedError("there was nothing to save")
+        agents[0].pass_on(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, hear) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Agent(SimpleElasticAgent):
@@ -90,21 +111,8 @@ class Agent(SimpleElasticAgent):
         self._looked = 0.0
         self._failed_elsewhere: WorkersError | None = None
 
-    @contextmanager
-    def passing_signals_on(self) -> Iterator[None]:
-        """Inside, each SIGINT, SIGTERM and SIGHUP (unless ignored, as by nohup) goes to every worker, once."""
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-            numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        del frame
+    def pass_on(self, number: int) -> None:
+        """Send a signal that came to this process to every worker, once."""
         if self._starting:
             self._waiting_signals.append(number)
         elif not self._processes or getattr(self, "_in_exit_barrier", False):
@@ -152,7 +160,7 @@ class Agent(SimpleElasticAgent):
         finally:
             self._starting = False
         while self._waiting_signals:
-            self._on_signal(self._waiting_signals.pop(0), None)
+            self.pass_on(self._waiting_signals.pop(0))
         return {rank: process.pid for rank, process in self._processes.items()}
 
     def _agreed_starts(self, worker_group: WorkerGroup) -> int:

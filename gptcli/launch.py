@@ -197,30 +197,32 @@ def launch(
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    from gptcli.agent import Agent
+    from gptcli.agent import Agent, hearing_signals
 
     restarts, silence = _max_restarts(), step_seconds()
-    handler, meeting = _meeting(nodes, rendezvous, name)
-    reports = Path(tempfile.mkdtemp(prefix="gptcli-"))
-    spec = WorkerSpec(
-        role="gptcli",
-        local_world_size=processes,
-        rdzv_handler=handler,
-        entrypoint=sys.executable,
-        args=(*(_this_program() if entrypoint is None else entrypoint), *arguments),
-        max_restarts=restarts if handler.get_backend() != "static" else 0,
-    )
-    agent = Agent(spec, reports=reports, variables=_variables(processes), warn=warn, silence=silence)
-    try:
-        with agent.passing_signals_on():
+    agents: list[Agent] = []
+    with hearing_signals(agents):
+        handler, meeting = _meeting(nodes, rendezvous, name)
+        reports = Path(tempfile.mkdtemp(prefix="gptcli-"))
+        spec = WorkerSpec(
+            role="gptcli",
+            local_world_size=processes,
+            rdzv_handler=handler,
+            entrypoint=sys.executable,
+            args=(*(_this_program() if entrypoint is None else entrypoint), *arguments),
+            max_restarts=restarts if handler.get_backend() != "static" else 0,
+        )
+        agent = Agent(spec, reports=reports, variables=_variables(processes), warn=warn, silence=silence)
+        agents.append(agent)
+        try:
             agent.run()
-    except (RendezvousError, DistError) as error:
-        if agent.error is None:
-            raise _lost(meeting) from error
-    finally:
-        with contextlib.suppress(RuntimeError):
-            handler.shutdown()
-        shutil.rmtree(reports, ignore_errors=True)
+        except (RendezvousError, DistError) as error:
+            if agent.error is None:
+                raise _lost(meeting) from error
+        finally:
+            with contextlib.suppress(RuntimeError):
+                handler.shutdown()
+            shutil.rmtree(reports, ignore_errors=True)
     if agent.error is not None:
         raise agent.error
 
