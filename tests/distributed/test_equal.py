@@ -96,7 +96,8 @@ def forget(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "strategy"), [(2, "ddp"), pytest.param(4, "ddp", marks=SLOW), (2, "fsdp"), (4, "fsdp")]
+    ("processes", "strategy"),
+    [(2, "ddp"), pytest.param(4, "ddp", marks=SLOW), (2, "fsdp"), pytest.param(4, "fsdp", marks=SLOW)],
 )
 def test_several_processes_end_as_one(alone: Path, forks: Forks, processes: int, strategy: str) -> None:
     name = f"{strategy}-{processes}"
@@ -108,8 +109,8 @@ def test_several_processes_end_as_one(alone: Path, forks: Forks, processes: int,
 @pytest.mark.parametrize(
     ("processes", "settings"),
     [
-        pytest.param(2, ["launch.parallel.tp=2"], marks=SLOW),
-        (4, ["launch.parallel.tp=2", "launch.strategy=fsdp"]),
+        (2, ["launch.parallel.tp=2"]),
+        pytest.param(4, ["launch.parallel.tp=2", "launch.strategy=fsdp"], marks=SLOW),
         pytest.param(4, ["launch.parallel.dp_replicate=2", "launch.strategy=fsdp"], marks=SLOW),
     ],
     ids=["tp", "tp-fsdp", "hybrid"],
@@ -131,7 +132,9 @@ ONE_STEP = ["train.optimizer=sgd", "train.learning_rate=1", "train.lr_scheduler=
 ONE_STEP += ["train.epochs=null", "train.max_steps=1", "train.max_grad_norm=0", "train.weight_decay=0"]
 
 
-@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), pytest.param(4, "ddp", marks=SLOW), (2, "fsdp")])
+@pytest.mark.parametrize(
+    ("processes", "strategy"), [pytest.param(2, "ddp", marks=SLOW), pytest.param(4, "ddp", marks=SLOW), (2, "fsdp")]
+)
 def test_the_gradient_of_a_step_is_that_of_one_process(
     alone: Path, forks: Forks, processes: int, strategy: str
 ) -> None:
@@ -156,9 +159,9 @@ def test_the_gradient_of_a_step_is_that_of_one_process(
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((2, "fsdp"), (2, "ddp")),
+        pytest.param((2, "fsdp"), (2, "ddp"), marks=SLOW),
         ((2, "fsdp"), (1, "ddp")),
-        ((1, "ddp"), (2, "fsdp")),
+        pytest.param((1, "ddp"), (2, "fsdp"), marks=SLOW),
         pytest.param((4, "ddp"), (1, "ddp"), marks=SLOW),
         pytest.param((1, "ddp"), (4, "ddp"), marks=SLOW),
     ],
