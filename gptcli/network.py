@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import os
 import socket
+import stat
 from typing import Any
 
 from gptcli.environment import HERE, LOOPBACK
@@ -77,7 +78,10 @@ def notice_silence(seconds: int) -> None:
     """
     folder = "/proc/self/fd"
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            connection = held.enter_context(socket.socket(fileno=os.dup(int(name))))
             connection.getpeername()
             if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
                 pause = max(1, seconds // QUESTIONS)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -47,7 +48,9 @@ def test_the_timeout_is_ten_minutes_or_as_set(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux")
 def test_connections_are_asked_and_nothing_else_is_touched() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        before = sorted(os.listdir("/proc/self/fd"))
         notice_silence(9)
+        assert sorted(os.listdir("/proc/self/fd")) == before
         assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 9000
         assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 3
         assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
