@@ -47,7 +47,7 @@ def test_each_strategys_memory_is_the_sum_of_its_lines(folder: Path) -> None:
 
 def test_a_strategy_that_does_not_fit_says_so(folder: Path) -> None:
     large = ("model.config=null", "model.preset=1.5b", "train.global_batch_size=16")
-    found = planned(folder, *large, device="t4", processes=8)
+    found = planned(folder, *large, device="rtx-3090", processes=8)
     fits = {name: each["fits"] for name, each in found.as_dict()["strategies"].items()}
     assert found.plan.strategy == "fsdp"
     assert fits["fsdp"] and not fits["ddp"]
