@@ -109,7 +109,7 @@ def test_several_processes_end_as_one(alone: Path, forks: Forks, processes: int,
 @pytest.mark.parametrize(
     ("processes", "settings"),
     [
-        (2, ["launch.parallel.tp=2"]),
+        pytest.param(2, ["launch.parallel.tp=2"], marks=SLOW),
         pytest.param(4, ["launch.parallel.tp=2", "launch.strategy=fsdp"], marks=SLOW),
         pytest.param(4, ["launch.parallel.dp_replicate=2", "launch.strategy=fsdp"], marks=SLOW),
     ],
@@ -180,6 +180,7 @@ def test_a_checkpoint_goes_on_under_another_strategy_and_number_of_processes(
     assert_equal(run, alone)
 
 
+@SLOW
 def test_two_processes_go_on_to_the_last_bit_where_two_began(alone: Path, forks: Forks) -> None:
     folder, run = alone.parent.parent, alone.parent / "again"
     dropout = "attn_pdrop" if "gpt2" in str(folder) else "attention_dropout"

@@ -84,6 +84,7 @@ def test_a_second_signal_leaves_at_once_with_130(launch: Launch) -> None:
     assert parent.signals(0) == parent.signals(1) == ["SIGINT", "SIGINT"]
 
 
+@pytest.mark.slow_fault
 def test_workers_stop_and_save_when_their_parent_is_killed(launch: Launch) -> None:
     parent = launch("slow_save")  # long enough for a second signal to come
     pids = parent.until_ready(0, 1)
@@ -96,6 +97,7 @@ def test_workers_stop_and_save_when_their_parent_is_killed(launch: Launch) -> No
     assert done.err == "stopped: by SIGTERM; step 3 is saved\n  The same command goes on.\n"
 
 
+@pytest.mark.slow_fault
 def test_a_crash_names_the_signal_and_the_rank(launch: Launch) -> None:
     done = launch("segfault").finish()
     assert done.code == 1

@@ -84,6 +84,7 @@ def test_what_cannot_begin_is_said_once_and_of_no_process(
     assert done.err.count("error:") == 1 and "process" not in done.err and "warning" not in done.err
 
 
+@SLOW
 def test_ctrl_c_in_a_terminal_stops_both_at_one_checkpoint_and_is_told_once(pair: Pair) -> None:
     variables = {**pair.bench.forks.environment, **faulty({0: {**STEP, "do": "SIGSTOP"}})}
     with Terminal(pair.launching("typed"), pair.bench.folder, variables) as screen:

@@ -97,6 +97,7 @@ def test_a_signal_while_the_first_makes_tokens_ends_both_with_nothing_to_save(
     assert not pair.run(name).exists()
 
 
+@SLOW
 def test_two_processes_whose_time_is_over_stop_at_the_same_step(pair: Pair) -> None:
     arguments = ("train.max_time=1s", "train.max_steps=1M", "train.sample_every=0")
     ended = pair.pretrain("timed", *arguments, "--json")
@@ -159,6 +160,7 @@ def test_a_disk_that_is_full_for_the_one_that_saves_ends_both_with_4(pair: Pair)
     pair.resume_to_the_same("io")
 
 
+@SLOW
 def test_both_go_on_after_a_save_that_failed_where_the_recipe_says_so(pair: Pair) -> None:
     ended = pair.pretrain("goes-on", "train.on_save_error=continue", faults={0: {**SAVING, "do": "error"}})
     assert codes(ended) == [0, 0], ended
@@ -201,6 +203,7 @@ def test_a_loss_that_is_no_number_on_one_process_stops_both_or_is_skipped_by_bot
         assert line["step"] in poisoned or line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
+@SLOW
 def test_two_processes_stop_early_at_the_step_of_one_with_the_same_best(tmp_path: Path, forks: Forks) -> None:
     folder = early.overfitting(tmp_path)
     command = ("pretrain", "tiny.yaml", *early.RECIPE, "--json")
