@@ -35,6 +35,7 @@ from gptcli.endings import (
     Ending,
     WorkersError,
     is_orderly,
+    on_stop_signals,
     read_report,
     verdict,
 )
@@ -63,15 +64,8 @@ def hearing_signals(agents: Sequence[Agent]) -> Iterator[None]:
             raise AbortedError("there was nothing to save")
         agents[0].pass_on(number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, hear) for number in numbers}
-    try:
+    with on_stop_signals(hear):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Agent(SimpleElasticAgent):

@@ -11,10 +11,11 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 
 from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError, StoppedError
 
@@ -123,6 +124,19 @@ def report_of(error: GptcliError, rank: int, traceback: str = "") -> Report:
     """The report of an error that ends this process."""
     typed = type(error) is not GptcliError
     return Report(rank, error.exit_code, error.label, error.lines(), typed, time.time(), traceback)
+
+
+@contextmanager
+def on_stop_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, each of `STOP_SIGNALS` goes to a handler; one that is ignored, as SIGHUP by nohup, stays so."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    numbers = [number for number in STOP_SIGNALS if number != signal.SIGHUP or hangs_up]
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
     from gptcli.train.record import versions
 
     device = best_device()
-    launched = group()
+    launched, here = group(), local_processes("auto")
     free = shutil.disk_usage(next(p for p in (cache_root(), *cache_root().parents) if p.exists())).free
     peak = peak_flops(device, "fp32" if device.type == "cpu" else "bf16")
     machine = {
@@ -62,7 +62,7 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
         "cache": str(cache_root()),
         "cache_free_bytes": free,
         "runs": str(runs_root()),
-        "processes": local_processes("auto"),
+        "processes": here,
         "launcher": launched.launcher or None,
         "offline": os.environ.get("HF_HUB_OFFLINE") == "1",
     }
@@ -85,7 +85,7 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
             ["C compiler", str(machine["c_compiler"] or "none: train.compile has nothing to build with")],
             ["cache", f"{cache_root()} ({free / 2**30:.1f} GiB free)"],
             ["runs", str(runs_root())],
-            ["processes", _started(launched, local_processes("auto"))],
+            ["processes", _started(launched, here)],
             ["offline", "yes (HF_HUB_OFFLINE=1)" if machine["offline"] else "no"],
         ],
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gptcli import launch
+from gptcli.endings import on_stop_signals
 from gptcli.errors import AbortedError
 from gptcli.train import group
 
@@ -79,15 +80,8 @@ class StopRequest:
                     os.write(2, text)
 
         launched = launch.group().launcher != ""
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
-            numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, handle) for number in numbers}
-        try:
+        with on_stop_signals(handle):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Schedule(TrainerCallback):

@@ -25,9 +25,10 @@ def gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     if gradients[0].device.type == "cpu":
         parts = [(piece, count) for part, count in parts for piece in torch.split(part.reshape(-1), PIECE)]
     norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
+    if held is None:  # nothing goes to the device: a GPU would be waited for
+        return norms.square().sum().sqrt().float()
     squares = (norms.square() / torch.tensor([count for _, count in parts], device=norms.device)).sum()
-    if held is not None:
-        torch.distributed.all_reduce(squares)
+    torch.distributed.all_reduce(squares)
     return squares.sqrt().float()
 
 
