@@ -153,9 +153,9 @@ def step_seconds(model: Model, way: str, gpus: int, rows: int) -> tuple[float, f
 
 
 def checkpoint_seconds(model: Model, writers: int) -> float:
-    """One machine gathers and writes all of it, or each machine its part."""
+    """One machine writes all of it, or each machine its part, once the tensors were gathered for it."""
     size = model.parameters * SAVED
-    gather = size / (REACHED * NETWORK) if writers == 1 else 0.0
+    gather = size / (REACHED * NETWORK) if writers > 1 else 0.0
     return gather + size / min(writers * WRITER, FILE_SYSTEM)
 
 

@@ -76,7 +76,6 @@ TABLE: tuple[Row, ...] = (
     Row("finetune.reward", feature="a reward"),
     Row("finetune.freeze", feature="freezing modules"),
     Row("launch.strategy", ("auto", "ddp", "fsdp")),
-    Row("launch.parallel.cp", (1,)),
     Row("launch.deepspeed", feature="DeepSpeed"),
     Row("eval.references", feature="comparing with references"),
     Row("eval.metrics", ("perplexity",)),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from gptcli.model import context_parallel
 from gptcli.model.kernels import settle_attention
 from gptcli.train import float8, group
 from gptcli.train.backoff import BackOffTrainer
@@ -28,6 +29,7 @@ class AheadTrainer(BackOffTrainer):
     """
 
     _run_rows: RunRows
+    _cut: context_parallel.Cut | None = None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with warnings.catch_warnings():
@@ -37,9 +39,24 @@ class AheadTrainer(BackOffTrainer):
         # Only now is the model as it will be trained: on its device, under autocast.
         model: Any = self.accelerator.unwrap_model(self.model)
         settle_attention(model, self._plan.attention)
+        if self._plan.context_parallel > 1:
+            self._cut = self._divided_rows(model)
         self._compiler.settle(self._prepare_inputs(self._run_rows.first(self._plan.micro_batch_size)))
         part_again(model)
         return prepared
+
+    def _divided_rows(self, model: Any) -> context_parallel.Cut:
+        plan = self._plan
+        cut = context_parallel.prepare(model, plan.context_parallel, plan.tensor_parallel, plan.world_size)
+        with self.compute_loss_context_manager():
+            context_parallel.check(model, cut, plan.sequence_length)
+        return cut
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of a micro-batch, of this process's part of its rows."""
+        with context_parallel.attending(self._cut):
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
 
     def get_train_dataloader(self) -> DataLoader[torch.Tensor]:
         """The micro-batches of this process. accelerate would deal them out by another rule."""

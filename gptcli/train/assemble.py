@@ -161,7 +161,8 @@ def describe(assembly: Assembly) -> list[str]:
     parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} at once"
     if plan.world_size > 1:
         parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} on each of {plan.processes} processes"
-        parts += f" x {plan.tensor_parallel}" if plan.tensor_parallel > 1 else ""
+        each = plan.tensor_parallel * plan.context_parallel
+        parts += f" x {each}" if each > 1 else ""
         parts += f", {plan.strategy}"
     lines = [
         f"model: {kind}, {plan.parameters / 1e6:.2f} M parameters",

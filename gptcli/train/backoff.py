@@ -37,7 +37,6 @@ class BackOffTrainer(LeanTrainer):
 
     _compiler: Compiler
     _loss: TrainingLoss
-    _plan: Plan
     _replan: Replan
     _reporter: Reporter
     _meter: Meter

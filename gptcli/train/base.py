@@ -12,13 +12,16 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers.utils
 
 from gptcli.device import is_out_of_memory
 from gptcli.errors import CheckpointError, GptcliError, first_line
 from gptcli.train import random_state, sharding
+
+if TYPE_CHECKING:
+    from gptcli.train.plan import Plan
 
 utils: Any = transformers.utils
 _is_available = utils.is_datasets_available
@@ -35,6 +38,13 @@ __all__ = ["TRAINER_STATE_NAME", "Trainer", "restoring"]
 
 class Trainer(_Trainer):
     """transformers' Trainer; what a checkpoint cannot give is a `CheckpointError` that names its part."""
+
+    _plan: Plan
+
+    @property
+    def random_part(self) -> int:
+        """Processes with the same number draw the same: those that divide matrices drop the same of what all have."""
+        return int(self.args.process_index) // self._plan.tensor_parallel
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from a checkpoint whose state can be read if one is given."""
@@ -61,7 +71,7 @@ class Trainer(_Trainer):
         rank, processes = self.args.process_index, self.args.world_size
         with restoring("the random state", checkpoint):
             if not random_state.load(Path(checkpoint), rank, processes):
-                random_state.separate(self.args.seed, self.state.global_step, rank)
+                random_state.separate(self.args.seed, self.state.global_step, self.random_part)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 FORMAT = 3
 # What is read where a checkpoint is loaded: no such file is in it that its manifest does not name.
 _READ = (".safetensors", ".pt", ".pth", ".json")
-_TRAINING_FILES = (MANIFEST, OPTIMIZER, SCHEDULER, "scaler.pt", "trainer_state.json")
+_TRAINING_FILES = (MANIFEST, SCHEDULER, "scaler.pt", "trainer_state.json")
+_TRAINING_PARTS = (random_state.PREFIX, OPTIMIZER.removesuffix(".pt"))
 PROBE_BYTES = 1 << 20
 
 
@@ -43,13 +44,16 @@ class Found:
 
 
 @contextlib.contextmanager
-def committing(run: RunFolder, step: int, facts: dict[str, Any]) -> Iterator[Path]:
+def committing(
+    run: RunFolder, step: int, facts: dict[str, Any], digests: Mapping[str, str] | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder that becomes the run's checkpoint of `step` when the block ends without an error.
 
     Args:
         run: the run.
         step: the number of finished steps.
         facts: what the manifest says beside the files: fingerprints, tokens, recipe, decided values.
+        digests: sha256 of files that are known by the end, so that those are not read again.
 
     Checkpoints of later steps are removed then: they were passed over as damaged, or left behind by `--resume PATH`,
     and would be taken for the newest.
@@ -61,11 +65,12 @@ def committing(run: RunFolder, step: int, facts: dict[str, Any]) -> Iterator[Pat
     with writing(target, "the checkpoint", "Nothing that was saved before is lost."), committed_folder(target) as work:
         with system_errors(work):
             yield work
-        files = {
-            str(path.relative_to(work)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(work.rglob("*"))
-            if path.is_file()
-        }
+        files = {}
+        for path in sorted(work.rglob("*")):
+            if path.is_file():
+                name = str(path.relative_to(work))
+                digest = (digests or {}).get(name) or sha256_file(path)
+                files[name] = {"bytes": path.stat().st_size, "sha256": digest}
         for log in (run.metrics, run.samples):  # what a checkpoint's step has logged is there when the checkpoint is
             if log.exists():
                 fsync_file(log)
@@ -161,7 +166,7 @@ def prune(run: RunFolder, keep: int, spared: Collection[int] = ()) -> None:
 def copy_model(folder: Path, target: Path) -> None:
     """Copy a checkpoint's model, without what only training needs."""
     for path in folder.iterdir():
-        if path.name not in _TRAINING_FILES and not path.name.startswith(random_state.PREFIX):
+        if path.name not in _TRAINING_FILES and not path.name.startswith(_TRAINING_PARTS):
             shutil.copy2(path, target)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.device import peak_resident_bytes
@@ -11,15 +14,17 @@ from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.runs.report import write_report
-from gptcli.train import group
+from gptcli.train import group, sharding
 from gptcli.train.assemble import Assembly
 from gptcli.train.checkpoint import copy_model, system_errors, verify
 from gptcli.train.record import model_card
+from gptcli.train.together import Write, write_together
 
 if TYPE_CHECKING:
-    import torch
-
     from gptcli.train.trainer import CausalTrainer
+
+# As many processes write `final/` as it has files of this size: one, but for a model of billions of parameters.
+FILE_BYTES = 5 * 10**9
 
 
 def result_of(assembly: Assembly, trainer: CausalTrainer, step: int, wall_seconds: float) -> dict[str, Any]:
@@ -51,21 +56,34 @@ def write_final(assembly: Assembly, trainer: CausalTrainer, result: dict[str, An
     Raises:
         CheckpointError: it cannot be written.
     """
-    weights = trainer.whole_weights()
-    group.from_first(lambda: _write_final(assembly, trainer, result, weights))
+    best = group.from_first(lambda: _good_best(assembly.run, trainer))
 
+    def collect(writers: list[int]) -> Write | None:
+        if best is not None:
+            return None
+        size = sum(sharding.weight_sizes(trainer.plain_model).values())
+        return trainer.collect(writers[: 1 + size // FILE_BYTES])
 
-def _write_final(
-    assembly: Assembly, trainer: CausalTrainer, result: dict[str, Any], weights: dict[str, torch.Tensor] | None
-) -> None:
-    target, comfort = assembly.run.final, "The last checkpoint is good."
-    with writing(target, "the trained model", comfort), committed_folder(target) as work, system_errors(work):
-        best = trainer.best and assembly.run.checkpoint(trainer.best.step)
-        if best and verify(best) is None:
+    def rest(work: Path) -> None:
+        if best is not None:
             copy_model(best, work)
         else:
-            trainer.write_model(work, weights)
+            trainer.save_tokenizer(work)
         write_atomic(work / "README.md", model_card(assembly.loaded, assembly.plan, result))
+
+    write_together(_committing(assembly.run.final), collect, rest)
+
+
+def _good_best(run: RunFolder, trainer: CausalTrainer) -> Path | None:
+    best = run.checkpoint(trainer.best.step) if trainer.best else None
+    return best if best is not None and verify(best) is None else None
+
+
+@contextmanager
+def _committing(target: Path) -> Iterator[Path]:
+    comfort = "The last checkpoint is good."
+    with writing(target, "the trained model", comfort), committed_folder(target) as work, system_errors(work):
+        yield work
 
 
 def write_run_report(run: RunFolder, reporter: Reporter) -> None:

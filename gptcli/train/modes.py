@@ -53,8 +53,14 @@ def auto_tf32(hardware: Hardware) -> bool:
     return hardware.capability is not None and hardware.capability >= AMPERE and not hardware.rocm
 
 
-def auto_compile(hardware: Hardware, *, precision: str, steps: int) -> tuple[bool, str]:
+# Those that do not go with every division of rows over processes.
+OF_ROWS = ("train.compile", "train.attention")
+
+
+def auto_compile(hardware: Hardware, *, precision: str, steps: int, divided_rows: bool = False) -> tuple[bool, str]:
     """torch.compile where it is known to pay within the planned steps."""
+    if divided_rows:
+        return False, "rows are divided over processes"
     if hardware.kind == "cpu":
         return False, "a CPU gains 0 to 2% from 20 s of compiling (benchmarks/compile.py)"
     if hardware.kind != "cuda":
@@ -71,7 +77,14 @@ def auto_compile(hardware: Hardware, *, precision: str, steps: int) -> tuple[boo
 
 
 def auto_attention(
-    hardware: Hardware, *, usable: Set[str], precision: str, length: int, packing: str, compiled: bool
+    hardware: Hardware,
+    *,
+    usable: Set[str],
+    precision: str,
+    length: int,
+    packing: str,
+    compiled: bool,
+    divided_rows: bool = False,
 ) -> tuple[str, str]:
     """The fastest attention that is right for these rows.
 
@@ -83,9 +96,12 @@ def auto_attention(
         packing: concat and none: every token sees all before it in its row. isolated: only those of its document, so a
             kernel is needed that is told where documents begin.
         compiled: whether the model is compiled, which our blocks are not made for.
+        divided_rows: whether a row is divided over processes, as `model.context_parallel` does.
     """
     if "sdpa" not in usable:
         return "auto", "this model has its own attention"
+    if divided_rows:
+        return "sdpa", "over keys and values of all processes of a row"
     half = precision != "fp32"
     # FlashAttention 3 can be built for Ampere too, but it is made for Hopper.
     made_for = (FLASH_3, FLASH_2) if hardware.capability == HOPPER else (FLASH_2,)

@@ -5,6 +5,7 @@ torch numbers parameters in the order in which a process happened to list them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,29 +18,46 @@ OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
 
 
-def by_name(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """The state of an optimizer of `model`, whole: that of a divided model is brought together by all its processes."""
-    from gptcli.train.sharding import is_divided, whole
+def by_name(model: nn.Module, optimizer: Any, owner: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """The state of an optimizer of `model`, whole.
+
+    `owner`: of a divided model, the rank that has the state of each parameter: the others, which all call this
+    together, have nothing of it.
+    """
+    from gptcli.launch import rank
+    from gptcli.train.sharding import whole
 
     names = _names(model, optimizer)
     state = optimizer.state_dict()
-    gather = (lambda value: whole(value).cpu() if hasattr(value, "shape") else value) if is_divided(model) else None
+    found = {}
+    for number, values in state["state"].items():
+        if owner is None:
+            found[names[number]] = values
+            continue
+        every = {key: whole(value) if hasattr(value, "shape") else value for key, value in values.items()}
+        if owner[names[number]] == rank():
+            found[names[number]] = {
+                key: value.cpu() if hasattr(value, "cpu") else value for key, value in every.items()
+            }
     return {
-        "state": {
-            names[number]: values if gather is None else {key: gather(value) for key, value in values.items()}
-            for number, values in state["state"].items()
-        },
+        "state": found,
         "param_groups": [
             {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
         ],
     }
 
 
-def save(folder: Path, state: dict[str, Any], scheduler: Any) -> None:
-    """Write what `by_name` returned, and the state of the schedule, into a folder."""
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Write what `by_name` returned into a folder."""
     import torch
 
     torch.save(state, folder / OPTIMIZER)
+
+
+def save_schedule(folder: Path, scheduler: Any) -> None:
+    """Write the state of the schedule into a folder."""
+    import torch
+
     torch.save(scheduler.state_dict(), folder / SCHEDULER)
 
 
@@ -52,9 +70,9 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None
     """
     import torch
 
-    from gptcli.train.sharding import divided_like
+    from gptcli.train.sharding import divided_like, is_divided
 
-    saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    saved = _saved(folder, mapped=is_divided(model))
     schedule = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
     names = _names(model, optimizer)
     numbers = {name: number for number, name in enumerate(names)}
@@ -85,6 +103,15 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None
     }
     optimizer.load_state_dict({"state": state, "param_groups": ordered})
     scheduler.load_state_dict(schedule)
+
+
+def _saved(folder: Path, *, mapped: bool) -> dict[str, Any]:
+    """What `save` wrote, by one process or by several; `mapped`: read when it is used."""
+    import torch
+
+    files = sorted(folder.glob("optimizer*.pt")) or [folder / OPTIMIZER]
+    parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=mapped) for path in files]
+    return {**parts[0], "state": {name: values for part in parts for name, values in part["state"].items()}}
 
 
 def _names(model: nn.Module, optimizer: Any) -> list[str]:

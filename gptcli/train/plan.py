@@ -97,6 +97,11 @@ class Plan:
         return asdict(self)
 
     @property
+    def token_parallel(self) -> int:
+        """The processes, or groups of them, that work on other tokens than the others."""
+        return self.processes * self.context_parallel
+
+    @property
     def decided(self) -> dict[str, str]:
         """Each decided value by its key, as a checkpoint records it."""
         return {decision.key: decision.value for decision in self.decisions}
@@ -141,21 +146,34 @@ def make_plan(
     steps, total_rows = steps_and_rows(loaded, length, batch, rows_per_epoch, decisions)
     warmup = count_of_steps("train.warmup", train.warmup, steps, decisions)
     decay = count_of_steps("train.decay", train.decay, steps, decisions) if train.lr_scheduler == "wsd" else 0
-    choice, packing = Choices(decided or {}, decisions), data.packing or "concat"
+    cut, packing = parallel.cp > 1, data.packing or "concat"
+    # Rows that are divided now may not have been when the run began.
+    known = {key: value for key, value in (decided or {}).items() if not cut or key not in modes.OF_ROWS}
+    choice = Choices(known, decisions)
     precision = choice("train.precision", train.precision, lambda: modes.auto_precision(hardware))
     tf32 = modes.auto_tf32(hardware) and "tf32" not in train.trainer_args
     if tf32 and precision == "fp32":
         reason = "fp32 products rounded to 10 bits of mantissa on this GPU; train.trainer_args={tf32: false}: not"
         decisions.append(Decision("tf32", "on", reason))
     compiled = (
-        choice("train.compile", train.compile, lambda: modes.auto_compile(hardware, precision=precision, steps=steps))
+        choice(
+            "train.compile",
+            train.compile,
+            lambda: modes.auto_compile(hardware, precision=precision, steps=steps, divided_rows=cut),
+        )
         == "on"
     )
     attention = choice(
         "train.attention",
         train.attention,
         lambda: modes.auto_attention(
-            hardware, usable=usable, precision=precision, length=length, packing=packing, compiled=compiled
+            hardware,
+            usable=usable,
+            precision=precision,
+            length=length,
+            packing=packing,
+            compiled=compiled,
+            divided_rows=cut,
         ),
     )
     logit_bytes = LOGIT_BYTES if hardware.kind == "cpu" else GPU_LOGIT_BYTES
@@ -168,7 +186,7 @@ def make_plan(
             length=length,
             precision=precision,
             attention=attention,
-            block=loss_block(rows * length, counts.vocabulary, logit_bytes=logit_bytes),
+            block=loss_block(rows * length // parallel.cp, counts.vocabulary, logit_bytes=logit_bytes),
             accumulation=share // rows,
             sharing=sharing,
             sharers=processes * parallel.cp,
@@ -199,7 +217,7 @@ def make_plan(
     # A head that is divided gives whole logits: our blocks multiply with its matrix themselves.
     block = None
     if parallel.tp == 1:
-        block = _loss(micro * length, counts, halves, logit_bytes, block_kernel, decisions)
+        block = _loss(micro * length // parallel.cp, counts, halves, logit_bytes, block_kernel, decisions)
     flops_per_token = 6 * counts.matrix + 12 * counts.layers * counts.width * length
     checkpoint = 4 * counts.total + optimizer_bytes(counts, train.optimizer)
     plan = Plan(
@@ -259,7 +277,7 @@ def step_of(plan: Plan) -> Step:
         halves=plan.halves,
         accumulation=plan.gradient_accumulation_steps,
         sharing=plan.sharing,
-        sharers=plan.processes * plan.context_parallel,
+        sharers=plan.token_parallel,
         tensor_parallel=plan.tensor_parallel,
     )
 
@@ -273,7 +291,7 @@ def with_micro_batch(plan: Plan, train: Train, counts: Counts, rows: int, reason
     """The same plan with micro-batches of `rows`, and `reason` as that of the decision; the global batch stays."""
     decisions = [decision for decision in plan.decisions if decision.key not in (MICRO_BATCH, "loss")]
     decisions.append(Decision(MICRO_BATCH, str(rows), reason))
-    tokens = rows * plan.sequence_length
+    tokens = rows * plan.sequence_length // plan.context_parallel
     halves = plan.halves and rows > 1
     block = _loss(tokens, counts, halves, plan.logit_bytes, plan.block_kernel, decisions)
     accumulation = plan.micro_batch_size * plan.gradient_accumulation_steps // rows

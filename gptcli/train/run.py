@@ -171,7 +171,7 @@ def _build_model(assembly: Assembly, reporter: Reporter) -> PreTrainedModel:
         )
     if plan.attention == BLOCKS and not attend_in_blocks(model):
         reporter.say("attention: this model has its own, which stays")
-    elif plan.attention == "sdpa" and (plan.compile or assembly.device.type == "cuda"):
+    elif plan.attention == "sdpa" and (plan.compile or assembly.device.type == "cuda") and plan.context_parallel == 1:
         attend_without_mask(model)
     if plan.precision == "fp8":
         reporter.say(f"fp8: {float8.check_layers(loaded, model)} linear layers")

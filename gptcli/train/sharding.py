@@ -10,15 +10,15 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from gptcli.errors import RecipeError, first_line
-from gptcli.launch import world_size
+from gptcli.launch import rank, world_size
 from gptcli.model.load import quiet
 
 if TYPE_CHECKING:
@@ -156,8 +156,13 @@ def copies(tensors: Sequence[torch.Tensor]) -> list[int] | None:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that may be divided; all processes ask for it together."""
-    full = getattr(tensor, "full_tensor", None)
-    every: torch.Tensor = tensor if full is None else full()
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor
+    kind = tensor.device_mesh.device_type  # where the processes talk; with fsdp's cpu_offload the parts lie on the host
+    on_device = tensor if tensor.to_local().device.type == kind else tensor.to(kind)
+    every: torch.Tensor = cast("DTensor", on_device).full_tensor()
     return every
 
 
@@ -172,25 +177,40 @@ def divided_like(tensor: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
     return copied.redistribute(placements=pattern.placements)
 
 
-def whole_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights of a divided model, on the host; on rank 0, which writes them, an empty dict elsewhere."""
-    from transformers.distributed.utils import gather_full_state_dict
+def owned_weights(model: PreTrainedModel, owner: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """The weights of a divided model that this process owns, whole, on the host; all processes call it together.
 
-    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # a tied one has one name here
-    return {name: tensor for name, tensor in gather_full_state_dict(model).items() if name in own}
+    Args:
+        model: the model.
+        owner: the rank that owns each, by its name (`weight_sizes` has the names).
+    """
+    state = model.state_dict()
+    found = {}
+    for name in owner:
+        tensor = whole(state[name].detach())
+        if owner[name] == rank():
+            found[name] = tensor.cpu()
+    return found
+
+
+def weight_sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of each weight that a model's folder has, whole; a tied one once."""
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: value.numel() * value.element_size() for name, value in model.state_dict().items() if name in own}
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> Any:
-    """Fill a divided model from a folder with safetensors; what `load_state_dict` returns."""
-    from safetensors.torch import load_file
+    """Fill a divided model from a folder with safetensors, one tensor at a time; what `load_state_dict` returns."""
+    from safetensors import safe_open
     from torch.nn.modules.module import _IncompatibleKeys
 
-    saved: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        saved |= load_file(path)
     places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name in saved.keys() & places.keys():
-            local(places[name]).copy_(local(divided_like(saved[name], places[name])))
+    saved: set[str] = set()
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                saved.add(name)
+                if (place := places.get(name)) is not None:
+                    local(place).copy_(local(divided_like(file.get_tensor(name), place)))
     missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in saved]
-    return _IncompatibleKeys(missing, sorted(saved.keys() - places.keys()))
+    return _IncompatibleKeys(missing, sorted(saved - places.keys()))

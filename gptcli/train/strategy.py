@@ -51,9 +51,11 @@ def check_strategy(loaded: LoadedRecipe, plan: Plan) -> None:
     Raises:
         RecipeError: with what does.
     """
+    train = loaded.recipe.train
+    if plan.context_parallel > 1:
+        _check_divided_rows(loaded, plan)
     if not is_divided(plan):
         return
-    train = loaded.recipe.train
     for key, value, known in (
         ("train.optimizer", train.optimizer, DIVIDED_OPTIMIZERS),
         ("train.precision", plan.precision, DIVIDED_PRECISIONS),
@@ -63,6 +65,28 @@ def check_strategy(loaded: LoadedRecipe, plan: Plan) -> None:
                 f"{key}: {value} is not known to work on a model that is divided over processes ({plan.strategy})",
                 where=loaded.where(key),
                 remedy=f"{' and '.join(known)} are; or set launch.strategy: ddp.",
+            )
+
+
+def _check_divided_rows(loaded: LoadedRecipe, plan: Plan) -> None:
+    pieces, length = 2 * plan.context_parallel, plan.sequence_length
+    if length % pieces:
+        down = length // pieces * pieces
+        near = f"{down} or {down + pieces}" if down else str(pieces)
+        raise RecipeError(
+            f"data.sequence_length: {length} tokens are not divided by the {pieces} pieces of launch.parallel.cp",
+            where=loaded.where("data.sequence_length"),
+            remedy=f"Set it to {near}, or launch.parallel.cp to another number.",
+        )
+    for key, wrong, right in (
+        ("train.attention", plan.attention not in ("sdpa", "auto"), "sdpa"),
+        ("train.compile", plan.compile, "off"),
+    ):
+        if wrong:
+            raise RecipeError(
+                f"{key}: it does not go with rows that are divided over processes (launch.parallel.cp)",
+                where=loaded.where(key),
+                remedy=f"Set it to {right}.",
             )
 
 

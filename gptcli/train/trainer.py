@@ -6,7 +6,7 @@ Evaluation, saving and sampling are triggered by `callbacks.Schedule`, so the Tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from gptcli.errors import CheckpointError
 from gptcli.evaluation.loss import LossResult
 from gptcli.model.kernels import one_stream_rows
 from gptcli.runs import metrics
-from gptcli.train import checkpoint, group, optim, optimizer_state, random_state, sharding
+from gptcli.train import checkpoint, group, optim, optimizer_state, random_state, sharding, weights
 from gptcli.train.ahead import AheadTrainer
 from gptcli.train.backoff import Replan
 from gptcli.train.base import TRAINER_STATE_NAME, restoring
@@ -29,8 +29,8 @@ from gptcli.train.loss import IGNORED, build_loss
 from gptcli.train.meter import Meter
 from gptcli.train.rows import RunRows, whole
 from gptcli.train.scaling import follow_scaler
+from gptcli.train.together import Write, write_together
 from gptcli.train.validation import validation_loss
-from gptcli.train.weights import write_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -86,7 +86,6 @@ class CausalTrainer(AheadTrainer):
         progress: Progress,
     ) -> None:
         self._recipe = recipe
-        self._tokenizer = tokenizer
         self._plan = plan
         self._rows = rows
         self._validation = validation
@@ -193,13 +192,15 @@ class CausalTrainer(AheadTrainer):
         """
         labels = inputs["labels"]
         given = {name: values for name, values in inputs.items() if name != "labels"}
+        if self._cut is not None:
+            given, labels = self._cut.inputs(given), self._cut.of_row(labels)
         with self._compiler.used_for(given):
             outputs, nats, objective = self._loss(model, given, labels)
         balance = getattr(outputs, "aux_loss", None)
         if balance is not None:
             weight = self.plain_model.config.get_text_config().router_aux_loss_coef
             objective = objective + weight * balance * labels.ne(IGNORED).sum()
-        return objective / num_items_in_batch * self._plan.processes, nats
+        return objective / num_items_in_batch * self._plan.token_parallel, nats
 
     def count(self, nats: torch.Tensor) -> None:
         """Add the nats of a micro-batch to those of the next log line."""
@@ -224,8 +225,8 @@ class CausalTrainer(AheadTrainer):
         return norm
 
     def _summed(self, nats: torch.Tensor) -> torch.Tensor:
-        # Where several processes work on the same rows, all together have counted them several times.
-        total: torch.Tensor = self.accelerator.reduce(nats, "sum") * (self._plan.processes / self.args.world_size)
+        # Where several processes work on the same tokens, all together have counted them several times.
+        total: torch.Tensor = self.accelerator.reduce(nats, "sum") / self._plan.tensor_parallel
         return total
 
     def _describe_rows(self, step: int) -> str:
@@ -321,21 +322,19 @@ class CausalTrainer(AheadTrainer):
             "guard": self._guard.state(),
             "best": None if self.best is None else self.best.state(),
         }
-        # What the processes hold is brought together first; then one of them writes, and all hear how it went.
         random_states = group.gathered(random_state.state())
-        optimizer_values = optimizer_state.by_name(self.plain_model, self.optimizer)
-        weights = self.whole_weights()
+        digests: dict[str, str] = {}
 
-        def write() -> None:
-            with checkpoint.committing(self._run, step, facts) as work:
-                self.write_model(work, weights)
-                optimizer_state.save(work, optimizer_values, self.lr_scheduler)
-                self._save_scaler(str(work))
-                random_state.save(work, random_states)
-                self.state.save_to_json(str(work / TRAINER_STATE_NAME))
+        def rest(work: Path) -> None:
+            self.save_tokenizer(work)
+            optimizer_state.save_schedule(work, self.lr_scheduler)
+            self._save_scaler(str(work))
+            random_state.save(work, random_states)
+            self.state.save_to_json(str(work / TRAINER_STATE_NAME))
 
         try:
-            group.from_first(write)
+            committing = checkpoint.committing(self._run, step, facts, digests)
+            write_together(committing, lambda writers: self.collect(writers, self.optimizer), rest, digests)
         except CheckpointError as error:
             # What follows the last save, or one before a stop, would be lost without a word.
             if self._recipe.train.on_save_error == "stop" or self.control.should_training_stop:
@@ -357,19 +356,20 @@ class CausalTrainer(AheadTrainer):
             with restoring(what, checkpoint), optim.own_settings(self.optimizer, self.lr_scheduler):
                 optimizer_state.load(Path(checkpoint), self.plain_model, self.optimizer, self.lr_scheduler)
 
-    def whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """The weights of a divided model, on rank 0, which all processes bring together; None of one that is whole."""
-        return sharding.whole_weights(self.plain_model) if sharding.is_divided(self.plain_model) else None
+    def collect(self, writers: Sequence[int], optimizer: Any = None) -> Write | None:
+        """`weights.collect` of the model."""
+        return weights.collect(self.plain_model, writers, use_cache=self._use_cache, optimizer=optimizer)
 
-    def write_model(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        """Write the model, with `whole_weights`, and the tokenizer: a plain Hugging Face folder."""
-        write_model(folder, self.plain_model, self._tokenizer, weights, use_cache=self._use_cache)
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer into a folder."""
+        tokenizer: Any = self.processing_class
+        tokenizer.save_pretrained(str(folder))
 
     def run_from(self, start: Path | None) -> None:
         """Train to the end, or until the schedule stops it, from a checkpoint or from the first step."""
         self._meter.begin()
         if start is None and self.args.world_size > 1:
-            random_state.separate(self.args.seed, 0, self.args.process_index)
+            random_state.separate(self.args.seed, 0, self.random_part)
         with self.lean(), one_stream_rows():
             self.train(resume_from_checkpoint=None if start is None else str(start))
 

@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptcli.launch import is_main_process
 from gptcli.model.load import quiet
+from gptcli.train import optimizer_state, sharding, together
+from gptcli.train.together import Write
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
-def write_model(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    weights: dict[str, torch.Tensor] | None,
-    *,
-    use_cache: bool | None,
-) -> None:
-    """Write safetensors, configuration and tokenizer into a folder.
+def collect(
+    model: PreTrainedModel, writers: Sequence[int], *, use_cache: bool | None, optimizer: Any = None
+) -> Write | None:
+    """Bring together what this process writes of a model; for all processes to call together.
 
     Args:
-        folder: made where it is not there.
-        model: the model.
-        tokenizer: its tokenizer.
-        weights: those of a model that is divided, brought together; None: the model has them.
+        model: the model; a divided one's tensors are shared out among those who write, those of another are rank 0's.
+        writers: their ranks.
         use_cache: that of the model's configuration before training, which turns the key-value cache off.
+        optimizer: whose state is written too.
+
+    Returns:
+        What writes that into a folder, rank 0 the configuration too; None where there is nothing to write.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with quiet(), _as_before_training(model.config, use_cache):
-        model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(str(folder))
+    owner = together.owners(sharding.weight_sizes(model), writers) if sharding.is_divided(model) else None
+    if owner is None and not is_main_process():
+        return None
+    weights = None if owner is None else sharding.owned_weights(model, owner)
+    state = None if optimizer is None else optimizer_state.by_name(model, optimizer, owner)
+    if not is_main_process() and not weights:
+        return None
+
+    def write(folder: Path) -> None:
+        with quiet(), _as_before_training(model.config, use_cache):
+            if is_main_process():
+                model.save_pretrained(folder, state_dict=weights)
+            elif weights:
+                _save_part(folder, model, weights)
+        if state is not None:
+            optimizer_state.save(folder, state)
+
+    return write
+
+
+def _save_part(folder: Path, model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Write some of a model's weights as `save_pretrained` does, which only writes on rank 0."""
+    from safetensors.torch import save_file
+    from transformers.core_model_loading import revert_weight_conversion
+
+    for name in model._keys_to_ignore_on_save or ():
+        weights.pop(name, None)
+    named = revert_weight_conversion(model, weights)
+    whole = {name: tensor.contiguous() for name, tensor in named.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @contextmanager
