@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 NAME = "gptcli_context_parallel"
 _INSTEAD = "Set launch.parallel.cp: 1."
+# torch 2.13 has new names for these, and warns of the old ones.
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -196,12 +199,12 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx: Any, part: torch.Tensor, group: Any, parts: int) -> torch.Tensor:
         ctx.group = group
         every = part.new_empty(parts * part.shape[0], *part.shape[1:])
-        dist.all_gather_into_tensor(every, part, group=group)
+        _gather(every, part, group=group)
         return every.view(parts, *part.shape)
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
         slopes = outputs[0]
         own = slopes.new_empty(slopes.shape[1:])
-        dist.reduce_scatter_tensor(own, slopes.flatten(0, 1).contiguous(), group=ctx.group)
+        _reduce_scatter(own, slopes.flatten(0, 1).contiguous(), group=ctx.group)
         return own, None, None
