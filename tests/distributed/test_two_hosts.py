@@ -24,7 +24,6 @@ from tests.runs import Forks, Started
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="only Linux has network namespaces"),
     pytest.mark.timeout(400),
-    pytest.mark.xdist_group("hosts"),
 ]
 ADDRESSES = ("10.77.113.1", "10.77.113.2")
 MEETING = "10.77.113.1:29400"  # free: nobody else is in the namespace

@@ -87,10 +87,10 @@ def test_a_kill_while_overwriting_leaves_a_run_that_can_be_overwritten(bench: Be
 @pytest.mark.parametrize(
     ("name", "begin", "event", "step"),
     [
-        ("start", None, r"open .*/\.lock", 2),
+        ("start", None, r"open .*/\.lock", 3),
         ("save", None, SAVE, 1),
-        ("prune", None, r"os\.rename .*/checkpoint-12", 1),
-        ("resume", "checkpoint-6", r"open .*/\.lock", 2),
+        ("prune", None, r"os\.rename .*/checkpoint-12", 2),
+        ("resume", "checkpoint-6", r"open .*/\.lock", 3),
     ],
 )
 def test_a_kill_before_any_of_the_operations_on_files_is_no_loss(

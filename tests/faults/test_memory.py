@@ -59,10 +59,6 @@ SETTINGS = (
 )
 
 
-# One process of xdist for all of them: the driver runs once.
-pytestmark = pytest.mark.xdist_group("memory")
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What the commands of the driver came to."""

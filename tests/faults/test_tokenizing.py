@@ -221,7 +221,7 @@ def assert_goes_on(jobs: Jobs, recipe: str, expected: dict[str, bytes]) -> None:
 def test_a_job_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_one(
     recipe: str, tmp_path: Path, environment: dict[str, str], pytestconfig: pytest.Config
 ) -> None:
-    kills, megabytes = (10, 60) if pytestconfig.getoption("--all-faults") else (3, 5)
+    kills, megabytes = (8, 25) if pytestconfig.getoption("--all-faults") else (3, 5)
     with make_jobs(tmp_path, environment, megabytes) as jobs:
         started = time.monotonic()
         assert jobs.run(recipe, "tokenize.processes=2").code == 0
@@ -452,7 +452,6 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory, environment: dict[str,
 
 
 @RAY
-@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("recipe", ["given", pytest.param("trained", marks=SLOW)])
 def test_a_ray_cluster_gives_the_same_bytes_and_one_json_document(
     jobs: Jobs, expected: dict[str, dict[str, bytes]], ray_address: str, recipe: str
@@ -467,7 +466,6 @@ def test_a_ray_cluster_gives_the_same_bytes_and_one_json_document(
 
 @RAY
 @SLOW
-@pytest.mark.xdist_group("ray")
 def test_a_fault_of_the_data_on_a_ray_cluster_is_code_3_with_its_line(jobs: Jobs, ray_address: str) -> None:
     bad = jobs.folder / "corpus" / "part-4.txt"
     bad.write_bytes(b"a good line\n" * 60_000 + b"\xff\n")
@@ -482,7 +480,6 @@ def test_a_fault_of_the_data_on_a_ray_cluster_is_code_3_with_its_line(jobs: Jobs
 
 @RAY
 @SLOW
-@pytest.mark.xdist_group("ray")
 def test_an_interrupted_job_on_a_ray_cluster_ends_with_75_and_goes_on(
     jobs: Jobs, expected: dict[str, dict[str, bytes]], ray_address: str
 ) -> None:
