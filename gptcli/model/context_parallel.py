@@ -89,7 +89,10 @@ def attending(cut: Cut | None) -> Iterator[None]:
 
 
 def check(model: PreTrainedModel, cut: Cut, length: int) -> None:
-    """Refuse a model that does not give the same logits where rows are divided; for all processes to call.
+    """Refuse a model that does something else where rows are divided; for all processes to call.
+
+    The output of every module is compared, since a convolution that sees too little hardly changes the logits of a
+    model that has not learnt yet.
 
     Args:
         model: on its device, in the precision of training.
@@ -105,25 +108,53 @@ def check(model: PreTrainedModel, cut: Cut, length: int) -> None:
     tried = min(length, -(-2 * window // least) * least) if window < length else least
     device = next(model.parameters()).device
     ids = (torch.arange(max(tried, least), device=device) * 7919 % min(997, text.vocab_size))[None]
-    found, why = None, "other logits"
+    half = model.dtype != torch.float32 or torch.is_autocast_enabled(device.type)
     with torch.no_grad(), evaluating(model):
-        expected = cut.of_row(model(input_ids=ids).logits[:, :, 0]).float()
+        expected = {name: cut.of_row(output) for name, output in _outputs(model, {"input_ids": ids}).items()}
         try:
             with attending(cut):
-                found = model(**cut.inputs({"input_ids": ids})).logits[:, :, 0].float()
+                found = _outputs(model, cut.inputs({"input_ids": ids}))
+            why = _first_apart(found, expected, 0.1 if half else 1e-3)
         except (TypeError, ValueError, RuntimeError) as error:
             why = first_line(error)
-    # The same on all processes of a row, so that none goes on alone; half precision keeps two or three digits.
-    half = model.dtype != torch.float32 or torch.is_autocast_enabled(device.type)
-    apart = torch.ones((), device=device)
-    if found is not None:
-        apart = (found - expected).norm() / expected.norm()
-    dist.all_reduce(apart, dist.ReduceOp.MAX)
-    if not apart <= (0.03 if half else 1e-3):
+    # The same on all processes of a row, so that none goes on alone.
+    refused = torch.tensor(why is not None, dtype=torch.int32, device=device)
+    dist.all_reduce(refused, dist.ReduceOp.MAX)
+    if refused:
         raise RecipeError(
-            f"launch.parallel.cp: {type(model).__name__} does not give its logits where rows are divided ({why})",
+            f"launch.parallel.cp: {type(model).__name__} cannot take divided rows ({why or 'as others found'})",
             remedy=_INSTEAD,
         )
+
+
+def _outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What each module makes of a batch, by its name, in their order: where that is a tensor [batch, time, ...]."""
+    shape, outputs, hooks = inputs["input_ids"].shape, {}, []
+
+    def keep(name: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, torch.Tensor) and first.ndim > 2 and first.shape[:2] == shape:
+            outputs[name] = first.detach().clone()
+
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_hook(lambda _, __, output, name=name: keep(name, output)))
+    try:
+        keep("the logits", model(**inputs).logits)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def _first_apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], most: float) -> str | None:
+    """The first module whose output is another, relative to its size."""
+    for name, wanted in expected.items():
+        output = found.get(name)
+        if output is None or output.shape != wanted.shape:
+            return f"{name} gives another shape"
+        if not (output.float() - wanted.float()).norm() <= most * wanted.float().norm():
+            return f"{name} gives something else"
+    return None
 
 
 def _attend(

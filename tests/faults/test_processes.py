@@ -6,7 +6,7 @@ Signals that come to a process while it waits for the other are part of it: wher
 from __future__ import annotations
 
 from pathlib import Path
-from signal import SIGCONT, SIGINT, SIGKILL, SIGTERM
+from signal import SIGCONT, SIGINT, SIGKILL, SIGTERM, SIGXFSZ
 from typing import Any
 
 import pytest
@@ -158,6 +158,24 @@ def test_a_disk_that_is_full_for_the_one_that_saves_ends_both_with_4(pair: Pair)
     assert codes(ended) == [4, 4], ended
     assert assert_all_good(pair.run("io")) == [3]
     pair.resume_to_the_same("io")
+
+
+@pytest.mark.parametrize("do", ["error", pytest.param("killed", marks=SLOW)])
+def test_a_part_of_a_divided_checkpoint_that_cannot_be_written_is_no_checkpoint(pair: Pair, do: str) -> None:
+    """Where both write, the fault is in the file of the one that does not lead."""
+    name, fsdp = f"part-{do}", "launch.strategy=fsdp"
+    ended = pair.pretrain(name, fsdp, faults={1: {"bytes": 60_000, "do": do}})
+    if do == "error":
+        assert codes(ended) == [4, 4], ended
+        assert "the checkpoint could not be written: File too large" in ended[0].err
+        assert not list(pair.run(name).glob(".checkpoint*"))
+    else:
+        assert ended[1].code == -SIGXFSZ, ended
+        assert ended[0].code == 1, ended
+    assert assert_all_good(pair.run(name)) == []
+    assert codes(pair.pretrain(name, fsdp)) == [0, 0]
+    assert assert_all_good(pair.run(name))[-1] == 12
+    assert not list(pair.run(name).glob(".checkpoint*"))
 
 
 @SLOW
