@@ -79,13 +79,13 @@ def train_command(
         name = f"{command}-{loaded.recipe.name}"
         launch(sys.argv[1:], processes=here, nodes=asked.nodes, rendezvous=asked.rendezvous, name=name, warn=out.warn)
         return
-    join()
     result: dict[str, Any]
     if smoke:
         from gptcli.train.smoke import smoke_run
 
         result = smoke_run(recipe, overrides or (), command, out)
     else:
+        join()
         from gptcli.train.begin import Options, allowed_keys
         from gptcli.train.run import train
 

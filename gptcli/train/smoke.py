@@ -2,7 +2,8 @@
 
 The same recipe with model, data and steps cut: tokenize, two steps, save, stop, resume, two more, generate, evaluate.
 What needs the Hub, or a file that is not here, is replaced by synthetic rows or a tiny random model, with a printed
-line. Nothing is written outside the temporary folder but what `$GPTCLI_CACHE` keeps of built-in corpora.
+line; whatever `launch` says, it is one process. Nothing is written outside the temporary folder but what
+`$GPTCLI_CACHE` keeps of built-in corpora.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import contextlib
 import json
 import os
 import random
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.errors import CheckpointError, StoppedError
+from gptcli.errors import CheckpointError, StoppedError, UsageError
+from gptcli.launch import world_size
 from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.recipe.schema import Source, Tail
 from gptcli.reporting import Reporter
@@ -35,8 +38,8 @@ ROWS = 64
 VOCABULARY = 512
 SEQUENCE_LENGTH = 64
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
-# Fields of model.config that set a size; the others (activation, tied embeddings, rope) stay as the recipe has them.
-_SIZES = ("size", "num_", "n_", "head_dim", "_dim", "layer_types", "max_position_embeddings", "window")
+# Fields of model.config that set a size, or go by one; the others (activation, tied embeddings, rope) stay.
+_SIZES = re.compile(r"size|num_|(^|_)[nd]_|_dim|layer_types|max_position_embeddings|window|token_id")
 _WORDS = ("the", "model", "reads", "a", "text", "and", "learns", "to", "write", "what", "comes", "next")
 
 
@@ -44,8 +47,14 @@ def smoke_run(argument: str, overrides: Sequence[str], command: str, reporter: R
     """Take a recipe through every stage; return what each of them gave.
 
     Raises:
+        UsageError: this is one of several processes.
         GptcliError: the stage that does not work, as it would fail in a real run.
     """
+    if (processes := world_size()) > 1:
+        raise UsageError(
+            f"--smoke runs in one process, and {processes} were started",
+            remedy="Run it without the launcher: the recipe's launch section is left aside.",
+        )
     began = time.monotonic()
     loaded = load_recipe(argument, overrides)
     with tempfile.TemporaryDirectory(prefix="gptcli-smoke-") as name, _on_cpu():
@@ -127,7 +136,10 @@ def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
         "train.attention": "auto" if lacks(recipe.train.attention, NO_GPU) else recipe.train.attention,
         "generate.max_new_tokens": 8,
         "tracking.to": [],
+        "launch": None,
     }
+    if "launch" in loaded.written:
+        reporter.say("smoke: one process stands in for launch")
     for key, value in (("precision", recipe.train.precision), ("attention", recipe.train.attention)):
         if lacks(value, NO_GPU) is not None:
             reporter.say(f"smoke: train.{key} {value} needs a GPU; {cuts[f'train.{key}']} stands in for it")
@@ -135,7 +147,9 @@ def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
         cuts["eval.data"] = [_cut_source(s, folder, f"eval-{i}", reporter) for i, s in enumerate(recipe.eval.data)]
     cuts |= _data_cuts(recipe.data, folder, reporter)
     cuts |= _model_cuts(loaded, reporter)
-    return [f"{key}={json.dumps(value)}" for key, value in cuts.items()]
+    # A mapping would be merged over the recipe's, whose fields are those of a larger model.
+    removed = [f"{key}=null" for key, value in cuts.items() if isinstance(value, dict)]
+    return [*removed, *(f"{key}={json.dumps(value)}" for key, value in cuts.items())]
 
 
 def _data_cuts(data: Data | None, folder: Path, reporter: Reporter) -> dict[str, Any]:
@@ -193,7 +207,7 @@ def _model_cuts(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
         reporter.say(f"smoke: a tiny random {smoke_type} stands in for {replaced}")
         cuts["model"] = {"type": smoke_type, "config": dict(TINY)}
         return cuts
-    kept = {key: value for key, value in (model.config or {}).items() if not any(part in key for part in _SIZES)}
+    kept = {key: value for key, value in (model.config or {}).items() if not _SIZES.search(key)}
     cuts["model.preset"] = None
     cuts["model.config"] = {**kept, **TINY}
     return cuts

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from gptcli.recipe.load import load_recipe
+from gptcli.reporting import Silent
+from gptcli.train.smoke import TINY, _model_cuts
 from tests.conftest import REPOSITORY, Cli
 
 RECIPES = REPOSITORY / "recipes"
@@ -56,3 +59,39 @@ def test_smoke_replaces_what_needs_the_hub_and_says_so(tmp_path: Path, run_cli: 
     assert "hub:some/set" in done.out
     assert "tiny random gpt2 stands in for some/model" in done.out
     assert not (tmp_path / "runs").exists()
+
+
+LARGE = """\
+data: {train: text.txt, validation: {tail: 10%}, sequence_length: 64}
+tokenizer: {train: {algorithm: bytes}}
+model: {type: TYPE, config: CONFIG}
+train: {max_steps: 100, global_batch_size: 512}
+"""
+CLUSTER = "launch: {processes: 8, nodes: 4, strategy: fsdp, rendezvous: 'head:29500', parallel: {tp: 2}}\n"
+SIZES = {
+    "llama": "{num_hidden_layers: 24, hidden_size: 2048, num_attention_heads: 32, num_key_value_heads: 8, "
+    "intermediate_size: 5632, head_dim: 64, hidden_act: gelu, pad_token_id: 50000}",
+    "gpt2": "{n_layer: 24, n_embd: 2048, n_head: 32, n_inner: 8192, activation_function: relu}",
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_smoke_cuts_all_sizes_of_a_model_and_runs_in_one_process(kind: str, project: Path, run_cli: Cli) -> None:
+    (project / "large.yaml").write_text(LARGE.replace("TYPE", kind).replace("CONFIG", SIZES[kind]) + CLUSTER)
+    done = run_cli("pretrain", "large.yaml", "model.config.hidden_size=1024", "--smoke", cwd=project)
+    assert done.code == 0, done.err
+    assert done.err == ""
+    assert "one process stands in for launch" in done.out
+
+
+def test_smoke_keeps_what_is_no_size() -> None:
+    sizes = load_recipe("quickstart", ["model.preset=null", f"model.config={SIZES['llama']}"])
+    assert _model_cuts(sizes, Silent())["model.config"] == {**TINY, "hidden_act": "gelu", "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_smoke_of_one_of_several_processes_is_refused(rank: str, project: Path, run_cli: Cli) -> None:
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+    done = run_cli("pretrain", "tiny.yaml", "--smoke", cwd=project, **group)
+    assert done.code == 2
+    assert "--smoke runs in one process, and 2 were started" in done.err
