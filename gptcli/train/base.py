@@ -12,15 +12,18 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import transformers.utils
 
 from gptcli.device import is_out_of_memory
 from gptcli.errors import CheckpointError, GptcliError, first_line
+from gptcli.model.saved import saved_state
 from gptcli.train import random_state, sharding
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from gptcli.train.plan import Plan
 
 utils: Any = transformers.utils
@@ -54,12 +57,14 @@ class Trainer(_Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        del model
         with restoring("the weights", resume_from_checkpoint):
-            divided: Any = self.model
-            if sharding.is_divided(divided):
-                self._issue_warnings_after_load(sharding.load_weights(divided, Path(resume_from_checkpoint)))
+            mine, folder = cast("PreTrainedModel", self.model), Path(resume_from_checkpoint)
+            if sharding.is_divided(mine):
+                result = sharding.load_weights(mine, folder)
             else:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                result = mine.load_state_dict(saved_state(mine, folder), strict=False)
+            self._issue_warnings_after_load(result)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with restoring("the state of the loss scaler", checkpoint):

@@ -20,6 +20,7 @@ from torch import nn
 from gptcli.errors import RecipeError, first_line
 from gptcli.launch import rank, world_size
 from gptcli.model.load import quiet
+from gptcli.model.saved import saved_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -212,5 +213,11 @@ def load_weights(model: PreTrainedModel, folder: Path) -> Any:
                 saved.add(name)
                 if (place := places.get(name)) is not None:
                     local(place).copy_(local(divided_like(file.get_tensor(name), place)))
+    if not saved <= places.keys():  # in other pieces than the model's, or not its own
+        whole_state = saved_state(model, folder)
+        saved = set(whole_state)
+        with torch.no_grad():
+            for name in saved & places.keys():
+                local(places[name]).copy_(local(divided_like(whole_state[name], places[name])))
     missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in saved]
     return _IncompatibleKeys(missing, sorted(saved - places.keys()))
