@@ -37,9 +37,11 @@ CASES: dict[str, tuple[dict[str, Any], int, int, int, dict[str, Any]]] = {
     "llama 10 M": (LLAMA, 258, 256, 16, {}),
     "llama 10 M, 4 at once": (LLAMA, 258, 256, 16, {"micro_batch_size": 4}),
     "llama 10 M, 1 at once": (LLAMA, 258, 256, 16, {"micro_batch_size": 1}),
+    "llama 10 M, checkpointing": (LLAMA, 258, 256, 16, {"activation_checkpointing": True}),
     "gpt2 33 M": (GPT2, 16384, 512, 8, {}),
     "gpt2 33 M, checkpointing": (GPT2, 16384, 512, 8, {"activation_checkpointing": True}),
     "qwen3 29 M": (QWEN3, 16384, 128, 32, {}),
+    "qwen3 29 M, checkpointing": (QWEN3, 16384, 128, 32, {"activation_checkpointing": True}),
     "qwen3 29 M, muon": (QWEN3, 16384, 128, 32, {"optimizer": "muon"}),
 }
 

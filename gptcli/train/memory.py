@@ -6,6 +6,7 @@ are gone when the last gradients come. Measured beside the peak of real runs by 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,11 @@ LIBRARIES_BYTES = 300 << 20
 # glibc's heap grows to this many times the activations in it, as what is freed between tensors that stay is kept and
 # does not always fit the next (benchmarks/memory.py). A GPU's caching allocator has it far less, see HEAD_ROOM.
 CPU_HEAP = 1.4
+# With checkpointing the heap grows by more than that. glibc before 2.38 gives a hole to no aligned block of the hole's
+# own size, only to smaller ones or together with a neighbour (its bug 14581), and torch aligns every tensor: what a
+# layer computes on the way lies between the inputs that stay, and the next layer's, of the same sizes, beyond it. The
+# tensors themselves are there once; both numbers are measured, on four models of 4 to 20 layers (benchmarks/memory.py).
+CPU_HEAP_INPUTS, CPU_HEAP_LAYER = 7, 2
 # Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1: a layer keeps 34 bytes for each value of the model's width in
 # half precision, without the attention matrix; in fp32 twice that. For models whose layers could not be counted.
 HALF_BYTES = 34
@@ -138,10 +144,13 @@ def _activations(counts: Counts, train: Train, step: Step) -> int:
     token = kept.token if kept is not None else (HALF_BYTES if half else 2 * HALF_BYTES) * width
     token += counts.layers * counts.heads * _probabilities(step)
     fixed = kept.fixed if kept is not None else (2 * counts.hidden_matrices if half else 0)
+    cpu = step.kind == "cpu"
     if train.activation_checkpointing:  # the input of each layer, and one layer as it is computed again
-        token, fixed = 4 * width + token / layers, fixed // layers
-    heap = CPU_HEAP if step.kind == "cpu" else 1.0
-    return int(heap * token * step.tokens) + fixed
+        inputs, layer = (CPU_HEAP_INPUTS, CPU_HEAP_LAYER) if cpu else (1, 1)
+        # Never more than where all is kept.
+        heaped = min(inputs * 4 * width + layer * token / layers, CPU_HEAP * token if cpu else math.inf)
+        return int(heaped * step.tokens) + fixed // layers
+    return int((CPU_HEAP if cpu else 1.0) * token * step.tokens) + fixed
 
 
 def _probabilities(step: Step) -> float:

@@ -88,6 +88,18 @@ def test_checkpointing_keeps_the_input_of_each_layer_and_one_layer() -> None:
     assert kept == pytest.approx(4 * counts.layers * counts.width * 4096 + whole / counts.layers, rel=0.01)
 
 
+def test_checkpointing_on_a_cpu_counts_what_its_heap_keeps_between_the_inputs() -> None:
+    """The peak of whole processes, measured (benchmarks/memory.py): MiB at 4,096 tokens in fp32."""
+    train = recipe_train().model_copy(update={"activation_checkpointing": True})
+    llama = {"vocab_size": 258, "head_dim": 64}
+    for layers, width, mlp, measured in ((6, 384, 1024, 967), (20, 256, 704, 1278)):
+        sizes = {"hidden_size": width, "intermediate_size": mlp, "num_attention_heads": width // 64}
+        sizes |= {"num_hidden_layers": layers, "num_key_value_heads": width // 64}
+        counts = count_parameters(make_model("llama", **{**llama, **sizes}).config)
+        step = Step("cpu", tokens=4096, length=256, halves=True)
+        assert sum(memory_estimate(counts, train, step).values()) / 2**20 == pytest.approx(measured, rel=0.15)
+
+
 def test_eager_attention_keeps_its_matrix_and_blocks_keep_short_ones() -> None:
     counts = replace(COUNTS, heads=4)
 
