@@ -148,3 +148,20 @@ def test_overwrite_with_a_recipe_that_cannot_run_keeps_the_old_run(project: Path
     done = run_cli("pretrain", "tiny.yaml", "data.train=gone.txt", "--overwrite", cwd=project)
     assert done.code == 3
     assert (project / "runs" / "tiny" / "final" / "model.safetensors").exists()
+
+
+def test_a_mixture_of_experts_whose_files_have_other_names_goes_on(tmp_path: Path, run_cli: Cli) -> None:
+    folder = make_project(tmp_path)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "moe_intermediate_size": 32}
+    model = {"type": "qwen3_moe", "config": {**sizes, "num_experts": 4, "num_experts_per_tok": 2}}
+    command = ("pretrain", "tiny.yaml", "model=null", f"model={json.dumps(model)}")
+    assert run_cli(*command, cwd=folder).code == 0
+    whole, run = folder / "runs" / "whole", folder / "runs" / "tiny"
+    shutil.copytree(run, whole)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoint-8")
+    done = run_cli(*command, cwd=folder)
+    assert done.code == 0, done.err
+    assert "from checkpoint-4" in done.out
+    assert_same_model(whole / "final", run / "final")
+    assert lines(run) == lines(whole)
