@@ -53,10 +53,12 @@ def auto_tf32(hardware: Hardware) -> bool:
     return hardware.capability is not None and hardware.capability >= AMPERE and not hardware.rocm
 
 
-def auto_compile(hardware: Hardware, *, precision: str, steps: int) -> tuple[bool, str]:
-    """torch.compile where it is known to pay within the planned steps."""
+def auto_compile(hardware: Hardware, *, precision: str, steps: int, by_zero: bool = False) -> tuple[bool, str]:
+    """torch.compile where it is known to pay within the planned steps; `by_zero`: DeepSpeed divides the model."""
     if hardware.kind == "cpu":
         return False, "a CPU gains 0 to 2% from 20 s of compiling (benchmarks/compile.py)"
+    if by_zero:
+        return False, "not known to work with DeepSpeed"
     if hardware.kind != "cuda":
         return False, f"not known to pay on {hardware.kind}"
     if "triton" not in hardware.packages:

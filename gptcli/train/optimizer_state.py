@@ -89,5 +89,7 @@ def load(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -> None
 
 def _names(model: nn.Module, optimizer: Any) -> list[str]:
     """The parameters' names, as torch numbers them."""
+    if (known := getattr(optimizer, "parameter_names", None)) is not None:  # of one that updates others in their place
+        return list(known)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

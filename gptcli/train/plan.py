@@ -148,7 +148,13 @@ def make_plan(
         reason = "fp32 products rounded to 10 bits of mantissa on this GPU; train.trainer_args={tf32: false}: not"
         decisions.append(Decision("tf32", "on", reason))
     compiled = (
-        choice("train.compile", train.compile, lambda: modes.auto_compile(hardware, precision=precision, steps=steps))
+        choice(
+            "train.compile",
+            train.compile,
+            lambda: modes.auto_compile(
+                hardware, precision=precision, steps=steps, by_zero=recipe.launch.strategy == "deepspeed"
+            ),
+        )
         == "on"
     )
     attention = choice(

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from gptcli.runs.folder import RunFolder
     from gptcli.train.callbacks import Schedule
     from gptcli.train.plan import Plan
+    from gptcli.train.zero import Zero
 
 
 class CausalTrainer(AheadTrainer):
@@ -62,6 +63,7 @@ class CausalTrainer(AheadTrainer):
         sample: generates and records texts; called between steps.
         reporter: where lines are printed.
         progress: the progress display.
+        zero: the optimizer of a model that DeepSpeed divides.
     """
 
     # Our loss is divided by the tokens of the whole accumulated batch already.
@@ -84,6 +86,7 @@ class CausalTrainer(AheadTrainer):
         sample: Callable[[PreTrainedModel, int], None],
         reporter: Reporter,
         progress: Progress,
+        zero: Zero | None = None,
     ) -> None:
         self._recipe = recipe
         self._tokenizer = tokenizer
@@ -105,6 +108,7 @@ class CausalTrainer(AheadTrainer):
         patience = recipe.train.early_stopping_patience
         self.best = None if patience is None else Best(patience)
         self._run_rows = RunRows(rows, plan.total_rows)
+        self._zero = zero
         super().__init__(
             model=model,
             args=args,
@@ -127,6 +131,7 @@ class CausalTrainer(AheadTrainer):
             and recipe.train.optimizer == "adamw"
             and self._scaled is None
             and not sharding.is_divided(model)
+            and self._zero is None
         )
         self._guard = StepGuard(
             recipe.train,
@@ -142,7 +147,8 @@ class CausalTrainer(AheadTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The recipe's optimizer; names other than adamw and muon are built by transformers."""
         if self.optimizer is None:
-            self.optimizer = optim.build_optimizer(self.plain_model, self._recipe.train)
+            built: Any = self._zero or optim.build_optimizer(self.plain_model, self._recipe.train)
+            self.optimizer = built
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
 
@@ -155,6 +161,7 @@ class CausalTrainer(AheadTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The recipe's learning-rate schedule; names other than ours are built by transformers."""
         if self.lr_scheduler is None:
+            optimizer = optimizer if self._zero is None else self._zero.inner
             built: Any = optimizer or self.optimizer
             self.lr_scheduler = optim.build_schedule(
                 built,
@@ -218,9 +225,8 @@ class CausalTrainer(AheadTrainer):
             optimizer.optimizer.found_inf = (~finite).float()
             self._meter.take_back(keep=finite)
         if not self._guard.judge(step, loss, norm):
-            # Without gradients an optimizer changes neither weights nor its own state.
             self._meter.take_back()
-            model.zero_grad(set_to_none=True)
+            self.drop_gradient(model)
         return norm
 
     def _summed(self, nats: torch.Tensor) -> torch.Tensor:
@@ -249,7 +255,7 @@ class CausalTrainer(AheadTrainer):
         # The Trainer comes here once more at the end of its epoch, for the step that it has reported already.
         if self._sampled_at != self.state.global_step and self._schedule.sample_due(self.state.global_step):
             self._sampled_at = self.state.global_step
-            if self.is_world_process_zero() or sharding.is_divided(self.plain_model):
+            if self.is_world_process_zero() or self._zero is not None or sharding.is_divided(self.plain_model):
                 self._sample(self.plain_model, self.state.global_step)
                 sharding.part_again(self.plain_model)
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -359,6 +365,8 @@ class CausalTrainer(AheadTrainer):
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """The weights of a divided model, on rank 0, which all processes bring together; None of one that is whole."""
+        if self._zero is not None:
+            return self._zero.whole_weights()
         return sharding.whole_weights(self.plain_model) if sharding.is_divided(self.plain_model) else None
 
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
