@@ -31,6 +31,7 @@ from gptcli.train.rows import RunRows, whole
 from gptcli.train.scaling import follow_scaler
 from gptcli.train.validation import validation_loss
 from gptcli.train.weights import write_model
+from gptcli.train.zero import say_fp32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -372,6 +373,8 @@ class CausalTrainer(AheadTrainer):
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
         """Write the model, with `whole_weights`, and the tokenizer: a plain Hugging Face folder."""
         write_model(folder, self.plain_model, self._tokenizer, weights, use_cache=self._use_cache)
+        if self._zero is not None:
+            say_fp32(folder)
 
     def run_from(self, start: Path | None) -> None:
         """Train to the end, or until the schedule stops it, from a checkpoint or from the first step."""

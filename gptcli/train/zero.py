@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import math
 import warnings
@@ -161,7 +162,8 @@ class Zero:
             for number, name in enumerate(names, first):
                 of_one = {}
                 for key, value in self.inner.state.get(flats[0], {}).items():
-                    whole = safe_get_full_optimizer_state(parameters[name], key) if value.ndim else value
+                    # Each its own number of steps: one tensor for all would be counted up once for each of them.
+                    whole = safe_get_full_optimizer_state(parameters[name], key) if value.ndim else value.clone()
                     if is_main_process():
                         of_one[key] = whole.cpu()
                 if of_one:
@@ -239,12 +241,27 @@ def _engine(model: PreTrainedModel, optimizer: torch.optim.Optimizer, settings: 
         # A kernel for inference, which it would compile at every first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
+            if settings["zero_optimization"]["stage"] == 3:
+                if settings["bf16"]["enabled"]:
+                    for parameter in model.parameters():
+                        parameter.data = parameter.data.bfloat16()
+                # One by one: the engine would have the whole model on the device first.
+                deepspeed.init_distributed(dist_init_required=False)
+                deepspeed.zero.Init(module=model, config_dict_or_path=settings)
             return deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
         except (ValueError, AssertionError, TypeError, deepspeed.DeepSpeedConfigError) as error:
             raise RecipeError(
                 f"launch.deepspeed: DeepSpeed refuses the configuration: {first_line(error)[:300]}",
                 remedy="Its keys: https://www.deepspeed.ai/docs/config-json",
             ) from error
+
+
+def say_fp32(folder: Path) -> None:
+    """Let a saved configuration name the type of the weights beside it, where transformers names that in training."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("dtype") != "float32":
+        path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_divided(model: torch.nn.Module, processes: int) -> None:
