@@ -66,7 +66,7 @@ def check_zero(loaded: LoadedRecipe, plan: Plan, *, here: bool) -> None:
             raise RecipeError(
                 f"{key}: {_text(value)} is not known to work with launch.strategy: deepspeed",
                 where=loaded.where(key),
-                remedy=f"{' and '.join(map(_text, known))} does; or set launch.strategy: fsdp.",
+                remedy=f"Known to work: {', '.join(map(_text, known))}. Or set launch.strategy: fsdp.",
             )
     zero_settings(loaded, plan)
     if here:
