@@ -76,7 +76,7 @@ def sharing_of(strategy: str, launch: Launch) -> str:
     if strategy != "deepspeed":
         return strategy
     stage = zero_stage(launch.deepspeed)
-    return f"zero{stage}" if stage in (0, 1, 2, 3) else f"zero{ZERO_STAGE}"
+    return f"zero{stage}" if type(stage) is int and 0 <= stage <= 3 else f"zero{ZERO_STAGE}"
 
 
 def zero_stage(configuration: dict[str, Any]) -> Any:

@@ -116,7 +116,7 @@ class Zero:
                 value = safe_get_full_fp32_param(parameter)
             else:
                 with deepspeed.zero.GatheredParameters([parameter]):
-                    value = parameter.detach().float()
+                    value = parameter.detach().float().clone()
             if is_main_process():
                 found[name] = value.cpu()
         buffers = dict(self._model.named_buffers())

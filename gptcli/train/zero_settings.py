@@ -149,7 +149,7 @@ def _check(loaded: LoadedRecipe, plan: Plan, key: str, value: Any, decided: dict
 
 
 def _check_stage(value: Any, plan: Plan, where: str) -> None:
-    if value == "auto" or (value in (1, 2, 3) and not isinstance(value, bool)):
+    if value == "auto" or (type(value) is int and 1 <= value <= 3):
         if value == 1 and plan.precision == "bf16":
             raise RecipeError(
                 f"{KEY}.zero_optimization.stage: 1 is for fp32 here",
