@@ -128,7 +128,7 @@ def test_a_nan_stops_before_the_update_and_one_that_is_skipped_changes_nothing(
 
 
 @pytest.mark.parametrize("number", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
-def test_each_process_holds_its_part(tmp_path: Path, number: int) -> None:
+def test_each_process_holds_its_part_and_takes_it_back(tmp_path: Path, number: int) -> None:
     script = Path(__file__).with_name("zero_parts.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
     path = os.pathsep.join([str(REPOSITORY), *sys.path])
@@ -144,5 +144,6 @@ def test_each_process_holds_its_part(tmp_path: Path, number: int) -> None:
         half = part["every"] / 2 + 64  # what fills parameters and groups up
         assert part["state"] <= half
         assert part["gradient"] <= half
+        assert part["whole"]
         assert (part["parts"] <= half and part["weights"] == 0) == (number == 3)
     assert sum(part["state"] for part in found) >= found[0]["every"]
