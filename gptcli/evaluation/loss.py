@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcli.errors import DataError, UsageError
+from gptcli.launch import world_size
 from gptcli.model.load import evaluating, quiet
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ def score_windows(
 
     forward = None
     threads = torch.get_num_threads()
-    if model.device.type != "cpu" or threads < 2:
+    # The passes of a model that is divided over processes have to come in the same order on all of them.
+    if model.device.type != "cpu" or threads < 2 or world_size() > 1:
         for batch, counts in _shared(_batches(windows, _batch_limit(model, batch_tokens)), *part):
             forward = forward or _choose_forward(model, pad_id)
             scored = _score(forward, batch, model.device, pad_id)

@@ -75,8 +75,6 @@ TABLE: tuple[Row, ...] = (
     Row("finetune.beta", feature="preference tuning"),
     Row("finetune.reward", feature="a reward"),
     Row("finetune.freeze", feature="freezing modules"),
-    Row("launch.strategy", ("auto", "ddp", "fsdp")),
-    Row("launch.deepspeed", feature="DeepSpeed"),
     Row("eval.references", feature="comparing with references"),
     Row("eval.metrics", ("perplexity",)),
     Row("eval.labels", feature="classification by labels"),

@@ -44,7 +44,10 @@ class Launch(Section):
     rendezvous: str | None = Field(default=None, description="host:port at which the machines meet.")
     parallel: Parallel = Field(default_factory=Parallel.model_construct, description="accelerate's parallelism_config.")
     fsdp: Fsdp = Field(default_factory=Fsdp.model_construct, description="How fsdp divides the model.")
-    deepspeed: dict[str, Any] = Field(default={}, description="A DeepSpeed configuration.")
+    deepspeed: dict[str, Any] = Field(
+        default={},
+        description="A DeepSpeed configuration; batches, precision, optimizer and clipping are filled in.",
+    )
 
 
 class Tokenize(Section):

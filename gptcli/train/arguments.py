@@ -61,10 +61,20 @@ def check_names(loaded: LoadedRecipe) -> None:
         _known(loaded, f"train.trainer_args.{name}", name, fields)
     behind = next((found for part, found in _OPTIMIZER_PACKAGES.items() if part in train.optimizer), None)
     if behind is not None:
-        _installed(loaded, "train.optimizer", train.optimizer, *behind)
+        check_installed(loaded, "train.optimizer", train.optimizer, *behind)
     for tracker in loaded.recipe.tracking.to:
-        _installed(
+        check_installed(
             loaded, "tracking.to", tracker, _TRACKERS[tracker], "gptcli[track]" if tracker != "mlflow" else tracker
+        )
+
+
+def check_installed(loaded: LoadedRecipe, key: str, value: str, package: str, requirement: str) -> None:
+    """Raise a `MissingError`, with the command that installs it, where a package that a value needs is not there."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingError(
+            f"{key}: {value} needs the package {package}, which is not installed",
+            where=loaded.where(key),
+            remedy=f"{Path(sys.executable).name} -m pip install '{requirement}'",
         )
 
 
@@ -75,6 +85,9 @@ def training_arguments(loaded: LoadedRecipe, plan: Plan, run: Path, device_kind:
     recipe = loaded.recipe
     train = recipe.train
     _tracker_environment(loaded, run)
+    if device_kind == "cpu":
+        # accelerate imports DeepSpeed where it is installed, which says on standard output that there is no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     given: dict[str, Any] = {
         "output_dir": str(run),
         "run_name": recipe.tracking.name or recipe.name,
@@ -131,15 +144,6 @@ def _known(loaded: LoadedRecipe, key: str, value: str, known: set[str]) -> None:
     near = difflib.get_close_matches(value, sorted(known), n=3, cutoff=0.5)
     remedy = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(known)[:12])}, ..."
     raise RecipeError(f"{key}: the installed transformers knows no {value!r}", where=loaded.where(key), remedy=remedy)
-
-
-def _installed(loaded: LoadedRecipe, key: str, value: str, package: str, requirement: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise MissingError(
-            f"{key}: {value} needs the package {package}, which is not installed",
-            where=loaded.where(key),
-            remedy=f"{Path(sys.executable).name} -m pip install '{requirement}'",
-        )
 
 
 def _tracker_environment(loaded: LoadedRecipe, run: Path) -> None:

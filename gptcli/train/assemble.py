@@ -24,6 +24,7 @@ from gptcli.train.modes import BLOCKS, check_modes
 from gptcli.train.plan import Plan, make_plan, without_compiler
 from gptcli.train.shortage import explained, out_of_memory
 from gptcli.train.strategy import check_strategy
+from gptcli.train.zero_settings import check_zero
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,7 @@ def assemble(
         plan = planned(loaded, hardware=hardware)
     check_modes(loaded, plan, hardware, usable)
     check_strategy(loaded, plan)
+    check_zero(loaded, plan, here=hardware.here)
     uncompiled = without_compiler(planned(_not_compiling(loaded), hardware=hardware)) if plan.compile else None
     fingerprints = {
         "recipe": fingerprint(loaded.written),

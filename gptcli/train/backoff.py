@@ -13,7 +13,7 @@ import torch
 
 from gptcli.device import free_memory, is_out_of_memory
 from gptcli.train.batches import next_smaller
-from gptcli.train.lean import LeanTrainer
+from gptcli.train.zero import ZeroTrainer
 
 if TYPE_CHECKING:
     from gptcli.reporting import Reporter
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Replan = Callable[[int, str], "Plan"]
 
 
-class BackOffTrainer(LeanTrainer):
+class BackOffTrainer(ZeroTrainer):
     """A Trainer that halves its micro-batch when a forward or backward pass runs out of memory.
 
     The Trainer's loop goes on handing out micro-batches of the size that it began with, each of which is then run in

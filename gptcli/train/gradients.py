@@ -20,20 +20,33 @@ def gradient_norm(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
-    held = copies(gradients)
-    parts = [(local(gradient), count) for gradient, count in zip(gradients, held or [1] * len(gradients), strict=True)]
-    if gradients[0].device.type == "cpu":
-        parts = [(piece, count) for part, count in parts for piece in torch.split(part.reshape(-1), PIECE)]
-    norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
+    return norm_of([local(gradient) for gradient in gradients], copies(gradients))
+
+
+def norm_of(parts: Sequence[torch.Tensor], held: Sequence[int] | None) -> torch.Tensor:
+    """The Euclidean norm of tensors of which a process has parts.
+
+    Args:
+        parts: what this process has.
+        held: how many processes have the same of each; None: all have all.
+    """
+    pieces = list(zip(parts, held or [1] * len(parts), strict=True))
+    if parts[0].device.type == "cpu":
+        pieces = [(piece, count) for part, count in pieces for piece in torch.split(part.reshape(-1), PIECE)]
+    norms = torch.stack(torch._foreach_norm([piece for piece, _ in pieces])).double()
     if held is None:  # nothing goes to the device: a GPU would be waited for
         return norms.square().sum().sqrt().float()
-    squares = (norms.square() / torch.tensor([count for _, count in parts], device=norms.device)).sum()
+    squares = (norms.square() / torch.tensor([count for _, count in pieces], device=norms.device)).sum()
     torch.distributed.all_reduce(squares)
     return squares.sqrt().float()
 
 
 def clip(parameters: Sequence[torch.nn.Parameter], norm: torch.Tensor, most: float) -> None:
     """Scale the gradients of parameters down so that their norm is at most `most`, as `torch.nn.utils` does."""
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+    clip_parts([local(parameter.grad) for parameter in parameters if parameter.grad is not None], norm, most)
+
+
+def clip_parts(parts: Sequence[torch.Tensor], norm: torch.Tensor, most: float) -> None:
+    """Scale what this process has of gradients of such a norm."""
+    if parts:
+        torch._foreach_mul_(list(parts), (most / (norm + 1e-6)).clamp(max=1.0))

@@ -132,7 +132,8 @@ def _states(counts: Counts, train: Train, step: Step) -> dict[str, int]:
     return {
         "weights": size * total // (divided if stage >= 3 else 1),
         "gradients": size * total // (divided if stage >= 2 else 1),
-        "optimizer": (optimizer + (4 * total if half else 0)) // (divided if stage >= 1 else 1),
+        # The fp32 weights once more, but where they are the divided ones themselves.
+        "optimizer": (optimizer + (4 * total if half or stage < 3 else 0)) // (divided if stage >= 1 else 1),
     }
 
 

@@ -57,12 +57,12 @@ def auto_tf32(hardware: Hardware) -> bool:
 OF_ROWS = ("train.compile", "train.attention")
 
 
-def auto_compile(hardware: Hardware, *, precision: str, steps: int, divided_rows: bool = False) -> tuple[bool, str]:
-    """torch.compile where it is known to pay within the planned steps."""
-    if divided_rows:
-        return False, "rows are divided over processes"
+def auto_compile(hardware: Hardware, *, precision: str, steps: int, misfit: str = "") -> tuple[bool, str]:
+    """torch.compile where it is known to pay within the planned steps; `misfit`: what it does not go with."""
     if hardware.kind == "cpu":
         return False, "a CPU gains 0 to 2% from 20 s of compiling (benchmarks/compile.py)"
+    if misfit:
+        return False, misfit
     if hardware.kind != "cuda":
         return False, f"not known to pay on {hardware.kind}"
     if "triton" not in hardware.packages:

@@ -116,5 +116,7 @@ def _saved(folder: Path, *, mapped: bool) -> dict[str, Any]:
 
 def _names(model: nn.Module, optimizer: Any) -> list[str]:
     """The parameters' names, as torch numbers them."""
+    if (known := getattr(optimizer, "parameter_names", None)) is not None:  # of one that updates others in their place
+        return list(known)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

@@ -155,11 +155,14 @@ def make_plan(
     if tf32 and precision == "fp32":
         reason = "fp32 products rounded to 10 bits of mantissa on this GPU; train.trainer_args={tf32: false}: not"
         decisions.append(Decision("tf32", "on", reason))
+    misfit = "rows are divided over processes" if cut else ""
+    if recipe.launch.strategy == "deepspeed":
+        misfit = "not known to work with DeepSpeed"
     compiled = (
         choice(
             "train.compile",
             train.compile,
-            lambda: modes.auto_compile(hardware, precision=precision, steps=steps, divided_rows=cut),
+            lambda: modes.auto_compile(hardware, precision=precision, steps=steps, misfit=misfit),
         )
         == "on"
     )

@@ -28,7 +28,8 @@ from gptcli.train.plan import MICRO_BATCH, Plan, with_micro_batch
 from gptcli.train.record import now, record_end
 from gptcli.train.resume import Start, ended_early
 from gptcli.train.shortage import explained, out_of_memory
-from gptcli.train.strategy import is_divided
+from gptcli.train.strategy import by_zero, is_divided
+from gptcli.train.zero_settings import zero_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -210,6 +211,7 @@ def _build_trainer(
     from gptcli.train.callbacks import Schedule
     from gptcli.train.samples import Sampler
     from gptcli.train.trainer import CausalTrainer
+    from gptcli.train.zero import Zero
 
     loaded, plan = assembly.loaded, assembly.plan
     recipe = loaded.recipe
@@ -221,6 +223,7 @@ def _build_trainer(
         "fingerprints": assembly.fingerprints,
         "recipe": resolved(loaded),
     }
+    zero = Zero(model, recipe.train, zero_settings(loaded, plan)) if by_zero(plan) else None
     with quiet():
         return CausalTrainer(
             model=model,
@@ -249,6 +252,7 @@ def _build_trainer(
             sample=Sampler(recipe, tokenizer, assembly.run, reporter),
             reporter=reporter,
             progress=progress,
+            zero=zero,
         )
 
 

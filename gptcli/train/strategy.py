@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError
 from gptcli.train.memory import mebibytes
@@ -43,6 +43,11 @@ def auto_strategy(hardware: Hardware, one_row: int) -> tuple[str, str]:
 def is_divided(plan: Plan) -> bool:
     """Whether the processes of a plan hold parts of the model."""
     return plan.world_size > 1 and (plan.strategy == "fsdp" or plan.tensor_parallel > 1)
+
+
+def by_zero(plan: Plan) -> bool:
+    """Whether DeepSpeed divides a plan's work; one process has nothing to divide."""
+    return plan.world_size > 1 and plan.strategy == "deepspeed"
 
 
 def check_strategy(loaded: LoadedRecipe, plan: Plan) -> None:
@@ -94,6 +99,12 @@ def sharing_of(strategy: str, launch: Launch) -> str:
     """The memory's arithmetic of a strategy: ddp, fsdp, or zero0 to zero3 for DeepSpeed's stage."""
     if strategy != "deepspeed":
         return strategy
-    zero = launch.deepspeed.get("zero_optimization")
+    stage = zero_stage(launch.deepspeed)
+    return f"zero{stage}" if type(stage) is int and 0 <= stage <= 3 else f"zero{ZERO_STAGE}"
+
+
+def zero_stage(configuration: dict[str, Any]) -> Any:
+    """The stage that a DeepSpeed configuration says, 2 where it says none."""
+    zero = configuration.get("zero_optimization")
     stage = zero.get("stage", ZERO_STAGE) if isinstance(zero, dict) else ZERO_STAGE
-    return f"zero{stage}" if stage in (0, 1, 2, 3) else f"zero{ZERO_STAGE}"
+    return ZERO_STAGE if stage == "auto" else stage

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from gptcli.runs.folder import RunFolder
     from gptcli.train.callbacks import Schedule
     from gptcli.train.plan import Plan
+    from gptcli.train.zero import Zero
 
 
 class CausalTrainer(AheadTrainer):
@@ -62,6 +63,7 @@ class CausalTrainer(AheadTrainer):
         sample: generates and records texts; called between steps.
         reporter: where lines are printed.
         progress: the progress display.
+        zero: the optimizer of a model that DeepSpeed divides.
     """
 
     # Our loss is divided by the tokens of the whole accumulated batch already.
@@ -84,6 +86,7 @@ class CausalTrainer(AheadTrainer):
         sample: Callable[[PreTrainedModel, int], None],
         reporter: Reporter,
         progress: Progress,
+        zero: Zero | None = None,
     ) -> None:
         self._recipe = recipe
         self._plan = plan
@@ -104,6 +107,7 @@ class CausalTrainer(AheadTrainer):
         patience = recipe.train.early_stopping_patience
         self.best = None if patience is None else Best(patience)
         self._run_rows = RunRows(rows, plan.total_rows)
+        self._zero = zero
         super().__init__(
             model=model,
             args=args,
@@ -126,6 +130,7 @@ class CausalTrainer(AheadTrainer):
             and recipe.train.optimizer == "adamw"
             and self._scaled is None
             and not sharding.is_divided(model)
+            and self._zero is None
         )
         self._guard = StepGuard(
             recipe.train,
@@ -141,7 +146,8 @@ class CausalTrainer(AheadTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The recipe's optimizer; names other than adamw and muon are built by transformers."""
         if self.optimizer is None:
-            self.optimizer = optim.build_optimizer(self.plain_model, self._recipe.train)
+            built: Any = self._zero or optim.build_optimizer(self.plain_model, self._recipe.train)
+            self.optimizer = built
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
 
@@ -154,6 +160,7 @@ class CausalTrainer(AheadTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The recipe's learning-rate schedule; names other than ours are built by transformers."""
         if self.lr_scheduler is None:
+            optimizer = optimizer if self._zero is None else self._zero.inner
             built: Any = optimizer or self.optimizer
             self.lr_scheduler = optim.build_schedule(
                 built,
@@ -219,9 +226,8 @@ class CausalTrainer(AheadTrainer):
             optimizer.optimizer.found_inf = (~finite).float()
             self._meter.take_back(keep=finite)
         if not self._guard.judge(step, loss, norm):
-            # Without gradients an optimizer changes neither weights nor its own state.
             self._meter.take_back()
-            model.zero_grad(set_to_none=True)
+            self.drop_gradient(model)
         return norm
 
     def _summed(self, nats: torch.Tensor) -> torch.Tensor:
@@ -250,7 +256,7 @@ class CausalTrainer(AheadTrainer):
         # The Trainer comes here once more at the end of its epoch, for the step that it has reported already.
         if self._sampled_at != self.state.global_step and self._schedule.sample_due(self.state.global_step):
             self._sampled_at = self.state.global_step
-            if self.is_world_process_zero() or sharding.is_divided(self.plain_model):
+            if self.is_world_process_zero() or self._zero is not None or sharding.is_divided(self.plain_model):
                 self._sample(self.plain_model, self.state.global_step)
                 sharding.part_again(self.plain_model)
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -358,7 +364,9 @@ class CausalTrainer(AheadTrainer):
 
     def collect(self, writers: Sequence[int], optimizer: Any = None) -> Write | None:
         """`weights.collect` of the model."""
-        return weights.collect(self.plain_model, writers, use_cache=self._use_cache, optimizer=optimizer)
+        return weights.collect(
+            self.plain_model, writers, use_cache=self._use_cache, optimizer=optimizer, zero=self._zero
+        )
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer into a folder."""

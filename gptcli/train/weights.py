@@ -11,6 +11,7 @@ from gptcli.launch import is_main_process
 from gptcli.model.load import quiet
 from gptcli.train import optimizer_state, sharding, together
 from gptcli.train.together import Write
+from gptcli.train.zero import Zero, say_fp32
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def collect(
-    model: PreTrainedModel, writers: Sequence[int], *, use_cache: bool | None, optimizer: Any = None
+    model: PreTrainedModel,
+    writers: Sequence[int],
+    *,
+    use_cache: bool | None,
+    optimizer: Any = None,
+    zero: Zero | None = None,
 ) -> Write | None:
     """Bring together what this process writes of a model; for all processes to call together.
 
@@ -27,14 +33,18 @@ def collect(
         writers: their ranks.
         use_cache: that of the model's configuration before training, which turns the key-value cache off.
         optimizer: whose state is written too.
+        zero: what divides the model and that state, if DeepSpeed does; rank 0 writes then.
 
     Returns:
         What writes that into a folder, rank 0 the configuration too; None where there is nothing to write.
     """
     owner = together.owners(sharding.weight_sizes(model), writers) if sharding.is_divided(model) else None
-    if owner is None and not is_main_process():
+    if owner is None and zero is None and not is_main_process():
         return None
-    weights = None if owner is None else sharding.owned_weights(model, owner)
+    if zero is not None:
+        weights = zero.whole_weights()
+    else:
+        weights = None if owner is None else sharding.owned_weights(model, owner)
     state = None if optimizer is None else optimizer_state.by_name(model, optimizer, owner)
     if not is_main_process() and not weights:
         return None
@@ -45,6 +55,8 @@ def collect(
                 model.save_pretrained(folder, state_dict=weights)
             elif weights:
                 _save_part(folder, model, weights)
+        if zero is not None:
+            say_fp32(folder)
         if state is not None:
             optimizer_state.save(folder, state)
 

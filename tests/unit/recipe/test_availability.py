@@ -42,7 +42,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "train.neftune_noise_alpha=5",
         "train.profile={start: 1}",
         "train.best_metric=accuracy",
-        "launch.strategy=deepspeed",
     ],
 )
 def test_what_does_not_exist_yet_is_refused_with_its_place(recipe: str, override: str) -> None:
@@ -93,6 +92,8 @@ def test_eval_refuses_metrics_of_later(recipe: str, override: str) -> None:
         "launch.nodes=2",
         "launch.rendezvous=head:29400",
         "launch.strategy=ddp",
+        "launch.strategy=deepspeed",
+        "launch.deepspeed={zero_optimization: {stage: 3}}",
         "tracking.to=[wandb]",
         "data.validation={tail: 10%}",
         "data.train=[a.txt, b.txt]",
