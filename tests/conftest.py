@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--all-faults"):
         for item in items:
             if item.get_closest_marker("slow_fault"):
-                item.add_marker(pytest.mark.skip(reason="slow: make faults"))
+                item.add_marker(pytest.mark.skip(reason="slow: make faults, make distributed"))
 
 
 @dataclass(frozen=True)
