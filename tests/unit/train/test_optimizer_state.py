@@ -37,7 +37,8 @@ def test_the_order_of_the_parameters_does_not_matter(tmp_path: Path) -> None:
     one = make()
     names = [name for name, _ in one.named_parameters()]
     optimizer, schedule = trained(one, names)
-    optimizer_state.save(tmp_path, optimizer_state.by_name(one, optimizer), schedule)
+    optimizer_state.save(tmp_path, optimizer_state.by_name(one, optimizer))
+    optimizer_state.save_schedule(tmp_path, schedule)
 
     other = copy.deepcopy(one)
     loaded, loaded_schedule = trained(other, names[::-1], steps=0)
@@ -53,7 +54,8 @@ def test_the_state_of_another_model_or_optimizer_is_refused(tmp_path: Path) -> N
     model = make()
     names = [name for name, _ in model.named_parameters()]
     optimizer, schedule = trained(model, names)
-    optimizer_state.save(tmp_path, optimizer_state.by_name(model, optimizer), schedule)
+    optimizer_state.save(tmp_path, optimizer_state.by_name(model, optimizer))
+    optimizer_state.save_schedule(tmp_path, schedule)
     larger = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 5))
     with pytest.raises(CheckpointError, match="other parameters"):
         optimizer_state.load(tmp_path, larger, *trained(larger, [name for name, _ in larger.named_parameters()]))
