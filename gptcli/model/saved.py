@@ -7,6 +7,7 @@ the files have it does not fit the model.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,15 @@ def saved_state(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]
     own: dict[str, torch.Tensor] = filled.state_dict()
     state = {name: values for name, values in own.items() if name not in told["missing_keys"]}
     return state | {name: values for name, values in saved.items() if name in told["unexpected_keys"]}
+
+
+def fit(model: PreTrainedModel, saved: Collection[str]) -> Any:
+    """What `load_state_dict` would say of weights of such names: which a model lacks, and which it has not."""
+    from torch.nn.modules.module import _IncompatibleKeys
+
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    places = {*parameters, *(name for name, _ in model.named_buffers())}
+    return _IncompatibleKeys([name for name in parameters if name not in saved], sorted(set(saved) - places))
 
 
 def _own_class(model: PreTrainedModel) -> Any:

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +21,7 @@ from torch import nn
 from gptcli.errors import RecipeError, first_line
 from gptcli.launch import rank, world_size
 from gptcli.model.load import quiet
-from gptcli.model.saved import saved_state
+from gptcli.model.saved import fit, saved_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,11 +108,16 @@ def check_divided(model: nn.Module, processes: int) -> None:
     every = sum(parameter.numel() for parameter in model.parameters())
     # The first rank's parts are rounded up: by at most one row of each parameter.
     rows = sum(parameter.numel() // max(1, parameter.shape[0]) for parameter in model.parameters())
-    if whole or held > every / processes + rows:
+    refuse_whole(model, "fsdp", whole=len(whole), held=held, every=every, most=every / processes + rows)
+
+
+def refuse_whole(model: nn.Module, strategy: str, *, whole: int, held: int, every: int, most: float) -> None:
+    """Raise a `RecipeError` where parameters stayed whole, or this process holds more values than `most` of `every`."""
+    if whole or held > most:
         raise RecipeError(
-            f"launch.strategy: fsdp did not divide {type(model).__name__}: {len(whole)} parameters are whole, "
+            f"launch.strategy: {strategy} did not divide {type(model).__name__}: {whole} parameters are whole, "
             f"{held:,} of {every:,} values are here",
-            remedy="Set launch.strategy: ddp.",
+            remedy=f"Set launch.strategy: {'ddp' if strategy == 'fsdp' else 'fsdp'}.",
         )
 
 
@@ -203,21 +209,21 @@ def weight_sizes(model: PreTrainedModel) -> dict[str, int]:
 def load_weights(model: PreTrainedModel, folder: Path) -> Any:
     """Fill a divided model from a folder with safetensors, one tensor at a time; what `load_state_dict` returns."""
     from safetensors import safe_open
-    from torch.nn.modules.module import _IncompatibleKeys
 
     places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    saved: set[str] = set()
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                saved.add(name)
-                if (place := places.get(name)) is not None:
-                    local(place).copy_(local(divided_like(file.get_tensor(name), place)))
-    if not saved <= places.keys():  # in other pieces than the model's, or not its own
-        whole_state = saved_state(model, folder)
-        saved = set(whole_state)
-        with torch.no_grad():
-            for name in saved & places.keys():
-                local(places[name]).copy_(local(divided_like(whole_state[name], places[name])))
-    missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in saved]
-    return _IncompatibleKeys(missing, sorted(saved - places.keys()))
+
+    def put(name: str, value: torch.Tensor) -> None:
+        local(places[name]).copy_(local(divided_like(value, places[name])))
+
+    paths = sorted(folder.glob("model*.safetensors"))
+    with ExitStack() as opened, torch.no_grad():
+        files = [opened.enter_context(safe_open(path, framework="pt")) for path in paths]
+        holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        if holders.keys() <= places.keys():
+            for name, file in holders.items():
+                put(name, file.get_tensor(name))
+            return fit(model, holders)
+        state = saved_state(model, folder)  # in other pieces than the model's, or not its own
+        for name in state.keys() & places.keys():
+            put(name, state[name])
+        return fit(model, state)

@@ -21,11 +21,12 @@ import torch
 from gptcli.errors import RecipeError, first_line
 from gptcli.launch import is_main_process, rank, world_size
 from gptcli.model.load import quiet
-from gptcli.model.saved import saved_state
+from gptcli.model.saved import fit, saved_state
 from gptcli.train import optim
 from gptcli.train.base import restoring
 from gptcli.train.gradients import clip_parts, norm_of
 from gptcli.train.lean import LeanTrainer
+from gptcli.train.sharding import refuse_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,7 +128,6 @@ class Zero:
     def load_weights(self, folder: Path) -> Any:
         """Fill the model from a folder with safetensors; what `load_state_dict` returns."""
         import deepspeed
-        from torch.nn.modules.module import _IncompatibleKeys
 
         saved = saved_state(self._model, folder)
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
@@ -139,8 +139,7 @@ class Zero:
                     place.copy_(value)
                 if name in parameters and place.requires_grad:
                     _set(parameters[name], value)
-        missing = [name for name in parameters if name not in saved]
-        return _IncompatibleKeys(missing, sorted(saved.keys() - places.keys()))
+        return fit(self._model, saved)
 
     @property
     def parameter_names(self) -> list[str]:
@@ -268,12 +267,8 @@ def check_divided(model: torch.nn.Module, processes: int) -> None:
     held = sum(parameter.ds_tensor.numel() for parameter in parameters if hasattr(parameter, "ds_tensor"))
     whole = sum(not hasattr(parameter, "ds_tensor") for parameter in parameters)
     every = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
-    if whole or held > every / processes + len(parameters):
-        raise RecipeError(
-            f"launch.strategy: deepspeed did not divide {type(model).__name__}: {whole} parameters are whole, "
-            f"{held:,} of {every:,} values are here",
-            remedy="Set launch.strategy: fsdp.",
-        )
+    most = every / processes + len(parameters)
+    refuse_whole(model, "deepspeed", whole=whole, held=held, every=every, most=most)
 
 
 class ZeroTrainer(LeanTrainer):

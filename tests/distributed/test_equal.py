@@ -54,15 +54,21 @@ SLOW = pytest.mark.slow_fault
 @pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=SLOW)])
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
     """The folder of a run of one process."""
-    folder = make_project(tmp_path_factory.mktemp(request.param))
-    recipe = RECIPE.replace("MODEL", request.param)
-    for name, value in SETTINGS[request.param].items():
+    run = train_alone(request.param, tmp_path_factory, forks)
+    tokens = values(run, "tokens")
+    assert len(tokens) > 20 and 0 < tokens[-1] - tokens[-2] < tokens[0]
+    return run
+
+
+def train_alone(model: str, tmp_path_factory: pytest.TempPathFactory, forks: Forks, **others: str) -> Path:
+    """Train a model of `SETTINGS`, with other values for some, on one process: the run, with the recipe two above."""
+    folder = make_project(tmp_path_factory.mktemp(model))
+    recipe = RECIPE.replace("MODEL", model)
+    for name, value in {**SETTINGS[model], **others}.items():
         recipe = recipe.replace(name, value)
     (folder / "r.yaml").write_text(recipe)
     done = forks("pretrain", "r.yaml", "name=alone", cwd=folder)
     assert done.code == 0, done.err
-    tokens = values(folder / "runs" / "alone", "tokens")
-    assert len(tokens) > 20 and 0 < tokens[-1] - tokens[-2] < tokens[0]
     return folder / "runs" / "alone"
 
 

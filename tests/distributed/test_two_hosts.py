@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, Finished, make_project
+from tests.conftest import REPOSITORY, Finished
 from tests.distributed.groups import wait_until
-from tests.distributed.test_equal import RECIPE, SETTINGS, assert_equal
+from tests.distributed.test_equal import assert_equal, train_alone
 from tests.runs import Forks, Started
 
 pytestmark = [
@@ -155,14 +155,7 @@ def hosts(made: Hosts) -> Iterator[Hosts]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
     """A run of one process, of some sixty steps, with a checkpoint every ten."""
-    folder = make_project(tmp_path_factory.mktemp("project"))
-    recipe = RECIPE.replace("MODEL", "llama")
-    for name, value in {**SETTINGS["llama"], "EPOCHS": "1"}.items():
-        recipe = recipe.replace(name, value)
-    (folder / "r.yaml").write_text(recipe)
-    done = forks("pretrain", "r.yaml", "name=alone", cwd=folder)
-    assert done.code == 0, done.err
-    return folder / "runs" / "alone"
+    return train_alone("llama", tmp_path_factory, forks, EPOCHS="1")
 
 
 def finish_well(commands: list[Command]) -> None:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests import team
-from tests.conftest import REPOSITORY, make_project
-from tests.distributed.test_equal import RECIPE, SETTINGS, assert_equal, forget
+from tests.conftest import REPOSITORY
+from tests.distributed.test_equal import assert_equal, forget, train_alone
 from tests.faults.test_numbers import PLAIN, make_poisoned, metrics, poisoned_steps
 from tests.faults.test_numbers import RECIPE as POISONED
 from tests.runs import Forks, lines
@@ -35,14 +35,7 @@ def stage(number: int) -> str:
 @pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=SLOW)])
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
     """The folder of a run of one process."""
-    folder = make_project(tmp_path_factory.mktemp(request.param))
-    recipe = RECIPE.replace("MODEL", request.param)
-    for name, value in SETTINGS[request.param].items():
-        recipe = recipe.replace(name, value)
-    (folder / "r.yaml").write_text(recipe)
-    done = forks("pretrain", "r.yaml", "name=alone", cwd=folder)
-    assert done.code == 0, done.err
-    return folder / "runs" / "alone"
+    return train_alone(request.param, tmp_path_factory, forks)
 
 
 @pytest.mark.parametrize("number", [pytest.param(1, marks=SLOW), 2, 3])
