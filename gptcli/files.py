@@ -134,6 +134,22 @@ def locked(name: str, on_wait: Callable[[], None], *, shared: bool = False) -> I
         yield
 
 
+@contextlib.contextmanager
+def held_alone(lock: Path, refuse: Callable[[str], Exception]) -> Iterator[None]:
+    """Hold a lock file that names this process; one that another process holds raises what `refuse` makes of its id."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise refuse(os.read(descriptor, 32).decode(errors="replace").strip() or "unknown") from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def sha256_file(path: Path) -> str:
     """The sha256 of a file, hexadecimal."""
     digest = hashlib.sha256()

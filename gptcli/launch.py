@@ -111,8 +111,12 @@ def _quiet() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def local_processes(wanted: int | Literal["auto"]) -> int:
+def local_processes(wanted: int | Literal["auto"], *, option: str = "launch.processes") -> int:
     """The number of processes that this machine runs: as wanted; auto: one a visible GPU, one on a CPU.
+
+    Args:
+        wanted: what the user says.
+        option: where it is said.
 
     Raises:
         MissingError: there are GPUs, and fewer than processes.
@@ -122,8 +126,8 @@ def local_processes(wanted: int | Literal["auto"]) -> int:
         return max(devices, 1)
     if 0 < devices < wanted:
         raise MissingError(
-            f"launch.processes: {wanted} processes, and this machine has {devices} GPU{'s' if devices > 1 else ''}",
-            remedy=f"launch.processes={devices}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU.",
+            f"{option}: {wanted} processes, and this machine has {devices} GPU{'s' if devices > 1 else ''}",
+            remedy=f"{option}={devices}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to work on the CPU.",
         )
     return wanted
 

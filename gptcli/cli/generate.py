@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli.cli.arguments import Debug, Json, Quiet
+from gptcli.cli.generate_file import File, Output, Overwrite, Processes, PromptColumn, SaveEvery
 from gptcli.reporting import visible
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ DIM, RESET = "\033[2m", "\033[0m"
 def generate(
     model: Model = None,
     prompt: Prompt = None,
+    file: File = None,
+    output: Output = None,
+    prompt_column: PromptColumn = None,
+    save_every: SaveEvery = None,
+    processes: Processes = None,
+    overwrite: Overwrite = False,
     max_new_tokens: MaxNewTokens = None,
     min_new_tokens: MinNewTokens = None,
     temperature: Temperature = None,
@@ -65,16 +72,19 @@ def generate(
     """Continue prompts with a model; the newest run's when none is named."""
     del debug
     from gptcli.cli.console import console
+    from gptcli.cli.generate_file import check_options, generate_file
     from gptcli.errors import UsageError
     from gptcli.runs.folder import resolve_model
 
+    with_file: dict[str, Any] = {"save_every": save_every, "processes": processes, "overwrite": overwrite}
+    check_options(file=file, output=output, prompts=bool(prompt), prompt_column=prompt_column, **with_file)
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"--precision {precision} is not one of auto, fp32, bf16")
     folder = resolve_model(model)
-    out = console(json=True, quiet=quiet)  # standard output holds the texts and nothing else
+    out = console(json=file is None or json, quiet=quiet)  # standard output holds the texts and nothing else
     given = _recipe_section(folder, out)
-    prompts = prompt or _piped() or list(given.prompts)
-    if not prompts:
+    prompts = [] if file is not None else prompt or _piped() or list(given.prompts)
+    if not prompts and file is None:
         raise UsageError(
             "no prompt", remedy='Give one: gptcli generate --prompt "Once upon a time", or pipe a text in.'
         )
@@ -93,13 +103,17 @@ def generate(
 
     settings = make_settings(given, chosen, seed=seed, greedy=greedy)
     settings.check()
+    if file is not None and output is not None:
+        how: dict[str, Any] = {"seed": seed, "precision": precision, "column": prompt_column, **with_file}
+        generate_file(file, output, folder=folder, settings=settings, json=json, out=out, **how)
+        return
     from gptcli.model.load import load_model, load_tokenizer, memory_errors
 
     with memory_errors("Try a smaller --max-new-tokens or --num-return-sequences, or --precision bf16."):
         tokenizer = load_tokenizer(folder)
         loaded = load_model(folder, dtype=precision)  # type: ignore[arg-type]
-        how = "greedy" if not settings.samples else f"seed {settings.seed}"
-        out.say(f"{folder}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}, {how}")
+        chosen_by = "greedy" if not settings.samples else f"seed {settings.seed}"
+        out.say(f"{folder}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}, {chosen_by}")
         for text in prompts:
             screen = _Screen(out, text, settings, json=json)
             completions = complete(loaded, tokenizer, text, settings, on_text=screen.stream, on_warning=out.warn)
@@ -135,9 +149,7 @@ class _Screen:
     def end(self, completions: list[Completion]) -> None:
         """Show what was not streamed."""
         if self._json:
-            shown: list[dict[str, Any]] = [
-                {"text": done.text, "tokens": done.tokens, "finish_reason": done.finish_reason} for done in completions
-            ]
+            shown = [done.as_json() for done in completions]
             self._out.print_json({"prompt": self._prompt, "completions": shown})
         elif self._streams:
             self.stream("")

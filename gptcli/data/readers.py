@@ -14,26 +14,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from gptcli.data.reading.archives import ARCHIVES, tar_rows, zip_rows
-from gptcli.data.reading.columnar import arrow_rows, parquet_rows
+from gptcli.data.reading.columnar import arrow_rows, parquet_records, parquet_rows
 from gptcli.data.reading.jsonfile import json_rows
-from gptcli.data.reading.plain import plain_rows
-from gptcli.data.reading.row import BadRow, Layout, Part, Row, Rows, shown, value_row
+from gptcli.data.reading.plain import line_records, plain_rows
+from gptcli.data.reading.row import BadRow, Layout, Part, Record, Records, Row, Rows, shown, value_row
 from gptcli.data.reading.spans import Span, byte_range, byte_spans, count_lines, group_spans
 from gptcli.data.reading.streams import COMPRESSIONS, DamagedError, FileRange, buffered, decompressed
-from gptcli.data.reading.tables import csv_rows, jsonl_rows, tsv_rows
+from gptcli.data.reading.tables import csv_records, csv_rows, jsonl_records, jsonl_rows, tsv_records, tsv_rows
 from gptcli.errors import DataError
 
 __all__ = [
     "BadRow",
     "Layout",
+    "Record",
+    "Records",
     "Row",
     "Rows",
     "Span",
     "builtin_rows",
+    "has_records",
     "is_readable",
     "lines_before",
+    "read_records",
     "read_rows",
     "readable_suffixes",
+    "record_suffixes",
     "shown",
     "spans",
     "split_suffix",
@@ -55,6 +60,13 @@ _FORMATS: dict[str, Callable[[Part, Layout], Rows]] = {
     ".arrow": arrow_rows,
 }
 SUFFIXES = tuple(_FORMATS)
+_RECORDS: dict[str, Callable[[Part, Layout], Records]] = {
+    ".jsonl": jsonl_records,
+    ".txt": line_records,
+    ".csv": csv_records,
+    ".tsv": tsv_records,
+    ".parquet": parquet_records,
+}
 
 
 def split_suffix(name: str) -> tuple[str, str]:
@@ -117,6 +129,32 @@ def read_rows(
                 yield from formats.rows(part, path.name)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=shown(path)) from None
+
+
+def read_records(path: Path, layout: Layout, *, on_position: Callable[[int], None] | None = None) -> Records:
+    """The whole rows of one file of `record_suffixes`, in order: as `read_rows`, with all columns."""
+    suffix, compression = split_suffix(path.name)
+    seeks = not compression and suffix == ".parquet"
+    try:
+        with path.open("rb", buffering=0) as file:
+            stream = buffered(FileRange(file, on_position=None if seeks else on_position))
+            place = None if compression else path
+            part = Part(decompressed(stream, compression), shown(path), path=place, on_position=on_position)
+            yield from _RECORDS[suffix](part, layout)
+    except DamagedError as error:
+        yield BadRow(error.number, "damaged file", error.reason)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=shown(path)) from None
+
+
+def has_records(name: str) -> bool:
+    """Whether a file of this name is one of whole rows."""
+    return split_suffix(name)[0] in _RECORDS
+
+
+def record_suffixes() -> str:
+    """The suffixes of files of whole rows, for messages."""
+    return f"{' '.join(_RECORDS)}, each plain or {' '.join(COMPRESSIONS)}"
 
 
 def builtin_rows(path: Path) -> Rows:

@@ -8,7 +8,7 @@ prompt's completions depend on its seed and settings alone, not on the prompts b
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -89,6 +89,10 @@ class Completion:
     tokens: int
     finish_reason: Literal["stop", "length"]
 
+    def as_json(self) -> dict[str, Any]:
+        """The completion as `--json` and the lines of `--output` have it."""
+        return {"text": self.text, "tokens": self.tokens, "finish_reason": self.finish_reason}
+
 
 def settings(given: Generate, chosen: Mapping[str, Any], *, seed: int | None = None, greedy: bool = False) -> Settings:
     """The settings of a recipe's `generate` section, with what is not None in `chosen` before it.
@@ -120,17 +124,53 @@ def complete(
     Raises:
         UsageError: the settings make no sense, or the prompt leaves no room in the model's context.
     """
-    import torch
-    from transformers import StoppingCriteriaList
-
     settings.check()
-    context = context_length(model)
-    if context is not None and len(prompt) > MOST_CHARACTERS * context:  # encoding it takes 150 bytes a character
+    check_characters(prompt, context_length(model))
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    return _complete_ids(model, tokenizer, prompt_ids, settings, on_text=on_text, on_warning=on_warning)
+
+
+def complete_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    settings: Settings,
+    *,
+    keys: Sequence[str] | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+) -> list[list[Completion]]:
+    """Complete each of several prompts, given as the ids of `encode_prompt`."""
+    del keys
+    completions = []
+    for ids in prompts:
+        done = _complete_ids(model, tokenizer, ids, settings)
+        if on_tokens is not None:
+            on_tokens(sum(each.tokens for each in done))
+        completions.append(done)
+    return completions
+
+
+def check_characters(prompt: str, context: int | None) -> None:
+    """Raise `UsageError` for a text that no tokens fit into the context: encoding it takes 150 bytes a character."""
+    if context is not None and len(prompt) > MOST_CHARACTERS * context:
         raise UsageError(
             f"the prompt has {len(prompt):,} characters, which no tokens fit into the model's context of {context}",
             remedy="Shorten it, or use a model with a longer context.",
         )
-    prompt_ids = encode_prompt(tokenizer, prompt)
+
+
+def _complete_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    settings: Settings,
+    *,
+    on_text: Callable[[str], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
+) -> list[Completion]:
+    import torch
+    from transformers import StoppingCriteriaList
+
     max_new_tokens = room(model, len(prompt_ids), settings.max_new_tokens)
     if max_new_tokens < settings.max_new_tokens and on_warning is not None:
         on_warning(
@@ -173,22 +213,33 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     Raises:
         UsageError: the prompt is empty and the tokenizer has neither BOS nor EOS to begin with, or it is not Unicode.
     """
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of each of several prompts, see `encode_prompt`; many at once are encoded on all cores."""
     try:
-        prompt.encode("utf-8")
+        "".join(prompts).encode("utf-8")
     except UnicodeEncodeError:
         raise UsageError("the prompt is not valid UTF-8") from None
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] if prompt else []
     bos = tokenizer.bos_token_id
-    if bos is not None and adds_bos(tokenizer) and ids[:1] != [bos]:
-        ids = [int(bos), *ids]
-    if ids:
-        return ids
-    first = bos if bos is not None else tokenizer.eos_token_id
-    if first is None:
-        raise UsageError(
-            "the prompt is empty and the tokenizer has no BOS or EOS to begin with", remedy="Give a prompt."
-        )
-    return [int(first)]
+    adds = bos is not None and adds_bos(tokenizer)
+    full = [prompt for prompt in prompts if prompt]
+    encoded = iter(tokenizer(full, add_special_tokens=False, verbose=False)["input_ids"] if full else [])
+    result: list[list[int]] = []
+    for prompt in prompts:
+        ids: list[int] = next(encoded) if prompt else []
+        if adds and ids[:1] != [bos]:
+            ids = [int(bos), *ids]
+        if not ids:
+            first = bos if bos is not None else tokenizer.eos_token_id
+            if first is None:
+                raise UsageError(
+                    "the prompt is empty and the tokenizer has no BOS or EOS to begin with", remedy="Give a prompt."
+                )
+            ids = [int(first)]
+        result.append(ids)
+    return result
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

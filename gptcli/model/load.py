@@ -190,7 +190,12 @@ def load_tokenizer(
 
 def context_length(model: PreTrainedModel) -> int | None:
     """The most positions that the model was made for; None when its config names no limit."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context_of(model.config)
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """`context_length`, from the configuration alone."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 
 

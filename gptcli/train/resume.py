@@ -6,8 +6,6 @@ run may become longer (its schedule is then computed anew).
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CheckpointError, DataError, UsageError
-from gptcli.files import read_json, remove
+from gptcli.files import held_alone, read_json, remove
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import MANIFEST, RunFolder
 from gptcli.train.checkpoint import newest_good, remove_leftovers, verify
@@ -245,23 +243,16 @@ def locked(run: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _held(run: RunFolder) -> Iterator[None]:
+    def refuse(pid: str) -> UsageError:
+        return UsageError(
+            f"the run {run.name} is being trained by process {pid}",
+            where=str(run.path),
+            remedy="Wait for it, stop it, or give another name=NAME.",
+        )
+
     run.path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            raise UsageError(
-                f"the run {run.name} is being trained by process {pid}",
-                where=str(run.path),
-                remedy="Wait for it, stop it, or give another name=NAME.",
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+    with held_alone(run.path / LOCK, refuse):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,13 +7,30 @@ or stands in an archive is first written to a temporary file.
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import tempfile
 from collections.abc import Iterator
+from datetime import date, datetime, timedelta
+from datetime import time as clock
+from decimal import Decimal
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
+from uuid import UUID
 
-from gptcli.data.reading.row import Layout, Part, Row, Rows, not_utf8_row, require_column, value_row
+from gptcli.data.reading.row import (
+    BadRow,
+    Layout,
+    Part,
+    Record,
+    Records,
+    Row,
+    Rows,
+    not_utf8_row,
+    require_column,
+    value_row,
+)
 from gptcli.data.reading.streams import BLOCK, FAULTS, DamagedError
 from gptcli.errors import DataError
 
@@ -26,7 +43,7 @@ def parquet_rows(part: Part, layout: Layout) -> Rows:
     import pyarrow.parquet as pq
 
     with _seekable(part) as source, _arrow_faults("parquet") as numbered, pq.ParquetFile(source) as file:
-        _require_text(file.schema_arrow, layout.text, part.place)
+        _require_text(file.schema_arrow, layout, part.place)
         groups = range(file.num_row_groups) if part.groups is None else part.groups
         rows = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
         begin = numbered.number = sum(rows[: groups.start]) + 1
@@ -36,6 +53,56 @@ def parquet_rows(part: Part, layout: Layout) -> Rows:
             numbered.number += len(batch)
             if size is not None and part.on_position is not None:
                 part.on_position(size * (numbered.number - begin) // sum(rows))
+
+
+def parquet_records(part: Part, layout: Layout) -> Records:
+    """The whole rows of a parquet file; times are written as ISO texts, decimals as texts, NaN as null."""
+    import pyarrow.parquet as pq
+
+    with _seekable(part) as source, _arrow_faults("parquet") as numbered, pq.ParquetFile(source) as file:
+        names = file.schema_arrow.names
+        _require_text(file.schema_arrow, layout, part.place)
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"the file has more than one column {twice[0]!r}", where=part.place)
+        size = part.path.stat().st_size if part.path is not None and part.on_position is not None else None
+        for batch in file.iter_batches(batch_size=BATCH):
+            rows = _column_rows(numbered.number, batch.column(names.index(layout.text)), layout.text)
+            for index, row in enumerate(rows):
+                yield row if isinstance(row, BadRow) else _record(row, batch.slice(index, 1))
+            numbered.number += len(batch)
+            if size is not None and part.on_position is not None:
+                part.on_position(size * (numbered.number - 1) // max(1, file.metadata.num_rows))
+
+
+def _record(row: Row, one: Any) -> Record | BadRow:
+    """The whole row of a text, from a batch of one row."""
+    try:
+        values = one.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return not_utf8_row(row.number, error)
+    try:
+        line = json.dumps(values, ensure_ascii=False, allow_nan=False, default=_plain)
+    except TypeError as error:
+        return BadRow(row.number, "not text", str(error))
+    except ValueError:
+        line = json.dumps(_finite(values), ensure_ascii=False, default=_plain)
+    return Record(row.number, row.text, line)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, datetime | date | clock):
+        return value.isoformat()
+    if isinstance(value, Decimal | UUID | timedelta):
+        return str(value)
+    raise TypeError(f"holds {type(value).__name__}, which a line of JSON cannot hold")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def arrow_rows(part: Part, layout: Layout) -> Rows:
@@ -50,7 +117,7 @@ def arrow_rows(part: Part, layout: Layout) -> Rows:
         open_ipc = pa.ipc.open_file if is_file else pa.ipc.open_stream
         file.seek(0)
         schema = stack.enter_context(open_ipc(file)).schema
-        _require_text(schema, layout.text, part.place)
+        _require_text(schema, layout, part.place)
         file.seek(0)
         options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(layout.text)])
         reader = stack.enter_context(open_ipc(file, options=options))
@@ -94,10 +161,11 @@ def _seekable(part: Part) -> Iterator[str | IO[bytes]]:
         yield unpacked
 
 
-def _require_text(schema: Any, column: str, place: str) -> None:
+def _require_text(schema: Any, layout: Layout, place: str) -> None:
     import pyarrow as pa
 
-    require_column(column, schema.names, place, "the file")
+    column = layout.text
+    require_column(layout, schema.names, place, "the file")
     if schema.get_field_index(column) < 0:
         raise DataError(f"the file has more than one column {column!r}", where=place)
     kind = schema.field(column).type

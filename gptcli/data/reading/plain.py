@@ -6,12 +6,13 @@ across two of them and is searched for once, whatever the length of a paragraph.
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import count
 
 import numpy as np
 
-from gptcli.data.reading.row import BadRow, Layout, Part, Row, Rows, not_utf8_row
+from gptcli.data.reading.row import BadRow, Layout, Part, Record, Records, Row, Rows, not_utf8_row
 from gptcli.data.reading.streams import BOM, DamagedError, line_blocks, text_lines
 
 _BLANK_LINES = re.compile(rb"(?:[ \t\r\v\f]*+\n)++")
@@ -25,6 +26,15 @@ def plain_rows(part: Part, layout: Layout) -> Rows:
     if layout.documents == "line":
         return _lines(part)
     return _paragraphs(part) if layout.documents == "blank-line" else _whole(part)
+
+
+def line_records(part: Part, layout: Layout) -> Records:
+    """The lines of a plain text as rows of one column."""
+    for row in _lines(part):
+        if isinstance(row, BadRow):
+            yield row
+        else:
+            yield Record(row.number, row.text, json.dumps({layout.text: row.text}, ensure_ascii=False))
 
 
 def _whole(part: Part) -> Rows:

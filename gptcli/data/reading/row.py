@@ -28,6 +28,14 @@ class Row:
     member: str | None = None
 
 
+class Record(NamedTuple):
+    """A whole row: its number, the text of the column that is asked for, and all its columns as one line of JSON."""
+
+    number: int
+    text: str
+    line: str
+
+
 @dataclass(frozen=True)
 class BadRow:
     """A row that cannot be a document: `kind` is what it is counted as, `reason` the sentence that names the fault."""
@@ -52,15 +60,23 @@ class Mark(NamedTuple):
 
 
 Rows: TypeAlias = Iterator[Row | BadRow]
+Records: TypeAlias = Iterator[Record | BadRow]
+NAME_IT = (
+    "Name the column that holds the text (text: {hint}),\nor the columns of a file without a header (columns: [...])."
+)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How to find the documents of a file: `documents` for plain text, the column `text` (and names) for tables."""
+    """How to find the documents of a file: `documents` for plain text, the column `text` (and names) for tables.
+
+    `remedy` is said where there is no such column; `{hint}` in it becomes the column that may be meant.
+    """
 
     documents: str = "file"
     text: str = "text"
     columns: tuple[str, ...] | None = None
+    remedy: str = NAME_IT
 
 
 @dataclass(frozen=True)
@@ -121,8 +137,9 @@ def not_utf8_row(number: int, error: UnicodeDecodeError) -> BadRow:
     return BadRow(number, "not UTF-8", reason)
 
 
-def require_column(column: str, columns: list[str], place: str, what: str) -> None:
-    """Raise a `DataError` that names the columns there are, unless `column` is one of them."""
+def require_column(layout: Layout, columns: list[str], place: str, what: str) -> None:
+    """Raise a `DataError` that names the columns there are, unless that of the text is one of them."""
+    column = layout.text
     if column in columns:
         return
     import difflib
@@ -132,8 +149,7 @@ def require_column(column: str, columns: list[str], place: str, what: str) -> No
     raise DataError(
         f"{what} has no column {column!r}, only {listed(columns)}",
         where=f"{place}:1",
-        remedy=f"Name the column that holds the text (text: {hint}),\n"
-        "or the columns of a file without a header (columns: [...]).",
+        remedy=layout.remedy.replace("{hint}", hint),
     )
 
 
