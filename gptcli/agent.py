@@ -31,6 +31,8 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.multiprocessing import ProcessFailure
 
 from gptcli.endings import (
+    GOES_ON,
+    LESS_MEMORY,
     WORTH_A_RESTART,
     Ending,
     WorkersError,
@@ -77,6 +79,7 @@ class Agent(SimpleElasticAgent):
         variables: the environment of the workers, but for what their rank decides.
         warn: where a restart is said.
         silence: seconds after which a machine that does not answer is gone.
+        advice: what is said where a worker was killed, see `gptcli.endings.verdict`.
 
     After `run`, `error` is what they ended with; None: all are done.
     """
@@ -89,6 +92,7 @@ class Agent(SimpleElasticAgent):
         variables: Mapping[str, str],
         warn: Callable[[str], None],
         silence: int,
+        advice: tuple[str, str] = (LESS_MEMORY, GOES_ON),
     ) -> None:
         super().__init__(spec)
         self.error: WorkersError | None = None
@@ -96,6 +100,7 @@ class Agent(SimpleElasticAgent):
         self._variables = variables
         self._warn = warn
         self._silence = silence
+        self._advice = advice
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._endings: dict[int, Ending] = {}
         self._starts = 0
@@ -179,7 +184,8 @@ class Agent(SimpleElasticAgent):
             return RunResult(state=WorkerState.HEALTHY)
         self._end(signal.SIGTERM, KILL_SECONDS)
         self._watch(worker_group, stopped=set(running))
-        error = verdict(list(self._endings.values()), worker_group.workers[0].world_size, signalled=self._signalled)
+        endings, size = list(self._endings.values()), worker_group.workers[0].world_size
+        error = verdict(endings, size, signalled=self._signalled, advice=self._advice)
         if self._failed_elsewhere is not None:
             error = self._failed_elsewhere
         if error is None or error.exit_code == StoppedError.exit_code:

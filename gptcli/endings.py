@@ -19,6 +19,9 @@ from types import FrameType
 
 from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError, StoppedError
 
+# What is said of a worker that was killed: where memory was short, and how it goes on.
+LESS_MEMORY = "Lower train.micro_batch_size, or run fewer processes on this machine (launch.processes)."
+GOES_ON = "The same command goes on from the last checkpoint."
 # In a process that lost another one. It says nothing of the cause.
 CONSEQUENCE = re.compile(
     r"connection (closed|reset|refused)|broken pipe|gloo|nccl|ProcessGroup|Dist(Store|Network|Backend)Error|"
@@ -163,13 +166,16 @@ def is_orderly(ending: Ending) -> bool:
     return ending.code in (0, StoppedError.exit_code)
 
 
-def verdict(endings: Sequence[Ending], world_size: int, *, signalled: bool) -> WorkersError | None:
+def verdict(
+    endings: Sequence[Ending], world_size: int, *, signalled: bool, advice: tuple[str, str] = (LESS_MEMORY, GOES_ON)
+) -> WorkersError | None:
     """What the endings of a machine's workers come to; None when all are done.
 
     Args:
         endings: one of each worker.
         world_size: processes over all machines, for the message.
         signalled: whether the parent passed a signal on to them.
+        advice: what to do where a worker was killed: against too little memory, and then.
     """
     failed = [ending for ending in endings if not is_orderly(ending)]
     if not failed:
@@ -193,15 +199,17 @@ def verdict(endings: Sequence[Ending], world_size: int, *, signalled: bool) -> W
         if said is None and not silent:
             return WorkersError(aborted, AbortedError.label, ["there was nothing to save"])
         return WorkersError(aborted, AbortedError.label, [] if silent or said is None else said.lines)
-    return _as_reported(causes, endings, world_size)
+    return _as_reported(causes, endings, world_size, advice)
 
 
-def _as_reported(causes: Sequence[Ending], endings: Sequence[Ending], world_size: int) -> WorkersError:
+def _as_reported(
+    causes: Sequence[Ending], endings: Sequence[Ending], world_size: int, advice: tuple[str, str] = ("", "")
+) -> WorkersError:
     first = min(causes, key=lambda ending: (_kind(ending), _when(ending)))
     report = first.report
     process = f"process {first.rank} of {world_size}"
     if report is None:
-        return _silent(first, process)
+        return _silent(first, process, advice)
     said_by_first = any(e.rank == 0 and e.report is not None and e.report.lines == report.lines for e in endings)
     by_all = report.code == StoppedError.exit_code or (report.typed and said_by_first)
     head, *rest = report.lines or [f"ended with code {report.code}"]
@@ -226,20 +234,16 @@ def _when(ending: Ending) -> float:
     return ending.seconds if ending.report is None else ending.report.seconds
 
 
-def _silent(ending: Ending, process: str) -> WorkersError:
+def _silent(ending: Ending, process: str, advice: tuple[str, str]) -> WorkersError:
     if ending.code == -signal.SIGKILL:
         return WorkersError(
             OutOfMemoryError.exit_code,
             OutOfMemoryError.label,
-            [
-                f"{process} was killed (SIGKILL): probably out of memory",
-                "Lower train.micro_batch_size, or run fewer processes on this machine (launch.processes).",
-                "The same command goes on from the last checkpoint.",
-            ],
+            [f"{process} was killed (SIGKILL): probably out of memory", *advice],
         )
     if ending.code < 0:
         name = signal.Signals(-ending.code).name if -ending.code in set(signal.Signals) else f"signal {-ending.code}"
-        lines = [f"{process} died by {name}", "The same command goes on from the last checkpoint."]
+        lines = [f"{process} died by {name}", advice[1]]
         return WorkersError(GptcliError.exit_code, GptcliError.label, lines)
     label = StoppedError.label if ending.code == StoppedError.exit_code else GptcliError.label
     lines = [] if ending.code == StoppedError.exit_code else [f"{process} ended with code {ending.code} and no message"]

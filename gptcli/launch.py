@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from gptcli.device import cpu_cores
-from gptcli.endings import report_of, write_report
+from gptcli.endings import GOES_ON, LESS_MEMORY, report_of, write_report
 from gptcli.environment import HERE, LOOPBACK, Group, recognise
 from gptcli.errors import GptcliError, MissingError, UsageError
 from gptcli.network import address_for_others, interface_towards, is_ours_and_free, step_seconds
@@ -175,6 +175,7 @@ def launch(
     name: str = "gptcli",
     warn: Callable[[str], None] = lambda text: None,
     entrypoint: Sequence[str] | None = None,
+    advice: tuple[str, str] = (LESS_MEMORY, GOES_ON),
 ) -> None:
     """Run a command on several processes and wait for them.
 
@@ -186,6 +187,7 @@ def launch(
         name: of the run, the same on every machine.
         warn: where a restart is said.
         entrypoint: what Python runs before the arguments; none: gptcli.
+        advice: what is said where a worker was killed: what to do against too little memory, and how it goes on.
 
     Raises:
         WorkersError: what the workers ended with, with their exit code.
@@ -216,7 +218,8 @@ def launch(
             args=(*(_this_program() if entrypoint is None else entrypoint), *arguments),
             max_restarts=restarts if handler.get_backend() != "static" else 0,
         )
-        agent = Agent(spec, reports=reports, variables=_variables(processes), warn=warn, silence=silence)
+        variables = _variables(processes)
+        agent = Agent(spec, reports=reports, variables=variables, warn=warn, silence=silence, advice=advice)
         agents.append(agent)
         try:
             agent.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -37,6 +38,7 @@ Overwrite = Annotated[
 ]
 
 DEFAULT_COLUMN = "prompt"
+_ADVICE = ("Run fewer processes (--processes), or --precision bf16.", "The same command goes on with what is done.")
 
 
 def check_options(*, file: str | None, output: str | None, prompts: bool, **others: Any) -> None:
@@ -98,10 +100,10 @@ def generate_file(
     if mine.world_size > 1:
         _share(job, mine.rank, mine.world_size, mine.local_rank)
         return
-    workers = None if count == 1 else lambda: launch(sys.argv[1:], processes=count, name="generate", warn=out.warn)
-    result = complete_file(job, out, workers=workers)
+    start = functools.partial(launch, sys.argv[1:], processes=count, name="generate", warn=out.warn, advice=_ADVICE)
+    result = complete_file(job, out, workers=start if count > 1 else None)
     if json:
-        out.print_json(result)
+        out.print_json({**result, "output": output})
 
 
 def _share(job: Any, rank: int, processes: int, local_rank: int) -> None:

@@ -36,7 +36,7 @@ from gptcli.generation.file_job import (
 )
 from gptcli.generation.file_work import GO_ON, Begun, Load, open_begun, rate_text, watched, work
 from gptcli.generation.journal import KEPT, Done
-from gptcli.generation.spool import COMPLETIONS, write_rows, write_tokens
+from gptcli.generation.spool import COMPLETIONS, sizes, write_rows, write_tokens
 from gptcli.model.load import context_of, load_config, load_tokenizer
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def _begin(job: FileJob, reporter: Reporter) -> Begun:
             "most_prompts": job.save_every or prompts_a_unit(count, copies=copies, processes=job.processes),
             "most_tokens": UNIT_TOKENS,
             "replaces": replaces,
+            "sizes": sizes(job.partial),
         }
         write_json(path, value)
     begun = open_begun(job, value)

@@ -91,15 +91,15 @@ def model_fingerprint(model: Path) -> str:
 
 def check_paths(job: FileJob) -> None:
     """Raise `UsageError` for an output that cannot be one."""
-    output = job.output
+    output, name = job.output, f"--output {shown(job.output)}"
     if output.suffix != ".jsonl":
-        raise UsageError(f"--output {output}: the output is JSON lines, so its name ends in .jsonl")
+        raise UsageError(f"{name}: the output is JSON lines, so its name ends in .jsonl")
     if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no folder {output.parent}", remedy="Make it first.")
+        raise UsageError(f"{name}: there is no such folder", remedy=f"mkdir -p {shown(output.parent)}")
     if output.exists() and not output.is_file():
-        raise UsageError(f"--output {output} is no file")
+        raise UsageError(f"{name} is no file")
     if output.exists() and job.file.exists() and output.samefile(job.file):
-        raise UsageError(f"--output {output} is the file of the prompts itself", remedy="Give another --output.")
+        raise UsageError(f"{name} is the file of the prompts itself", remedy="Give another --output.")
 
 
 @contextlib.contextmanager

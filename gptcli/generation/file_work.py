@@ -51,7 +51,7 @@ class Begun:
 
 def open_begun(job: FileJob, value: dict[str, Any]) -> Begun:
     """A job as it was begun, from what `JOB` in its folder holds."""
-    spool = open_spool(job.partial)
+    spool = open_spool(job.partial, value["sizes"])
     settings = replace(job.settings, seed=value["seed"])
     units = plan_units(
         spool.lengths,

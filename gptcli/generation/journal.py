@@ -7,6 +7,7 @@ and for each prompt where its completions stand (18 bytes).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -43,8 +44,10 @@ class Journal:
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / f"done-{rank}.jsonl"
         with writing(self.path, "the results", KEPT):
-            self._end = max((block.begin + block.size for block in read_blocks(self.path)), default=0)
             self._file = self.path.open("ab", buffering=0)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(self._file, fcntl.LOCK_EX)  # until a worker is gone whose parent was killed
+            self._end = max((block.begin + block.size for block in read_blocks(self.path)), default=0)
             self._file.truncate(self._end)
             fsync_folder(folder)
 

@@ -1,8 +1,8 @@
 """The prompts of a file job on disk: rows as lines of JSON, and their tokens, found by number.
 
 Read and encoded once, before any model is loaded, so that what is wrong with a file is said first and a file of any
-format, compressed or not, is as good as another. In memory is a number of 64 bits for each of a few facts of a row:
-about 30 bytes a prompt, whatever its length. On disk: the rows once more, and four bytes a token.
+format, compressed or not, is as good as another. In memory: where each prompt ends among the tokens, and while it is
+read the line on which it begins: 16 bytes a prompt. On disk: the rows once more, and four bytes a token.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COMPLETIONS = "completions"
-ROWS, TOKENS, LINES = "rows.jsonl", "tokens.bin", "lines.npy"
-ROW_ENDS, TOKEN_ENDS = "rows.npy", "tokens.npy"
+ROWS, TOKENS, LINES, TOKEN_ENDS = "rows.jsonl", "tokens.bin", "lines.npy", "tokens.npy"
 ENCODED_AT_ONCE = 256
 _MEND = "Mend the row, or leave it out, and run the same command again."
 _NAME_IT = "Name the column that holds the prompts: --prompt-column {hint}"
@@ -35,15 +34,13 @@ _NAME_IT = "Name the column that holds the prompts: --prompt-column {hint}"
 
 @dataclass(frozen=True)
 class Spool:
-    """The prompts of a file by their number, from 0; `lines` are those of the file on which they begin."""
+    """The prompts of a file by their number, from 0."""
 
     folder: Path
-    lines: NDArray[np.int64]
-    row_ends: NDArray[np.int64]
     token_ends: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.token_ends)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -65,13 +62,13 @@ class Spool:
 
 
 def write_rows(source: Path, column: str, folder: Path, on_bytes: Callable[[int], None]) -> tuple[int, int]:
-    """Write `ROWS`, `ROW_ENDS` and `LINES` of a file; return (rows, blank lines of a plain text, which are left out).
+    """Write `ROWS` and `LINES` of a file; return (rows, blank lines of a plain text, which are left out).
 
     Raises:
         DataError: a row that is no prompt, by file and line; no row at all; a column named `completions`.
     """
-    lines, ends = array.array("q"), array.array("q")
-    blank = position = 0
+    lines = array.array("q")
+    blank = 0
     plain = split_suffix(source.name)[0] == ".txt"
     with (folder / ROWS).open("wb") as file:
         for record in read_records(source, Layout("line", column, remedy=_NAME_IT), on_position=on_bytes):
@@ -88,13 +85,11 @@ def write_rows(source: Path, column: str, folder: Path, on_bytes: Callable[[int]
                     where=where,
                     remedy="Give it another name in the file.",
                 )
-            position += file.write(record.line.encode() + b"\n")
+            file.write(record.line.encode() + b"\n")
             lines.append(record.number)
-            ends.append(position)
     if not lines:
         raise DataError("there is no prompt in it", where=shown(source), remedy="Give a file with prompts.")
     np.save(folder / LINES, np.frombuffer(lines, np.int64))
-    np.save(folder / ROW_ENDS, np.frombuffer(ends, np.int64))
     return len(lines), blank
 
 
@@ -146,7 +141,7 @@ def write_tokens(
             remedy=f"Shorten it to at most {context - 1:,} tokens, leave it out, or use a model with a longer context.",
         )
     np.save(folder / TOKEN_ENDS, np.frombuffer(ends, np.int64))
-    for name in (ROWS, LINES, ROW_ENDS, TOKENS, TOKEN_ENDS):
+    for name in (ROWS, LINES, TOKENS, TOKEN_ENDS):
         fsync_file(folder / name)
 
 
@@ -163,14 +158,16 @@ def _refuse_first(
             raise DataError(error.what, where=f"{shown(source)}:{line}", remedy=_MEND) from None
 
 
-def open_spool(folder: Path) -> Spool:
-    """The spool that was written to a folder; raises `CheckpointError` where its files do not fit together."""
+def sizes(folder: Path) -> list[int]:
+    """The bytes of the files of a spool, by which `open_spool` knows that they are whole."""
+    return [(folder / name).stat().st_size for name in (ROWS, LINES, TOKENS, TOKEN_ENDS)]
+
+
+def open_spool(folder: Path, expected: list[int]) -> Spool:
+    """The spool that was written to a folder; raises `CheckpointError` where it is not that."""
     try:
-        spool = Spool(folder, *(np.load(folder / name) for name in (LINES, ROW_ENDS, TOKEN_ENDS)))
-        sizes = (folder / ROWS).stat().st_size, (folder / TOKENS).stat().st_size
-        whole = len(spool.row_ends) == len(spool.token_ends) == len(spool)
-        if whole and sizes == (int(spool.row_ends[-1]), 4 * int(spool.token_ends[-1])):
-            return spool
+        if sizes(folder) == expected:
+            return Spool(folder, np.load(folder / TOKEN_ENDS))
     except (OSError, ValueError, EOFError):
         pass
     raise CheckpointError(
