@@ -103,7 +103,7 @@ def generate_file(
     start = functools.partial(launch, sys.argv[1:], processes=count, name="generate", warn=out.warn, advice=_ADVICE)
     result = complete_file(job, out, workers=start if count > 1 else None)
     if json:
-        out.print_json({**result, "output": output})
+        out.print_json({"output": output, **result})
 
 
 def _share(job: Any, rank: int, processes: int, local_rank: int) -> None:

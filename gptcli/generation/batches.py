@@ -54,9 +54,8 @@ def plan_units(
         most_tokens: of a unit's prompts and texts at full length; a single prompt may have more.
     """
     order = np.argsort(-lengths, kind="stable")
-    full = lengths[order] + new_tokens
-    costs = copies * (full if context is None else np.minimum(full, context))
-    ends = np.cumsum(costs)
+    most = most_tokens if context is None else min(most_tokens, context)  # a prompt that has more is a unit by itself
+    ends = np.cumsum(copies * np.minimum(lengths[order] + min(new_tokens, most), most))
     starts = [0]
     while starts[-1] < len(order):
         begin = starts[-1]

@@ -48,7 +48,7 @@ OUTPUT = "output.jsonl"
 def complete_file(
     job: FileJob, reporter: Reporter, *, workers: Callable[[], None] | None = None, load: Load | None = None
 ) -> dict[str, Any]:
-    """Complete the prompts of a file, or go on with it; return the result that `--json` prints.
+    """Complete the prompts of a file, or go on with it; return what `--json` prints beside the output's name.
 
     Args:
         job: what is to be done.
@@ -161,7 +161,6 @@ def _put_together(begun: Begun, reporter: Reporter, before: int, started: float)
         seconds = time.monotonic() - started
         tokens = done.tokens
         result = {
-            "output": str(job.output),
             "prompts": len(spool),
             "tokens": tokens,
             "seconds": round(seconds, 3),

@@ -92,6 +92,9 @@ def model_fingerprint(model: Path) -> str:
 def check_paths(job: FileJob) -> None:
     """Raise `UsageError` for an output that cannot be one."""
     output, name = job.output, f"--output {shown(job.output)}"
+    for path in (output, job.file):
+        if any("\ud800" <= character <= "\udfff" for character in str(path)):
+            raise UsageError(f"{shown(path)}: this file's name is not valid UTF-8", remedy="Rename it.")
     if output.suffix != ".jsonl":
         raise UsageError(f"{name}: the output is JSON lines, so its name ends in .jsonl")
     if not output.parent.is_dir():
