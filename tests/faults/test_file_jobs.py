@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import count
 from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGXFSZ
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.runs import Forks
 
 JOURNAL = r"os\.fsync .*/done-0\.jsonl"
 SLOW = pytest.mark.slow_fault
+NUMBERS = count()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def test_a_job_killed_five_times_ends_with_the_bytes_of_an_undisturbed_one(jobs:
     units = []
     for fault in (
         kill(JOURNAL),  # written, and not yet made durable
-        {"bytes": 3_000},  # in the middle of a write
+        {"bytes": 1_500},  # in the middle of a write
         kill(JOURNAL, 2),
         kill(r"open .*/output\.jsonl"),  # all units are done
         kill(r"os\.rename .*/killed\.jsonl$"),
@@ -43,7 +45,7 @@ def test_a_job_killed_five_times_ends_with_the_bytes_of_an_undisturbed_one(jobs:
         assert code == (-SIGXFSZ if "bytes" in fault else -SIGKILL)
         assert not jobs.output("killed").exists()
         units.append(kept(jobs, "killed"))
-    assert units == sorted(units) and units[0] == 1 and units[2] >= units[1] + 2
+    assert units == sorted(units) and units[0] == 1 and len(set(units[:4])) == 4
     done = jobs.ends_the_same("killed")
     assert "going on: 40 of 40 prompts are done" in done.out, "no unit is done twice"
 
@@ -57,8 +59,9 @@ def test_a_kill_between_the_output_and_the_end_is_a_finished_job(jobs: Jobs) -> 
 
 @pytest.mark.parametrize("at", [r"open .*/rows\.jsonl", r"os\.fsync .*/tokens\.bin", r"os\.rename .*/job\.json$"])
 def test_a_kill_while_the_prompts_are_read_is_no_loss(jobs: Jobs, at: str) -> None:
-    assert jobs.run("reading", fault=kill(at)).code == -SIGKILL
-    jobs.ends_the_same("reading", "--overwrite")
+    name = f"reading-{next(NUMBERS)}"
+    assert jobs.run(name, fault=kill(at)).code == -SIGKILL
+    jobs.ends_the_same(name)
 
 
 def test_a_seed_that_was_drawn_is_kept_over_a_kill(jobs: Jobs) -> None:
@@ -92,23 +95,29 @@ def test_a_signal_before_the_first_unit_leaves_nothing_and_ends_with_130(jobs: J
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("begun", "fault", "said"),
     [
-        ({"bytes": 2_000, "do": "error"}, "the results could not be written: File too large"),
-        ({"at": JOURNAL, "then": 2, "do": "error"}, "the results could not be written: Input/output error"),
-        ({"at": r"open .*/output\.jsonl", "do": "error"}, "the output could not be written: Input/output error"),
-        ({"at": r"open .*/rows\.jsonl", "do": "error"}, "the folder of what is done could not be written: Input"),
+        (True, {"bytes": 1_500, "do": "error"}, "the results could not be written: File too large"),
+        (False, {"at": JOURNAL, "then": 2, "do": "error"}, "the results could not be written: Input/output error"),
+        (True, {"at": r"open .*/output\.jsonl", "do": "error"}, "the output could not be written: Input/output error"),
+        (
+            False,
+            {"at": r"open .*/rows\.jsonl", "do": "error"},
+            "the folder of what is done could not be written: Input",
+        ),
     ],
 )
 def test_a_disk_that_takes_no_more_is_a_typed_error_and_loses_nothing(
-    jobs: Jobs, fault: dict[str, Any], said: str
+    jobs: Jobs, begun: bool, fault: dict[str, Any], said: str
 ) -> None:
-    done = jobs.run("disk", fault=fault)
+    name = f"disk-{next(NUMBERS)}"
+    if begun:
+        assert jobs.run(name, fault=kill(JOURNAL, 1)).code == -SIGKILL
+    done = jobs.run(name, fault=fault)
     assert done.code == 4, done.err
     assert said in done.err and "Traceback" not in done.err and len(done.err.splitlines()) <= 4
-    assert not jobs.output("disk").exists()
-    jobs.ends_the_same("disk")
-    jobs.output("disk").unlink()
+    assert not jobs.output(name).exists()
+    jobs.ends_the_same(name)
 
 
 def test_a_second_command_on_the_same_output_is_refused(jobs: Jobs) -> None:
