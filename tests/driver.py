@@ -40,6 +40,11 @@ MODULES = (
     "gptcli.model.build",
     "gptcli.model.load",
     "gptcli.runs.report",
+    "gptcli.cli.generate",
+    "gptcli.generation.file",
+    "gptcli.generation.text",
+    "gptcli.generation.choose",
+    "gptcli.generation.decode",
     "transformers.models.llama.modeling_llama",
 )
 CAPABILITY_VERSION_3 = 0x20080522

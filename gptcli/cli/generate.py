@@ -16,8 +16,11 @@ from gptcli.reporting import visible
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from gptcli.cli.console import Console
-    from gptcli.generation.text import Completion, Settings
+    from gptcli.generation.row import Completion
+    from gptcli.generation.settings import Settings
     from gptcli.recipe.schema import Generate
 
 Model = Annotated[
@@ -35,9 +38,31 @@ MinNewTokens = Annotated[int | None, typer.Option("--min-new-tokens", help="Toke
 Temperature = Annotated[float | None, typer.Option("--temperature", help="Above 1: bolder; 0: greedy.")]
 TopP = Annotated[float | None, typer.Option("--top-p", help="Only the likeliest tokens of this probability together.")]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Only so many of the likeliest tokens; 0: all.")]
+MinP = Annotated[
+    float | None, typer.Option("--min-p", help="Only tokens with this share of the likeliest token's probability.")
+]
 RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
+NoRepeatNgramSize = Annotated[
+    int | None, typer.Option("--no-repeat-ngram-size", help="No run of so many tokens comes twice; 0: no such rule.")
+]
+NumBeams = Annotated[int | None, typer.Option("--num-beams", help="Above 1: beam search, where nothing is drawn.")]
 NumReturnSequences = Annotated[int | None, typer.Option("--num-return-sequences", "-n", help="Texts a prompt.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="A text to stop at (repeatable).")]
+BadWord = Annotated[
+    list[str] | None, typer.Option("--bad-word", metavar="TEXT", help="A text whose tokens never come (repeatable).")
+]
+Logprobs = Annotated[
+    int | None,
+    typer.Option("--logprobs", metavar="N", help="With --json: each token's log-probability, and the N likeliest."),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option("--draft", metavar="MODEL", help="A smaller model that proposes tokens; the text stays the same."),
+]
+PromptLookup = Annotated[
+    int | None,
+    typer.Option("--prompt-lookup", metavar="N", help="Propose N tokens from the prompt; the text stays the same."),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same texts; default: a new one.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
 Precision = Annotated[str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Of the model's weights.")]
@@ -59,9 +84,16 @@ def generate(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
+    no_repeat_ngram_size: NoRepeatNgramSize = None,
+    num_beams: NumBeams = None,
     num_return_sequences: NumReturnSequences = None,
     stop: Stop = None,
+    bad_word: BadWord = None,
+    logprobs: Logprobs = None,
+    draft: Draft = None,
+    prompt_lookup: PromptLookup = None,
     seed: Seed = None,
     greedy: Greedy = False,
     precision: Precision = "auto",
@@ -94,30 +126,58 @@ def generate(
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
+        "min_p": min_p,
         "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "num_beams": num_beams,
         "num_return_sequences": num_return_sequences,
-        "stop": tuple(stop) if stop else None,
+        "stop": stop or None,
+        "bad_words": bad_word or None,
+        "logprobs": logprobs,
     }
-    from gptcli.generation.text import complete
-    from gptcli.generation.text import settings as make_settings
+    from gptcli.generation.settings import settings as make_settings
 
     settings = make_settings(given, chosen, seed=seed, greedy=greedy)
     settings.check()
+    if logprobs is not None and not json and file is None:
+        raise UsageError("--logprobs shows in --json alone", remedy="Add --json.")
+    if draft is not None and prompt_lookup is not None:
+        raise UsageError("--draft and --prompt-lookup are two ways to one end", remedy="Leave one of them out.")
     if file is not None and output is not None:
         how: dict[str, Any] = {"seed": seed, "precision": precision, "column": prompt_column, **with_file}
+        how |= {"draft": draft, "prompt_lookup": prompt_lookup}
         generate_file(file, output, folder=folder, settings=settings, json=json, out=out, **how)
         return
+    from gptcli.generation.text import complete
     from gptcli.model.load import load_model, load_tokenizer, memory_errors
 
     with memory_errors("Try a smaller --max-new-tokens or --num-return-sequences, or --precision bf16."):
         tokenizer = load_tokenizer(folder)
         loaded = load_model(folder, dtype=precision)  # type: ignore[arg-type]
-        chosen_by = "greedy" if not settings.samples else f"seed {settings.seed}"
-        out.say(f"{folder}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}, {chosen_by}")
+        out.say(f"{folder}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}, {settings.how}")
+        proposing = prompt_lookup if draft is None else load_draft(draft, tokenizer, precision)
         for text in prompts:
             screen = _Screen(out, text, settings, json=json)
-            completions = complete(loaded, tokenizer, text, settings, on_text=screen.stream, on_warning=out.warn)
+            completions = complete(
+                loaded, tokenizer, text, settings, on_text=screen.stream, on_warning=out.warn, draft=proposing
+            )
             screen.end(completions)
+
+
+def load_draft(name: str, tokenizer: PreTrainedTokenizerBase, precision: str) -> PreTrainedModel:
+    """The model that proposes tokens; one of another vocabulary would propose other texts."""
+    from gptcli.errors import UsageError
+    from gptcli.model.load import load_model, load_tokenizer
+    from gptcli.runs.folder import resolve_model
+
+    folder = resolve_model(name)
+    if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise UsageError(
+            "the draft's tokenizer is not the model's",
+            where=str(folder),
+            remedy="A draft proposes tokens, so both need the same vocabulary: train it with tokenizer: {from: MODEL}.",
+        )
+    return load_model(folder, dtype=precision)  # type: ignore[arg-type]
 
 
 class _Screen:

@@ -13,7 +13,8 @@ from gptcli.errors import UsageError
 
 if TYPE_CHECKING:
     from gptcli.cli.console import Console
-    from gptcli.generation.text import Settings
+    from gptcli.generation.file_work import Load
+    from gptcli.generation.settings import Settings
 
 File = Annotated[
     str | None,
@@ -66,14 +67,17 @@ def generate_file(
     save_every: int | None,
     processes: str | None,
     overwrite: bool,
+    draft: str | None,
+    prompt_lookup: int | None,
     json: bool,
     out: Console,
 ) -> None:
     """Complete the prompts of a file; in a process that gptcli started, a share of them."""
     from gptcli.data.readers import has_records, record_suffixes
     from gptcli.generation.file import complete_file
-    from gptcli.generation.file_job import FileJob
+    from gptcli.generation.file_job import FileJob, model_fingerprint
     from gptcli.launch import group, launch, local_processes
+    from gptcli.runs.folder import resolve_model
 
     if not has_records(file):
         raise UsageError(f"--file {file}: a file of prompts is {record_suffixes()}")
@@ -96,24 +100,42 @@ def generate_file(
         save_every=save_every,
         processes=count,
         overwrite=overwrite,
+        others={
+            "draft": None if draft is None else model_fingerprint(resolve_model(draft)),
+            "prompt_lookup": prompt_lookup,
+        },
     )
+    load = None if draft is None and prompt_lookup is None else _loading(draft, prompt_lookup)
     if mine.world_size > 1:
-        _share(job, mine.rank, mine.world_size, mine.local_rank)
+        _share(job, mine.rank, mine.world_size, mine.local_rank, load)
         return
     start = functools.partial(launch, sys.argv[1:], processes=count, name="generate", warn=out.warn, advice=_ADVICE)
-    result = complete_file(job, out, workers=start if count > 1 else None)
+    result = complete_file(job, out, workers=start if count > 1 else None, load=load)
     if json:
         out.print_json({"output": output, **result})
 
 
-def _share(job: Any, rank: int, processes: int, local_rank: int) -> None:
+def _loading(draft: str | None, prompt_lookup: int | None) -> Load:
+    """What loads the model, and what proposes its tokens."""
+    from gptcli.model.load import load_model
+
+    def load(folder: Path, precision: Any, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+        from gptcli.cli.generate import load_draft
+
+        proposing = prompt_lookup if draft is None else load_draft(draft, tokenizer, precision)
+        return load_model(folder, dtype=precision), {"draft": proposing}
+
+    return load
+
+
+def _share(job: Any, rank: int, processes: int, local_rank: int, load: Load | None) -> None:
     import torch
 
     from gptcli.generation.file_work import complete_share
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    complete_share(job, rank, processes)
+    complete_share(job, rank, processes, load=load)
 
 
 def _wanted(processes: str | None) -> int | Literal["auto"]:

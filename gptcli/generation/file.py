@@ -54,7 +54,7 @@ def complete_file(
         job: what is to be done.
         reporter: where information goes.
         workers: starts the processes that call `complete_share`, and waits for them; None: this process works.
-        load: the model of a folder at a precision.
+        load: loads the model; None: as it is.
 
     Raises:
         UsageError: the output cannot be one, or may not be replaced.

@@ -23,7 +23,7 @@ from gptcli.files import cache_root, fingerprint, held_alone, read_json, write_j
 from gptcli.generation.journal import KEPT, PATTERN
 
 if TYPE_CHECKING:
-    from gptcli.generation.text import Settings
+    from gptcli.generation.settings import Settings
     from gptcli.model.load import Precision
 
 FORMAT = 1

@@ -27,7 +27,7 @@ from gptcli.model.load import Precision, load_model, load_tokenizer, memory_erro
 from gptcli.reporting import Silent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from gptcli.reporting import Progress, Reporter
 
@@ -36,7 +36,8 @@ WATCH_SECONDS = 1.0
 GO_ON = "The same command goes on from there."
 _MEMORY = "Try --precision bf16, or a smaller --max-new-tokens or --num-return-sequences."
 
-Load = Callable[[Path, Precision], "PreTrainedModel"]
+# (folder, precision, tokenizer) -> the model, and what `complete_batch` takes beside it
+Load = Callable[[Path, Precision, "PreTrainedTokenizerBase"], tuple["PreTrainedModel", dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,11 @@ def work(begun: Begun, mine: Sequence[int], rank: int, reporter: Reporter, load:
         precision = "bf16" if done.made_on[0].startswith("bf16") else "fp32"
     with memory_errors(f"{_MEMORY} The same command goes on with what is done."), contextlib.ExitStack() as stack:
         tokenizer = load_tokenizer(job.model)
-        model = (load or _load)(job.model, precision)
+        model, beside = (load or _load)(job.model, precision, tokenizer)
         made_on = f"{_SHORT.get(str(model.dtype), str(model.dtype))} on {model.device.type}"
-        how = "greedy" if not job.settings.samples else f"seed {job.settings.seed}"
-        reporter.say(f"{job.model}, {made_on}, {how}: {len(spool):,} prompts, saved by {begun.most_prompts:,}")
+        reporter.say(
+            f"{job.model}, {made_on}, {job.settings.how}: {len(spool):,} prompts, saved by {begun.most_prompts:,}"
+        )
         if others := [each for each in done.made_on if each != made_on]:
             reporter.warn(f"what is done was made on {others[0]}: the rest may differ in rounding")
         journal = Journal(job.partial, rank)
@@ -106,7 +108,7 @@ def work(begun: Begun, mine: Sequence[int], rank: int, reporter: Reporter, load:
         for unit in left:
             shown.begin(unit)
             prompts = [spool.tokens(file, number) for number in begun.units.prompts(unit)]
-            completed = complete_batch(model, tokenizer, prompts, job.settings, on_tokens=shown.on_tokens)
+            completed = complete_batch(model, tokenizer, prompts, job.settings, on_tokens=shown.on_tokens, **beside)
             lines = [json.dumps([each.as_json() for each in one], ensure_ascii=False) for one in completed]
             journal.append(unit, lines, tokens=sum(each.tokens for one in completed for each in one), made_on=made_on)
             shown.end()
@@ -115,8 +117,11 @@ def work(begun: Begun, mine: Sequence[int], rank: int, reporter: Reporter, load:
 _SHORT = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
-def _load(folder: Path, precision: Precision) -> PreTrainedModel:
-    return load_model(folder, dtype=precision)
+def _load(
+    folder: Path, precision: Precision, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    del tokenizer
+    return load_model(folder, dtype=precision), {}
 
 
 class _Shown:

@@ -37,11 +37,11 @@ class TextStream:
         """All that was handed out."""
         return "".join(self._pieces)
 
-    def push(self, token: int) -> str:
-        """Take one token; return the text that is certain now (often nothing)."""
+    def push(self, *tokens: int) -> str:
+        """Take the next tokens; return the text that is certain now (often nothing)."""
         if self.stopped:
             return ""
-        self._ids.append(token)
+        self._ids.extend(tokens)
         new = self._new_text()
         if not new or new.endswith(INCOMPLETE):
             return ""

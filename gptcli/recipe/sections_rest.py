@@ -76,9 +76,15 @@ class Generate(Section):
     temperature: NotNegative = Field(default=0.8, description="0: always the likeliest token.")
     top_p: Ratio = Field(default=0.95, description="Only the likeliest tokens that together have this probability.")
     top_k: CountOrZero = Field(default=50, description="Only so many of the likeliest tokens; 0: all.")
+    min_p: Ratio = Field(default=0.0, description="Only tokens with this share of the likeliest token's probability.")
     repetition_penalty: Positive = Field(default=1.0, description="Above 1: repeating is made less likely.")
+    no_repeat_ngram_size: CountOrZero = Field(
+        default=0, description="No run of so many tokens comes twice, prompt included; 0: no such rule."
+    )
+    num_beams: Count = Field(default=1, description="Above 1: beam search, where nothing is drawn.")
     num_return_sequences: Count = Field(default=1, description="Texts a prompt.")
     stop: Texts = Field(default=[], description="Texts at which to stop.")
+    bad_words: Texts = Field(default=[], description="Texts whose usual tokens never come.")
 
 
 class Eval(Section):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gptcli.generation.text import complete, settings
+from gptcli.generation.settings import settings
+from gptcli.generation.text import complete
 from gptcli.launch import is_main_process
 from gptcli.runs import metrics
 

@@ -80,7 +80,8 @@ def smoke_run(argument: str, overrides: Sequence[str], command: str, reporter: R
 
 
 def _generate(toy: LoadedRecipe, run: RunFolder, reporter: Reporter) -> str:
-    from gptcli.generation.text import Settings, complete
+    from gptcli.generation.settings import Settings
+    from gptcli.generation.text import complete
     from gptcli.model.load import load_model, load_tokenizer
 
     reporter.say("smoke: generate")

@@ -8,7 +8,7 @@ import pytest
 from gptcli.recipe.load import dump_yaml, load_recipe, resolved
 from gptcli.runs.folder import RunFolder
 from tests.conftest import Cli, make_project
-from tests.tiny import save_model
+from tests.tiny import byte_tokenizer, make_model, save_model, wrapped
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.update(name="tiny-run", status="done", started="2026-01-01T00:00:00+00:00")
     run.resolved.write_text(dump_yaml(resolved(load_recipe(str(folder / "tiny.yaml")))))
     save_model(run.final)
+    make_model().save_pretrained(folder / "other")
+    wrapped(byte_tokenizer(280)).save_pretrained(str(folder / "other"))
     return folder
 
 
@@ -53,9 +55,24 @@ def test_a_prompt_comes_from_standard_input_else_from_the_runs_recipe(here: Path
 
 
 def test_several_sequences_are_numbered(here: Path, run_cli: Cli) -> None:
-    done = run_cli("generate", "-p", "你好", "--num-return-sequences", "3", "--seed", "1", "--quiet", cwd=here)
+    done = run_cli("generate", "-p", "你好", "--num-return-sequences", "5", "--seed", "1", "--quiet", cwd=here)
     assert done.code == 0 and done.err == ""
-    assert all(f"[{number}] 你好" in done.out for number in (1, 2, 3))
+    assert all(f"[{number}] 你好" in done.out for number in range(1, 6))
+    texts = {part.split("] 你好", 1)[1] for part in done.out.split("\n[")}
+    assert len(texts) == 5
+
+
+def test_ways_to_the_same_text_and_logprobs_in_json(here: Path, run_cli: Cli) -> None:
+    arguments = ("generate", "--prompt", "the cat sat on the mat. the cat", "--seed", "2", "--json", "--logprobs", "1")
+    plain = run_cli(*arguments, cwd=here)
+    completion = json.loads(plain.out)["completions"][0]
+    assert len(completion["logprobs"]) == completion["tokens"]
+    assert all(set(token) == {"id", "token", "logprob", "top"} for token in completion["logprobs"])
+    for way in (("--draft", "tiny-run"), ("--prompt-lookup", "3")):
+        done = run_cli(*arguments[:-2], *way, cwd=here)
+        assert json.loads(done.out)["completions"][0]["text"] == completion["text"], done.err
+    beams = run_cli(*arguments[:-2], "--num-beams", "3", "-n", "2", "--no-repeat-ngram-size", "2", cwd=here)
+    assert "3 beams" in beams.err and len(json.loads(beams.out)["completions"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -65,6 +82,11 @@ def test_several_sequences_are_numbered(here: Path, run_cli: Cli) -> None:
         (["--prompt", "x", "--temperature", "-1"], 2, "temperature"),
         (["--prompt", "x", "--precision", "fp7"], 2, "fp7"),
         (["--prompt", "x", "--greedy", "-n", "2"], 2, "greedy"),
+        (["--prompt", "x", "--num-beams", "2", "-n", "3"], 2, "num_beams"),
+        (["--prompt", "x", "--logprobs", "2"], 2, "--json"),
+        (["--prompt", "x", "--draft", "tiny-run", "--prompt-lookup", "2"], 2, "--draft"),
+        (["--prompt", "x", "--draft", "other"], 2, "vocabulary"),
+        (["--prompt", "x", "--min-p", "2"], 2, "min_p"),
         (["tiny-rum", "--prompt", "x"], 7, "tiny-run"),
         (["nobody/nothing", "--prompt", "x"], 7, "nobody/nothing"),
     ],

@@ -57,7 +57,14 @@ def test_a_kill_between_the_output_and_the_end_is_a_finished_job(jobs: Jobs) -> 
     assert "renamed.jsonl is finished: 40 prompts" in jobs.ends_the_same("renamed").out
 
 
-@pytest.mark.parametrize("at", [r"open .*/rows\.jsonl", r"os\.fsync .*/tokens\.bin", r"os\.rename .*/job\.json$"])
+@pytest.mark.parametrize(
+    "at",
+    [
+        pytest.param(r"open .*/rows\.jsonl", marks=SLOW),
+        pytest.param(r"os\.fsync .*/tokens\.bin", marks=SLOW),
+        r"os\.rename .*/job\.json$",
+    ],
+)
 def test_a_kill_while_the_prompts_are_read_is_no_loss(jobs: Jobs, at: str) -> None:
     name = f"reading-{next(NUMBERS)}"
     assert jobs.run(name, fault=kill(at)).code == -SIGKILL
@@ -78,7 +85,7 @@ def test_a_seed_that_was_drawn_is_kept_over_a_kill(jobs: Jobs) -> None:
     assert jobs.output("drawn").read_bytes() == jobs.output("drawn-alone").read_bytes()
 
 
-@pytest.mark.parametrize("number", [SIGINT, SIGTERM, SIGHUP])
+@pytest.mark.parametrize("number", [SIGINT, pytest.param(SIGTERM, marks=SLOW), pytest.param(SIGHUP, marks=SLOW)])
 def test_a_signal_stops_with_75_and_keeps_what_is_done(jobs: Jobs, number: int) -> None:
     name = f"signal-{number}"
     done = jobs.run(name, fault={"at": JOURNAL, "then": 3, "do": {2: "SIGINT", 15: "SIGTERM", 1: "SIGHUP"}[number]})

@@ -1,0 +1,62 @@
+"""Random numbers that are a function of where they are used, and of nothing else.
+
+A token is drawn by adding Gumbel noise to the log-probabilities and taking the largest sum (the Gumbel-max trick,
+Gumbel 1954, https://arxiv.org/abs/1411.0030). The noise of one token is SplitMix64 (Steele, Lea and Flood 2014) at a
+place that (seed, prompt, index of the sequence, position, token) name. So no state is carried from draw to draw: a text
+is the same alone, in any batch and after a restart, and only the tokens that can be drawn cost anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_BITS = 2**64 - 1
+
+
+def sequence_key(seed: int, prompt_ids: Sequence[int], index: int) -> int:
+    """A number of 64 bits that stands for one sequence of one prompt."""
+    import numpy as np
+    import xxhash
+
+    prompt = xxhash.xxh64_intdigest(np.asarray(prompt_ids, dtype="<i8").tobytes())
+    return _mixed(_mixed(_mixed(seed & _BITS) ^ prompt) + index)
+
+
+def position_key(key: int, position: int) -> int:
+    """A number of 64 bits that stands for one position of the sequence with this key."""
+    return _mixed(key + (position + 1) * _GOLDEN)
+
+
+def gumbel(keys: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise, float64 [rows, n], of tokens, int64 [rows, n] or [n], where row i has the key `keys[i]`."""
+    import torch
+
+    where = torch.tensor([_signed(key) for key in keys], device=tokens.device).unsqueeze(1)
+    bits = where + tokens * _signed(_GOLDEN)  # 64-bit products and sums wrap around
+    bits = (bits ^ _shifted(bits, 30)) * _signed(_FIRST)
+    bits = (bits ^ _shifted(bits, 27)) * _signed(_SECOND)
+    bits = bits ^ _shifted(bits, 31)
+    uniform = (_shifted(bits, 11).to(torch.float64) + 0.5) * 2.0**-53  # never 0 nor 1
+    return -torch.log(-torch.log(uniform))
+
+
+def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """A shift to the right that fills with zeros; torch's keeps the sign."""
+    shifted: torch.Tensor = (bits >> by) & (2 ** (64 - by) - 1)
+    return shifted
+
+
+def _mixed(bits: int) -> int:
+    bits &= _BITS
+    bits = (bits ^ (bits >> 30)) * _FIRST & _BITS
+    bits = (bits ^ (bits >> 27)) * _SECOND & _BITS
+    return bits ^ (bits >> 31)
+
+
+def _signed(bits: int) -> int:
+    return bits - 2**64 if bits >= 2**63 else bits
