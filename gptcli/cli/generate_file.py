@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -109,8 +108,11 @@ def generate_file(
     if mine.world_size > 1:
         _share(job, mine.rank, mine.world_size, mine.local_rank, load)
         return
-    start = functools.partial(launch, sys.argv[1:], processes=count, name="generate", warn=out.warn, advice=_ADVICE)
-    result = complete_file(job, out, workers=start if count > 1 else None, load=load)
+
+    def start(number: int) -> None:
+        launch(sys.argv[1:], processes=number, name="generate", warn=out.warn, advice=_ADVICE)
+
+    result = complete_file(job, out, workers=start, load=load)
     if json:
         out.print_json({"output": output, **result})
 

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from gptcli.data.job import megabytes
@@ -24,6 +25,7 @@ from gptcli.generation.file_job import (
     FINISHED,
     FORMAT,
     JOB,
+    OUTPUT,
     FileJob,
     check_paths,
     check_replaceable,
@@ -38,22 +40,24 @@ from gptcli.generation.file_work import GO_ON, Begun, Load, open_begun, rate_tex
 from gptcli.generation.journal import KEPT, Done
 from gptcli.generation.spool import COMPLETIONS, sizes, write_rows, write_tokens
 from gptcli.model.load import context_of, load_config, load_tokenizer
+from gptcli.reporting import Silent
 
 if TYPE_CHECKING:
     from gptcli.reporting import Reporter
 
-OUTPUT = "output.jsonl"
+# Reading and encoding a smaller file takes a second or two.
+BAR_BYTES = 20_000_000
 
 
 def complete_file(
-    job: FileJob, reporter: Reporter, *, workers: Callable[[], None] | None = None, load: Load | None = None
+    job: FileJob, reporter: Reporter, *, workers: Callable[[int], None] | None = None, load: Load | None = None
 ) -> dict[str, Any]:
     """Complete the prompts of a file, or go on with it; return what `--json` prints beside the output's name.
 
     Args:
         job: what is to be done.
         reporter: where information goes.
-        workers: starts the processes that call `complete_share`, and waits for them; None: this process works.
+        workers: starts so many processes that call `complete_share`, and waits for them; None: this process works.
         load: loads the model; None: as it is.
 
     Raises:
@@ -74,12 +78,14 @@ def complete_file(
             begun = _begin(job, reporter)
             done = Done(job.partial, begun.units)
             before = done.tokens
-            if len(done.blocks) < len(begun.units):
-                if workers is None:
-                    work(begun, range(len(begun.units)), 0, reporter, load)
-                else:
-                    with watched(begun, reporter):
-                        workers()
+            processes = min(job.processes, len(begun.units) - len(done.blocks))
+            if workers is None or processes <= 1:
+                work(begun, range(len(begun.units)), 0, reporter, load)
+            else:
+                saved = f"{len(begun.spool):,} prompts, saved every {begun.most_prompts:,}"
+                reporter.say(f"{job.model}, {begun.job.settings.how}: {saved}, on {processes} processes")
+                with watched(begun, reporter):
+                    workers(processes)
             return _put_together(begun, reporter, before, started)
         except (KeyboardInterrupt, AbortedError):
             raise _stopped(job) from None
@@ -110,13 +116,15 @@ def _begin(job: FileJob, reporter: Reporter) -> Begun:
         return begun
     before, identity, replaces = stat_of(job.file), job.identity, stat_of(job.output)
     with writing(job.partial, "the folder of what is done", "Nothing is lost."):
-        with megabytes(reporter, "reading", job.file.stat().st_size) as on_bytes:
+        size = job.file.stat().st_size
+        shows = reporter if size >= BAR_BYTES else Silent()
+        with megabytes(shows, "reading", size) as on_bytes:
             count, blank = write_rows(job.file, job.column, job.partial, on_bytes)
         if blank:
             reporter.say(f"blank lines: {blank:,} of them are left out")
         context = context_of(load_config(job.model))
         tokenizer = load_tokenizer(job.model)
-        with reporter.progress("encoding", count, "prompts") as progress:
+        with shows.progress("encoding", count, "prompts") as progress:
             write_tokens(job.file, job.column, job.partial, tokenizer, context, progress.update)
         if stat_of(job.file) != before:
             raise DataError("the file changed while it was read", where=shown(job.file), remedy="Start again.")
@@ -124,7 +132,8 @@ def _begin(job: FileJob, reporter: Reporter) -> Begun:
         value = {
             "format": FORMAT,
             "identity": identity,
-            "seed": job.settings.seed,
+            "model": str(job.model),
+            "settings": asdict(job.settings),
             "context": context,
             "most_prompts": job.save_every or prompts_a_unit(count, copies=copies, processes=job.processes),
             "most_tokens": UNIT_TOKENS,

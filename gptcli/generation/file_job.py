@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,14 @@ from gptcli.data.readers import shown
 from gptcli.errors import CheckpointError, UsageError, writing
 from gptcli.files import cache_root, fingerprint, held_alone, read_json, write_json
 from gptcli.generation.journal import KEPT, PATTERN
+from gptcli.generation.spool import SPOOL
 
 if TYPE_CHECKING:
     from gptcli.generation.settings import Settings
     from gptcli.model.load import Precision
 
 FORMAT = 1
-JOB, FINISHED, LOCK = "job.json", "finished.json", ".lock"
+JOB, FINISHED, OUTPUT, LOCK = "job.json", "finished.json", "output.jsonl", ".lock"
 # Of a model's folder, what decides its texts; the rest is training's.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 _OVERWRITE = "Give --overwrite to start anew in its place, or another --output."
@@ -129,7 +129,10 @@ def held(job: FileJob) -> Iterator[None]:
             yield
         finally:
             if not _has_units(partial) or written(job) is not None:
-                shutil.rmtree(partial, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    _clear(partial)
+                    (partial / LOCK).unlink()
+                    partial.rmdir()
 
 
 def known(job: FileJob) -> dict[str, Any] | None:
@@ -152,10 +155,18 @@ def known(job: FileJob) -> dict[str, Any] | None:
         if not job.overwrite:
             lines = [*lines[:5], *(["..."] if len(lines) > 5 else []), _OVERWRITE]
             raise CheckpointError(what, where=shown(job.partial), remedy="\n".join(lines))
-    for each in job.partial.iterdir():
-        if each.name != LOCK:
-            each.unlink()
+    with writing(job.partial, "the folder of what is done", KEPT):
+        _clear(job.partial)
     return None
+
+
+def _clear(partial: Path) -> None:
+    """Remove what a job has left, and nothing else that somebody may keep there."""
+    for name in (JOB, FINISHED, OUTPUT, *SPOOL):
+        for path in (partial / name, *partial.glob(f".{name}.*")):  # the latter of a write that was killed
+            path.unlink(missing_ok=True)
+    for path in partial.glob(PATTERN):
+        path.unlink()
 
 
 def _has_units(partial: Path) -> bool:
@@ -163,20 +174,18 @@ def _has_units(partial: Path) -> bool:
 
 
 def finished(job: FileJob) -> dict[str, Any] | None:
-    """The result of the job that wrote the output, where that was this one; None where there is no output.
+    """The result of the job that wrote the output, where that was this one; None: there is none, or not to be kept.
 
     Raises:
         UsageError: the output that is there may not be replaced.
     """
-    if not job.output.exists():
+    if not job.output.exists() or job.overwrite:
         return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         value = read_json(_memory(job))
         if value["stat"] == stat_of(job.output) and value["identity"] == job.identity:
             result: dict[str, Any] = value["result"]
             return result
-    if job.overwrite:
-        return None
     raise UsageError(
         f"{shown(job.output)} is there already, and not the finished work of this command", remedy=_OVERWRITE
     )

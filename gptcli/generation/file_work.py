@@ -42,7 +42,7 @@ Load = Callable[[Path, Precision, "PreTrainedTokenizerBase"], tuple["PreTrainedM
 
 @dataclass(frozen=True)
 class Begun:
-    """A job whose prompts are read: its seed is decided, and its units are planned."""
+    """A job whose prompts are read: its model and seed are decided, and its units are planned."""
 
     job: FileJob
     spool: Spool
@@ -53,7 +53,8 @@ class Begun:
 def open_begun(job: FileJob, value: dict[str, Any]) -> Begun:
     """A job as it was begun, from what `JOB` in its folder holds."""
     spool = open_spool(job.partial, value["sizes"])
-    settings = replace(job.settings, seed=value["seed"])
+    decided = {key: tuple(each) if isinstance(each, list) else each for key, each in value["settings"].items()}
+    settings = replace(job.settings, **decided)
     units = plan_units(
         spool.lengths,
         new_tokens=settings.max_new_tokens,
@@ -62,7 +63,7 @@ def open_begun(job: FileJob, value: dict[str, Any]) -> Begun:
         most_prompts=value["most_prompts"],
         most_tokens=value["most_tokens"],
     )
-    return Begun(replace(job, settings=settings), spool, units, value["most_prompts"])
+    return Begun(replace(job, model=Path(value["model"]), settings=settings), spool, units, value["most_prompts"])
 
 
 def complete_share(job: FileJob, rank: int, processes: int, *, load: Load | None = None) -> None:
@@ -97,7 +98,7 @@ def work(begun: Begun, mine: Sequence[int], rank: int, reporter: Reporter, load:
         model, beside = (load or _load)(job.model, precision, tokenizer)
         made_on = f"{_SHORT.get(str(model.dtype), str(model.dtype))} on {model.device.type}"
         reporter.say(
-            f"{job.model}, {made_on}, {job.settings.how}: {len(spool):,} prompts, saved by {begun.most_prompts:,}"
+            f"{job.model}, {made_on}, {job.settings.how}: {len(spool):,} prompts, saved every {begun.most_prompts:,}"
         )
         if others := [each for each in done.made_on if each != made_on]:
             reporter.warn(f"what is done was made on {others[0]}: the rest may differ in rounding")

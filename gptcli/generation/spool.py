@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 COMPLETIONS = "completions"
 ROWS, TOKENS, LINES, TOKEN_ENDS = "rows.jsonl", "tokens.bin", "lines.npy", "tokens.npy"
+SPOOL = (ROWS, LINES, TOKENS, TOKEN_ENDS)
 ENCODED_AT_ONCE = 256
 _MEND = "Mend the row, or leave it out, and run the same command again."
 _NAME_IT = "Name the column that holds the prompts: --prompt-column {hint}"
@@ -141,7 +142,7 @@ def write_tokens(
             remedy=f"Shorten it to at most {context - 1:,} tokens, leave it out, or use a model with a longer context.",
         )
     np.save(folder / TOKEN_ENDS, np.frombuffer(ends, np.int64))
-    for name in (ROWS, LINES, TOKENS, TOKEN_ENDS):
+    for name in SPOOL:
         fsync_file(folder / name)
 
 
@@ -160,7 +161,7 @@ def _refuse_first(
 
 def sizes(folder: Path) -> list[int]:
     """The bytes of the files of a spool, by which `open_spool` knows that they are whole."""
-    return [(folder / name).stat().st_size for name in (ROWS, LINES, TOKENS, TOKEN_ENDS)]
+    return [(folder / name).stat().st_size for name in SPOOL]
 
 
 def open_spool(folder: Path, expected: list[int]) -> Spool:

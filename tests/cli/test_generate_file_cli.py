@@ -46,6 +46,8 @@ def test_json_is_one_document_and_a_second_time_the_same(jobs: Jobs) -> None:
     again = jobs.run("json", "--json")
     assert again.code == 0 and again.json() == result and "json.jsonl is finished" in again.err
     assert jobs.output("json").stat() == before
+    anew = jobs.run("json", "--json", "--overwrite")
+    assert anew.code == 0 and "is finished" not in anew.err and jobs.output("json").stat() != before
 
 
 def test_an_output_of_another_command_is_replaced_on_request_only(jobs: Jobs) -> None:

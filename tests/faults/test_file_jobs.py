@@ -77,7 +77,7 @@ def test_a_seed_that_was_drawn_is_kept_over_a_kill(jobs: Jobs) -> None:
     command = command[:at] + command[at + 2 :]
     for _ in range(2):
         assert jobs.forks(*command, cwd=jobs.folder, fault=kill(JOURNAL, 1)).code == -SIGKILL
-    seed = json.loads((jobs.partial("drawn") / "job.json").read_text())["seed"]
+    seed = json.loads((jobs.partial("drawn") / "job.json").read_text())["settings"]["seed"]
     done = jobs.forks(*command, cwd=jobs.folder)
     assert done.code == 0 and f"seed {seed}:" in done.out
     alone = jobs.run("drawn-alone", "--seed", str(seed))
@@ -154,6 +154,15 @@ def test_an_unfinished_job_of_another_command_is_refused_with_what_differs(jobs:
     assert after == before, "nothing is lost by a refusal"
     done = jobs.run("other", "--overwrite", file="in2.jsonl")
     assert done.code == 0 and len(jobs.output("other").read_text().splitlines()) == 41
+
+
+def test_files_of_somebody_in_the_folder_of_a_job_are_left_there(jobs: Jobs) -> None:
+    jobs.partial("somebody").mkdir()
+    note = jobs.partial("somebody") / "notes.txt"
+    note.write_text("mine")
+    assert jobs.run("somebody", "--overwrite").code == 0
+    assert jobs.output("somebody").read_bytes() == jobs.output("undisturbed").read_bytes()
+    assert [path.name for path in jobs.partial("somebody").iterdir()] == ["notes.txt"]
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(jobs: Jobs) -> None:
