@@ -23,6 +23,8 @@ class Terminal:
         self._ours, theirs = os.openpty()
         termios.tcsetwinsize(self._ours, (50, 160))
         self._shown = bytearray()
+        self._seen = 0
+        self._news = threading.Condition()
         self._wake, self._awake = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "gptcli", *arguments],
@@ -49,12 +51,33 @@ class Terminal:
             os.close(descriptor)
 
     def _read(self) -> None:
+        try:
+            self._read_all()
+        finally:
+            with self._news:
+                self._news.notify_all()
+
+    def _read_all(self) -> None:
         with contextlib.suppress(OSError):  # nobody has the other side open any more
             # Not in `read` when the window is closed, which would hold it open.
             while self._wake not in select.select([self._ours, self._wake], [], [])[0]:
                 if not (part := os.read(self._ours, 1 << 16)):
                     return
-                self._shown.extend(part)
+                with self._news:
+                    self._shown.extend(part)
+                    self._news.notify_all()
+
+    def until(self, text: str) -> str:
+        """Wait for a text behind those waited for before; what is shown from there to its end."""
+
+        def found() -> bool:
+            return self._shown.find(text.encode(), self._seen) >= 0
+
+        with self._news:
+            here = self._news.wait_for(lambda: found() or not self._reader.is_alive(), PATIENCE)
+            assert here and found(), f"{text!r} is not in {self._shown[self._seen :].decode(errors='replace')!r}"
+            begin, self._seen = self._seen, self._shown.find(text.encode(), self._seen) + len(text.encode())
+            return self._shown[begin : self._seen].decode(errors="replace")
 
     def type(self, keys: bytes) -> None:
         """Press keys; `\\x03` is Ctrl+C."""

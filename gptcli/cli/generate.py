@@ -39,6 +39,8 @@ NumReturnSequences = Annotated[int | None, typer.Option("--num-return-sequences"
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="A text to stop at (repeatable).")]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same texts; default: a new one.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Talk with the model, in turns; /help there shows the commands.")]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="With --chat: its system prompt.")]
 Precision = Annotated[str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Of the model's weights.")]
 
 DIM, RESET = "\033[2m", "\033[0m"
@@ -57,6 +59,8 @@ def generate(
     stop: Stop = None,
     seed: Seed = None,
     greedy: Greedy = False,
+    chat: Chat = False,
+    system: System = None,
     precision: Precision = "auto",
     json: Json = False,
     quiet: Quiet = False,
@@ -70,11 +74,12 @@ def generate(
 
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"--precision {precision} is not one of auto, fp32, bf16")
+    _check_chat(chat, {"--json": json, "--prompt": bool(prompt), "-n": num_return_sequences not in (None, 1)}, system)
     folder = resolve_model(model)
     out = console(json=True, quiet=quiet)  # standard output holds the texts and nothing else
     given = _recipe_section(folder, out)
-    prompts = prompt or _piped() or list(given.prompts)
-    if not prompts:
+    prompts = [] if chat else prompt or _piped() or list(given.prompts)
+    if not prompts and not chat:
         raise UsageError(
             "no prompt", remedy='Give one: gptcli generate --prompt "Once upon a time", or pipe a text in.'
         )
@@ -85,7 +90,7 @@ def generate(
         "top_p": top_p,
         "top_k": top_k,
         "repetition_penalty": repetition_penalty,
-        "num_return_sequences": num_return_sequences,
+        "num_return_sequences": 1 if chat else num_return_sequences,
         "stop": tuple(stop) if stop else None,
     }
     from gptcli.generation.text import complete
@@ -93,6 +98,10 @@ def generate(
 
     settings = make_settings(given, chosen, seed=seed, greedy=greedy)
     settings.check()
+    if chat:
+        from gptcli.cli.chat import talk
+
+        return talk(folder, settings, system or "", precision=precision, quiet=quiet)
     from gptcli.model.load import load_model, load_tokenizer, memory_errors
 
     with memory_errors("Try a smaller --max-new-tokens or --num-return-sequences, or --precision bf16."):
@@ -104,6 +113,16 @@ def generate(
             screen = _Screen(out, text, settings, json=json)
             completions = complete(loaded, tokenizer, text, settings, on_text=screen.stream, on_warning=out.warn)
             screen.end(completions)
+
+
+def _check_chat(chat: bool, others: dict[str, bool], system: str | None) -> None:
+    """Refuse what has no meaning in a chat, and what has one nowhere else."""
+    from gptcli.errors import UsageError
+
+    if system is not None and not chat:
+        raise UsageError("--system is for --chat", remedy="Elsewhere what the model should know is part of the prompt.")
+    for name in (name for name, given in others.items() if given and chat):
+        raise UsageError(f"--chat and {name} exclude each other")
 
 
 class _Screen:

@@ -8,7 +8,7 @@ prompt's completions depend on its seed and settings alone, not on the prompts b
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,7 +106,7 @@ def settings(given: Generate, chosen: Mapping[str, Any], *, seed: int | None = N
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | Sequence[int],
     settings: Settings,
     *,
     on_text: Callable[[str], None] | None = None,
@@ -114,8 +114,9 @@ def complete(
 ) -> list[Completion]:
     """Complete a prompt `settings.num_return_sequences` times.
 
-    `on_text` gets the text of a single completion piece by piece, as soon as it is certain; with several, nothing.
-    The mode of the model and the random state are left as they were.
+    `prompt` is a text, or ids that are taken as they are (those of a chat template). `on_text` gets the text of a
+    single completion piece by piece, as soon as it is certain; with several, nothing. The mode of the model and the
+    random state are left as they were.
 
     Raises:
         UsageError: the settings make no sense, or the prompt leaves no room in the model's context.
@@ -124,13 +125,11 @@ def complete(
     from transformers import StoppingCriteriaList
 
     settings.check()
-    context = context_length(model)
-    if context is not None and len(prompt) > MOST_CHARACTERS * context:  # encoding it takes 150 bytes a character
-        raise UsageError(
-            f"the prompt has {len(prompt):,} characters, which no tokens fit into the model's context of {context}",
-            remedy="Shorten it, or use a model with a longer context.",
-        )
-    prompt_ids = encode_prompt(tokenizer, prompt)
+    if isinstance(prompt, str):
+        check_characters(prompt, context_length(model))
+        prompt_ids = encode_prompt(tokenizer, prompt)
+    else:
+        prompt_ids = list(prompt)
     max_new_tokens = room(model, len(prompt_ids), settings.max_new_tokens)
     if max_new_tokens < settings.max_new_tokens and on_warning is not None:
         on_warning(
@@ -165,6 +164,15 @@ def complete(
         if piece := row.stream.finish():
             show(piece)
     return [row.completion() for row in rows]
+
+
+def check_characters(prompt: str, context: int | None) -> None:
+    """Raise `UsageError` for a prompt longer than any that fits, before it is encoded (150 bytes a character)."""
+    if context is not None and len(prompt) > MOST_CHARACTERS * context:
+        raise UsageError(
+            f"the prompt has {len(prompt):,} characters, which no tokens fit into the model's context of {context}",
+            remedy="Shorten it, or use a model with a longer context.",
+        )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
