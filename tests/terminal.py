@@ -83,6 +83,11 @@ class Terminal:
         """Press keys; `\\x03` is Ctrl+C."""
         os.write(self._ours, keys)
 
+    def echoes(self) -> bool:
+        """Whether the terminal shows what is typed and takes it line by line, as it did at first."""
+        flags: int = termios.tcgetattr(self._ours)[3]
+        return bool(flags & termios.ECHO) and bool(flags & termios.ICANON) and bool(flags & termios.ISIG)
+
     def close(self) -> None:
         """Close the window."""
         os.write(self._awake, b"x")

@@ -14,6 +14,7 @@ import sys
 import termios
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -100,8 +101,12 @@ class _Session:
         raise KeyboardInterrupt
 
     def _loop(self, read: Callable[[], str]) -> None:
+        tell: Callable[[], None] | None = None  # said in the next round, where Ctrl+C is looked for too
         while True:
             try:
+                if tell is not None:
+                    now, tell = tell, None
+                    now()
                 if not self._take(read()):
                     return
             except EOFError:
@@ -109,12 +114,12 @@ class _Session:
             except GptcliError as error:
                 if not self._terminal:
                     raise
-                print_error(error)
+                tell = partial(print_error, error)
             except KeyboardInterrupt as interrupt:
                 if self._terminated or not self._terminal:
                     raise
                 if interrupt.args == (NOTHING_TYPED,):
-                    self._out.say("Ctrl+D or /quit ends the chat")
+                    tell = partial(self._out.say, "Ctrl+D or /quit ends the chat")
 
     def _take(self, text: str) -> bool:
         """Do a command or answer a message; whether the chat goes on."""
@@ -123,18 +128,19 @@ class _Session:
             return self._command(*command)
         said = chats.message_of(text)
         base = not windows.has_template(self._tokenizer)
-        if said.strip() or (base and self._terminal and not said):
-            self._answer(said)
+        if said.strip() or (base and self._terminal):
+            self._answer(said, self._chat)
         return True
 
-    def _answer(self, said: str) -> None:
-        """Answer a message; what is said until Ctrl+C is part of the chat."""
+    def _answer(self, said: str, before: chats.Chat) -> None:
+        """Answer a message after the chat `before` it; what is said until Ctrl+C is part of the chat.
+
+        Where nothing was said, the chat stays as it was.
+        """
         from gptcli.generation.text import complete
         from gptcli.model.load import context_length, memory_errors
 
-        seen = windows.window(self._tokenizer, self._chat, said, context_length(self._model), self._folder)
-        self._tell_left_out(seen)
-        self._chat, settings = self._chat.drawn()
+        drawn, settings = before.drawn()
         pieces: list[str] = []
 
         def show(piece: str) -> None:
@@ -143,18 +149,19 @@ class _Session:
 
         try:
             with memory_errors(REMEDY), _unseen_typing() if self._terminal else contextlib.nullcontext():
+                seen = windows.window(self._tokenizer, before, said, context_length(self._model), self._folder)
+                self._tell_left_out(seen)
                 done = complete(
                     self._model, self._tokenizer, seen.ids, settings, on_text=show, on_warning=self._out.warn
                 )[0]
+            self._chat = drawn.answered(said, done.text)
         except BaseException as error:
             if pieces:
-                self._chat = self._chat.answered(said, "".join(pieces))
+                self._chat = drawn.answered(said, "".join(pieces))
                 self._out.write("\n")
             if isinstance(error, KeyboardInterrupt) and self._terminal and not self._terminated:
-                kept = "" if pieces else " before the answer began; the message is taken back"
-                self._out.say(f"[interrupted{kept}]")
+                self._out.say(f"[interrupted{'' if pieces else ' before the answer began: the chat is as it was'}]")
             raise
-        self._chat = self._chat.answered(said, done.text)
         self._out.write("\n")
         if done.finish_reason == "length":
             more = "" if windows.has_template(self._tokenizer) else "Enter: go on; "
@@ -186,23 +193,13 @@ class _Session:
             self._chat = self._chat.undone()
             self._out.say(f"[taken back: {_short(said)}]")
         elif name == "retry":
-            whole = self._chat
-            self._chat = whole.undone()
-            self._answer_or_keep(whole)
+            before = self._chat.undone()
+            self._answer(self._chat.turns[-1].said, before)
         elif name == "save":
             self._save(argument)
         elif name == "load":
             self._load(argument)
         return name != "quit"
-
-    def _answer_or_keep(self, whole: chats.Chat) -> None:
-        """Answer the last message anew; the old answer stays where no new one begins."""
-        try:
-            self._answer(whole.turns[-1].said)
-        except BaseException:
-            if len(self._chat.turns) < len(whole.turns):
-                self._chat = replace(whole, answers=self._chat.answers)
-            raise
 
     def _set(self, argument: str) -> None:
         if argument:

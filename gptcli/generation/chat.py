@@ -7,6 +7,7 @@ a model; what a model sees of a chat is `gptcli.generation.window`'s.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -188,8 +189,6 @@ def read_saved(path: Path, settings: Settings) -> Chat:
         DataError: there is no such file, or it is no saved chat.
         RecipeError, UsageError: its settings are wrong.
     """
-    import json
-
     where = str(path)
     try:
         if not path.is_file():
@@ -205,7 +204,7 @@ def read_saved(path: Path, settings: Settings) -> Chat:
 
 
 def _checked(value: Any, settings: Settings, where: str) -> Chat:
-    from gptcli.recipe.tree import Node
+    from gptcli.recipe.tree import parse_inline
 
     found = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(found, list):
@@ -233,8 +232,7 @@ def _checked(value: Any, settings: Settings, where: str) -> Chat:
     for key, item in given.items():
         if key == "seed" and item is None:
             continue
-        nodes = [Node(part, where, Path(), str(part)) for part in item] if isinstance(item, list) else item
-        settings = _with_value(settings, key, Node(nodes, where, Path(), str(item)), where)
+        settings = _with_value(settings, key, parse_inline(json.dumps(item), where, Path()), where)
     settings.check()
     turns = tuple(Turn(said["content"], answer["content"]) for said, answer in zip(rest[::2], rest[1::2], strict=True))
     return Chat(settings, system, turns, len(turns))
