@@ -154,7 +154,9 @@ class _Session:
                 done = complete(
                     self._model, self._tokenizer, seen.ids, settings, on_text=show, on_warning=self._out.warn
                 )[0]
-            self._chat = drawn.answered(said, done.text)
+            # The last token may be a part of a character: shown as such, and no text to go on from.
+            whole = done.text.rstrip("\ufffd") if done.finish_reason == "length" else done.text
+            self._chat = drawn.answered(said, whole)
         except BaseException as error:
             if pieces:
                 self._chat = drawn.answered(said, "".join(pieces))

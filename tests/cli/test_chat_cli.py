@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Cli
+from tests.runs import Forks
 from tests.terminal import Terminal
 from tests.tiny import save_model
 
@@ -38,8 +38,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def chatting(here: Path, environment: dict[str, str], model: str, *arguments: str) -> Iterator[Terminal]:
-    with Terminal(("generate", model, "--chat", "--greedy", *arguments), here, environment) as screen:
+def chatting(here: Path, forks: Forks, model: str, *arguments: str) -> Iterator[Terminal]:
+    with Terminal(("generate", model, "--chat", "--greedy", *arguments), here, forks.environment, forks) as screen:
         screen.until(READY)
         yield screen
 
@@ -51,8 +51,8 @@ def say(screen: Terminal, keys: bytes) -> str:
     return shown.replace("\r\n", "\n").strip("\n")
 
 
-def test_answer_interrupt_undo_quit(here: Path, environment: dict[str, str]) -> None:
-    with chatting(here, environment, "model", "--max-new-tokens", "12") as screen:
+def test_answer_interrupt_undo_quit(here: Path, forks: Forks) -> None:
+    with chatting(here, forks, "model", "--max-new-tokens", "12") as screen:
         first = say(screen, b"hello\r")
         assert first.endswith("\n[cut at 12 tokens; /set max_new_tokens=24]")
         for setting in ENDLESS:
@@ -78,8 +78,8 @@ def test_answer_interrupt_undo_quit(here: Path, environment: dict[str, str]) -> 
     assert "Traceback" not in text
 
 
-def test_ctrl_c_with_nothing_typed_tells_how_to_quit_and_ctrl_d_does(here: Path, environment: dict[str, str]) -> None:
-    with chatting(here, environment, "model", "--max-new-tokens", "3") as screen:
+def test_ctrl_c_with_nothing_typed_tells_how_to_quit_and_ctrl_d_does(here: Path, forks: Forks) -> None:
+    with chatting(here, forks, "model", "--max-new-tokens", "3") as screen:
         assert "Ctrl+D or /quit ends the chat" in say(screen, b"\x03")
         assert "Ctrl+D" not in say(screen, b"half a li\x03"), "the line is taken back"
         assert "[cut at 3 tokens" in say(screen, b"hello\r")
@@ -88,8 +88,8 @@ def test_ctrl_c_with_nothing_typed_tells_how_to_quit_and_ctrl_d_does(here: Path,
     assert code == 0, text
 
 
-def test_a_paste_of_several_lines_is_one_message(here: Path, environment: dict[str, str]) -> None:
-    with chatting(here, environment, "model", "--max-new-tokens", "3") as screen:
+def test_a_paste_of_several_lines_is_one_message(here: Path, forks: Forks) -> None:
+    with chatting(here, forks, "model", "--max-new-tokens", "3") as screen:
         say(screen, b"\x1b[200~one\n/quit\n\xe4\xb8\x96\xe7\x95\x8c\x1b[201~\r")
         say(screen, b"new\x1b\rline\r")
         say(screen, b"/save pasted.json\r")
@@ -99,8 +99,8 @@ def test_a_paste_of_several_lines_is_one_message(here: Path, environment: dict[s
     assert said == ["one\n/quit\n世界", "new\nline"]
 
 
-def test_what_is_typed_while_an_answer_is_shown_waits_for_its_end(here: Path, environment: dict[str, str]) -> None:
-    with chatting(here, environment, "model", "--max-new-tokens", "400", "--min-new-tokens", "400") as screen:
+def test_what_is_typed_while_an_answer_is_shown_waits_for_its_end(here: Path, forks: Forks) -> None:
+    with chatting(here, forks, "model", "--max-new-tokens", "400", "--min-new-tokens", "400") as screen:
         screen.type(b"hello\r")
         screen.until("world")
         screen.type(b"/undo\r/quit\r")
@@ -111,10 +111,8 @@ def test_what_is_typed_while_an_answer_is_shown_waits_for_its_end(here: Path, en
 
 
 @pytest.mark.parametrize("answering", [False, True])
-def test_sigterm_ends_the_chat_and_leaves_the_terminal_as_it_was(
-    here: Path, environment: dict[str, str], answering: bool
-) -> None:
-    with chatting(here, environment, "model", "--max-new-tokens", "90000", "--min-new-tokens", "90000") as screen:
+def test_sigterm_ends_the_chat_and_leaves_the_terminal_as_it_was(here: Path, forks: Forks, answering: bool) -> None:
+    with chatting(here, forks, "model", "--max-new-tokens", "90000", "--min-new-tokens", "90000") as screen:
         if answering:
             screen.type(b"hello\r")
             screen.until("world")
@@ -126,23 +124,24 @@ def test_sigterm_ends_the_chat_and_leaves_the_terminal_as_it_was(
     assert "Traceback" not in text
 
 
-def test_a_base_model_says_that_it_has_no_template_and_goes_on(here: Path, environment: dict[str, str]) -> None:
-    with chatting(here, environment, "base", "--max-new-tokens", "6") as screen:
-        first = say(screen, b"hello\r").partition("\n[cut")[0]
-        second = say(screen, b"\r").partition("\n[cut")[0]
-        say(screen, b"/set max_new_tokens=12\r")
-        say(screen, b"/undo\r")
-        say(screen, b"/undo\r")
-        assert say(screen, b"hello\r").startswith(first + second), "an empty message lets it go on"
+def test_a_base_model_says_that_it_has_no_template_and_goes_on(here: Path, forks: Forks) -> None:
+    with chatting(here, forks, "base", "--max-new-tokens", "6") as screen:
+        say(screen, b"hello\r")
+        shown = say(screen, b"\r")
+        assert shown.endswith("[cut at 6 tokens; Enter: go on; /set max_new_tokens=12]")
+        say(screen, b"/save base.json\r")
         assert "no chat template" in say(screen, b"/system be brief\r")
         screen.type(b"\x04")
         code, text = screen.finish()
     assert code == 0
+    kept = json.loads((here / "base.json").read_text())["messages"]
+    assert [message["content"] for message in kept[::2]] == ["hello", ""], "an empty message lets it go on"
+    assert not any(message["content"].endswith("\ufffd") for message in kept), "a character that was cut is no text"
     assert "this model has no chat template: it continues the text so far" in text
 
 
-def test_every_command_does_what_help_says(here: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    with chatting(here, environment, "model", "--max-new-tokens", "4") as screen:
+def test_every_command_does_what_help_says(here: Path, forks: Forks, tmp_path: Path) -> None:
+    with chatting(here, forks, "model", "--max-new-tokens", "4") as screen:
         for name in ("/system", "/set", "/undo", "/retry", "/reset", "/save", "/load", "/quit"):
             assert name in say(screen, b"/help\r")
         answer = say(screen, b"hello\r")
@@ -167,12 +166,12 @@ def test_every_command_does_what_help_says(here: Path, environment: dict[str, st
 
 
 def test_files_that_cannot_be_read_or_written_are_told_and_the_chat_goes_on(
-    here: Path, environment: dict[str, str], tmp_path: Path
+    here: Path, forks: Forks, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.json").write_text('{"messages": [{"role": "user"')
     (tmp_path / "recipe.yaml").write_text("name: mine\n")
     os.mkfifo(tmp_path / "pipe")
-    with chatting(here, environment, "model", "--max-new-tokens", "4") as screen:
+    with chatting(here, forks, "model", "--max-new-tokens", "4") as screen:
         say(screen, b"hello\r")
         for command, why in [
             ("/load {}/broken.json", "is no JSON"),
@@ -200,8 +199,8 @@ def test_files_that_cannot_be_read_or_written_are_told_and_the_chat_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "pipe", "recipe.yaml"]
 
 
-def test_a_full_context_is_told_and_a_message_that_is_too_long_refused(here: Path, environment: dict[str, str]) -> None:
-    with chatting(here, environment, "short", "--max-new-tokens", "8") as screen:
+def test_a_full_context_is_told_and_a_message_that_is_too_long_refused(here: Path, forks: Forks) -> None:
+    with chatting(here, forks, "short", "--max-new-tokens", "8") as screen:
         shown = "".join(say(screen, b"hello\r") for _ in range(6))
         assert "the model's context is full: it does not see the oldest 1 turns" in shown
         assert "context of 64" in say(screen, b"x" * 200 + b"\r")
@@ -210,13 +209,15 @@ def test_a_full_context_is_told_and_a_message_that_is_too_long_refused(here: Pat
         assert screen.finish()[0] == 0
 
 
-def test_from_a_pipe_each_line_is_answered_and_only_answers_are_on_standard_output(here: Path, run_cli: Cli) -> None:
+def test_from_a_pipe_each_line_is_answered_and_only_answers_are_on_standard_output(here: Path, forks: Forks) -> None:
     typed = "hello\n\n/set max_new_tokens=6\n世界\r\n//quit\n/save piped.json\n/quit\nnever\n"
-    done = run_cli("generate", "model", "--chat", "--greedy", "--max-new-tokens", "3", cwd=here, stdin=typed)
+    done = forks("generate", "model", "--chat", "--greedy", "--max-new-tokens", "3", cwd=here, stdin=typed)
     assert done.code == 0, done.err
     chat = json.loads((here / "piped.json").read_text())["messages"]
     assert [message["content"] for message in chat[::2]] == ["hello", "世界", "/quit"]
-    assert done.out == "".join(message["content"] + "\n" for message in chat[1::2])
+    # Random models cut characters, which is seen, and no part of the chat.
+    answers = [line.rstrip("\ufffd") for line in done.out.split("\n")]
+    assert "\n".join(answers) == "".join(message["content"] + "\n" for message in chat[1::2])
     assert "\x1b" not in done.err and READY not in done.out
     assert "max_new_tokens=6" in done.err
 
@@ -238,11 +239,11 @@ def test_from_a_pipe_each_line_is_answered_and_only_answers_are_on_standard_outp
     ],
 )
 def test_in_a_script_what_is_wrong_ends_the_command(
-    here: Path, run_cli: Cli, arguments: list[str], typed: str, code: int, said: str
+    here: Path, forks: Forks, arguments: list[str], typed: str, code: int, said: str
 ) -> None:
     if arguments[0] == "broken" and not (here / "broken").exists():
         save_model(here / "broken")
         (here / "broken" / "chat_template.jinja").write_text("{{ 1 / 0 }}")
-    done = run_cli("generate", *arguments, cwd=here, stdin=typed)
+    done = forks("generate", *arguments, cwd=here, stdin=typed)
     assert done.code == code, done.err
     assert said in done.err and done.out == "" and "Traceback" not in done.err
