@@ -75,10 +75,10 @@ class TextStream:
         if not new:  # special tokens, of which no text is made
             del self._ids[self._context :]
             return ""
-        for end in range(len(self._ids) - LONGEST, len(self._ids) - 2 * LONGEST, -1):
-            before, held = self._decode(self._ids[self._context : end]), self._decode(self._ids[self._context :])
-            first = self._new_text(end)
-            if first and new.startswith(first) and held.startswith(before):
+        held = self._decode(self._ids[self._context :])
+        for end in range(len(self._ids) - LONGEST, len(self._ids) - 2 * LONGEST, -1):  # not within a character
+            first, before = self._new_text(end), self._decode(self._ids[self._context : end])
+            if first and first + held.removeprefix(before) == new:
                 self._settle(end)
                 return self._hand_out(first, last=False)
         return ""
