@@ -32,6 +32,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(folder / "base", context=100_000)
     save_model(folder / "model", context=100_000)
     (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    save_model(folder / "any", context=100_000)
+    (folder / "any" / "chat_template.jinja").write_text(TEMPLATE.partition("}}")[2])
     save_model(folder / "short", context=64)
     (folder / "short" / "chat_template.jinja").write_text(TEMPLATE)
     return folder
@@ -197,6 +199,25 @@ def test_files_that_cannot_be_read_or_written_are_told_and_the_chat_goes_on(
     assert code == 0 and "Traceback" not in text
     assert (tmp_path / "recipe.yaml").read_text() == "name: mine\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "pipe", "recipe.yaml"]
+
+
+def test_nothing_of_a_file_or_of_a_model_reaches_the_terminal_as_a_command(here: Path, forks: Forks) -> None:
+    escapes = "\x1b]0;owned\x07\x1b[2J\x9b2J\x08\u2028"
+    said, answer = {"role": "user", "content": f"said {escapes}"}, {"role": "assistant", "content": escapes}
+    system = {"role": "system", "content": f"system {escapes}"}
+    (here / "hostile.json").write_text(json.dumps({"messages": [said, answer], "settings": {"stop": [escapes]}}))
+    (here / "worse.json").write_text(json.dumps({"messages": [{"role": escapes, "content": ""}]}))
+    (here / "system.json").write_text(json.dumps({"messages": [system, said, answer]}))
+    with chatting(here, forks, "any", "--max-new-tokens", "300", "--min-new-tokens", "300") as screen:
+        shown = [say(screen, b"/load hostile.json\r"), say(screen, b"/set\r"), say(screen, b"/undo\r")]
+        shown += [say(screen, b"/load worse.json\r"), say(screen, b"/load system.json\r"), say(screen, b"/system\r")]
+        shown.append(say(screen, b"hello\r"))  # random bytes, those of a terminal's commands among them
+        screen.type(b"\x04")
+        assert screen.finish()[0] == 0
+    assert re.search("[\u2400-\u241f]", shown[-1])
+    for text in shown:
+        assert not re.search(r"[\x00-\x07\x0b-\x0c\x0e-\x1f\x7f-\x9f]", text), text
+    assert "said \u241b]0;owned" in shown[2] and "system \u241b]0;owned" in shown[5]
 
 
 def test_a_full_context_is_told_and_a_message_that_is_too_long_refused(here: Path, forks: Forks) -> None:
