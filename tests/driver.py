@@ -45,6 +45,8 @@ MODULES = (
     "gptcli.generation.text",
     "gptcli.generation.choose",
     "gptcli.generation.decode",
+    "gptcli.generation.text",
+    "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
 )
 CAPABILITY_VERSION_3 = 0x20080522
@@ -122,14 +124,21 @@ def enter(namespace: str) -> None:
 def become(command: dict[str, Any]) -> None:
     """Turn this forked process into a command.
 
-    It is {"arguments", "cwd", "environment", "out", "err", "fault", "namespace"}; the namespace is null or one's name.
+    It is {"arguments", "cwd", "environment", "in", "out", "err", "terminal", "fault", "namespace"}; the namespace is
+    null or one's name, the terminal null or the path of one, whose foreground it will be.
     """
-    for number, path, flags in (
-        (0, os.devnull, os.O_RDONLY),
-        (1, command["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
-        (2, command["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
-    ):
-        os.dup2(os.open(path, flags, 0o644), number)
+    if command["terminal"]:
+        os.setsid()  # so that the terminal that it opens is its own
+        for number in (0, 1, 2):
+            os.dup2(os.open(command["terminal"], os.O_RDWR), number)
+    else:
+        for number, path, flags in (
+            (0, command["in"], os.O_RDONLY),
+            (1, command["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+            (2, command["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        ):
+            os.dup2(os.open(path, flags, 0o644), number)
+    sys.stdin = open(0)  # noqa: SIM115  (this one has read requests)
     os.chdir(command["cwd"])
     os.environ.clear()
     os.environ.update(command["environment"])

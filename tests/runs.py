@@ -98,28 +98,36 @@ class Forks:
         cwd: Path,
         fault: dict[str, Any] | None = None,
         namespace: str | None = None,
+        stdin: str = "",
+        terminal: str | None = None,
         **variables: str,
     ) -> Started:
-        """Start `gptcli`, with what is to happen to it, in a network namespace if one is named."""
+        """Start `gptcli`, with what is to happen to it, in a network namespace or a terminal if one is named."""
         number = next(self._numbers)
+        given = self.folder / f"{number}.in"
+        given.write_text(stdin)
         out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
         pid = self._ask(
             {
                 "arguments": arguments,
                 "cwd": str(cwd),
                 "environment": {**self.environment, **variables},
+                "in": str(given),
                 "out": str(out),
                 "err": str(err),
                 "fault": fault or {},
                 "namespace": namespace,
+                "terminal": terminal,
             }
         )
         self.alive.add(pid)
         return Started(self, pid, out, err)
 
-    def __call__(self, *arguments: str, cwd: Path, fault: dict[str, Any] | None = None, **variables: str) -> Finished:
+    def __call__(
+        self, *arguments: str, cwd: Path, fault: dict[str, Any] | None = None, stdin: str = "", **variables: str
+    ) -> Finished:
         """Run `gptcli` to its end."""
-        return self.start(*arguments, cwd=cwd, fault=fault, **variables).finish()
+        return self.start(*arguments, cwd=cwd, fault=fault, stdin=stdin, **variables).finish()
 
     def wait(self, pid: int, *, stopped: bool) -> int | None:
         code: int | None = self._ask({"wait": pid, "stopped": stopped})
@@ -140,6 +148,18 @@ class Started:
     def send(self, *signals: signal.Signals) -> None:
         for number in signals:
             os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        if self.pid in self.forks.alive:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end, however long; its exit code, or 0 if it was waited for before."""
+        del timeout
+        return (self.forks.wait(self.pid, stopped=False) or 0) if self.pid in self.forks.alive else 0
+
+    def send_signal(self, sig: int) -> None:
+        os.kill(self.pid, sig)
 
     def until_stopped(self) -> None:
         """Wait until its fault has stopped it (SIGSTOP)."""

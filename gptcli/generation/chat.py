@@ -1,0 +1,238 @@
+"""A chat as data: its turns, its commands, its settings, and the file that it is saved in.
+
+A turn is a message with its answer, so a chat has no other order than that. Nothing here reads keys, prints, or needs
+a model; what a model sees of a chat is `gptcli.generation.window`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcli.errors import DataError, UsageError, first_line
+from gptcli.generation.settings import Settings
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+MAX_FILE_BYTES = 64 << 20
+
+# Each command with its argument and what it does, in the order of /help.
+COMMANDS = {
+    "help": ("", "show this"),
+    "system": ("[TEXT]", 'set the system prompt ("": none); without TEXT: show it'),
+    "set": ("[KEY=VALUE]", "set how answers are generated, as temperature=0.5; without: show the settings"),
+    "undo": ("", "take the last message and its answer back"),
+    "retry": ("", "answer the last message anew"),
+    "reset": ("", "forget all messages; the system prompt and the settings stay"),
+    "save": ("FILE", "write the chat to a JSON file"),
+    "load": ("FILE", "go on with the chat of such a file"),
+    "quit": ("", "end (Ctrl+D too)"),
+}
+ALONE = ("help", "undo", "retry", "reset", "quit")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What was said to the model, and its answer."""
+
+    said: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat so far; `answers` counts all that were drawn, so that each draws other random numbers."""
+
+    settings: Settings
+    system: str = ""
+    turns: tuple[Turn, ...] = ()
+    answers: int = 0
+
+    def answered(self, said: str, answer: str) -> Chat:
+        """The chat with one more turn."""
+        return replace(self, turns=(*self.turns, Turn(said, answer)))
+
+    def undone(self) -> Chat:
+        """The chat without its last turn. Raises `UsageError` when there is none."""
+        if not self.turns:
+            raise UsageError("there is no message to take back")
+        return replace(self, turns=self.turns[:-1])
+
+    def drawn(self) -> tuple[Chat, Settings]:
+        """The chat that has drawn one more answer, and the settings of that one: with a seed of its own."""
+        seed = self.settings.seed
+        settings = self.settings if seed is None else replace(self.settings, seed=(seed + self.answers) % 2**63)
+        return replace(self, answers=self.answers + 1), settings
+
+
+def messages(system: str, turns: Sequence[Turn], said: str | None = None) -> list[dict[str, str]]:
+    """A chat as templates and files have it; `said` is a message without an answer yet."""
+    found = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        found += [{"role": "user", "content": turn.said}, {"role": "assistant", "content": turn.answer}]
+    return found if said is None else [*found, {"role": "user", "content": said}]
+
+
+def command_of(text: str) -> tuple[str, str] | None:
+    """The name and the argument of a command; None: a message for the model.
+
+    Several lines are a command only when they begin with one that exists: pasted code may begin with a slash.
+
+    Raises:
+        UsageError: one line that begins with a slash, and no command is called so.
+    """
+    if not text.startswith("/") or text.startswith("//"):
+        return None
+    name, *rest = text[1:].split(maxsplit=1)[:2] or [""]
+    name, argument = {"exit": "quit", "regenerate": "retry"}.get(name, name), rest[0].strip() if rest else ""
+    if name in COMMANDS:
+        if argument and name in ALONE:
+            raise UsageError(f"/{name} takes nothing behind it")
+        return name, argument
+    if "\n" in text:
+        return None
+    import difflib
+
+    near = difflib.get_close_matches(name.lower(), list(COMMANDS), n=1)
+    known = f"did you mean /{near[0]}?" if near else "/help shows the commands."
+    raise UsageError(f"there is no command /{name[:60]}", remedy=f"{known} A message may begin with // for a slash.")
+
+
+def message_of(text: str) -> str:
+    """What a line says to the model: one slash for two at its beginning, and no half characters."""
+    text = text[1:] if text.startswith("//") else text
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+# Settings
+
+
+@functools.cache
+def _schema() -> type[BaseModel]:
+    """The recipe's generation settings that a chat can change, with its types and bounds, and those beside them."""
+    from pydantic import create_model
+
+    from gptcli.recipe.fields import CountOrZero, Section
+    from gptcli.recipe.schema import Generate
+
+    ours = {field.name for field in fields(Settings)} - {"num_return_sequences"}
+    given: dict[str, Any] = {
+        name: (field.annotation, field) for name, field in Generate.model_fields.items() if name in ours
+    }
+    return create_model("ChatSettings", __base__=Section, **given, seed=(CountOrZero, 0), greedy=(bool, False))
+
+
+def with_setting(settings: Settings, assignment: str) -> Settings:
+    """The settings with one changed by `KEY=VALUE`, the value as an override of a recipe gives it.
+
+    Raises:
+        RecipeError: an unknown key (the nearest is named), or a value of the wrong type.
+        UsageError: not KEY=VALUE, or a value that makes no sense beside the others.
+    """
+    from gptcli.recipe.tree import parse_inline
+
+    key, equals, text = (part.strip() for part in assignment.partition("="))
+    if not equals or not key:
+        raise UsageError(f"{assignment[:60]!r} is not KEY=VALUE", remedy="for example /set temperature=0.5")
+    if key == "num_return_sequences":
+        raise UsageError("a chat has one answer at a time: num_return_sequences stays 1")
+    changed = _with_value(settings, key, parse_inline(text, "/set", Path()), "/set")
+    changed.check()
+    return changed
+
+
+def _with_value(settings: Settings, key: str, value: Any, where: str) -> Settings:
+    """The settings with `key` set to what a node of a recipe's tree holds."""
+    from pydantic import ValidationError
+
+    from gptcli.recipe import problems
+    from gptcli.recipe.layers import nested
+    from gptcli.recipe.tree import plain
+
+    schema = _schema()
+    root = nested((key,), value)
+    problems.raise_problems(problems.unknown_keys(root, [schema], schema))
+    try:
+        checked = getattr(schema.model_validate(plain(root)), key)
+    except ValidationError as error:
+        problems.raise_problems(problems.from_validation(error, root, where, schema))
+        raise
+    change: dict[str, Any] = {key: tuple(checked) if isinstance(checked, list) else checked}
+    return replace(settings, **change)
+
+
+def shown_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that `with_setting` takes, by name."""
+    known = _schema().model_fields
+    values = {field.name: getattr(settings, field.name) for field in fields(Settings) if field.name in known}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+# The file
+
+
+def saved(chat: Chat, model: str) -> dict[str, Any]:
+    """A chat as /save writes it."""
+    return {"model": model, "messages": messages(chat.system, chat.turns), "settings": shown_settings(chat.settings)}
+
+
+def read_saved(path: Path, settings: Settings) -> Chat:
+    """The chat of a file; settings that it does not name stay as given.
+
+    Raises:
+        DataError: there is no such file, or it is no saved chat.
+        RecipeError, UsageError: its settings are wrong.
+    """
+    where = str(path)
+    try:
+        if not path.is_file():
+            raise DataError("there is no such file", where=where)
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(f"has more than {MAX_FILE_BYTES >> 20} MiB, which no saved chat has", where=where)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=where) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is no JSON: {first_line(error)}", where=where) from None
+    return _checked(value, settings, where)
+
+
+def _checked(value: Any, settings: Settings, where: str) -> Chat:
+    from gptcli.recipe.tree import parse_inline
+
+    found = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(found, list):
+        raise DataError(
+            "is no saved chat", where=where, remedy='It has to be {"messages": [{"role": ..., "content": ...}, ...]}.'
+        )
+    for number, message in enumerate(found, 1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise DataError(f"message {number} has no role and content that are texts", where=where)
+        if message["content"] != message_of(f" {message['content']}")[1:]:
+            raise DataError(f"message {number} is not valid Unicode", where=where)
+    system = found[0]["content"] if found and found[0]["role"] == "system" else ""
+    rest = found[1:] if found and found[0]["role"] == "system" else found
+    for number, message in enumerate(rest, 1 + len(found) - len(rest)):
+        wanted = "user" if (number - len(found) + len(rest)) % 2 else "assistant"
+        if message["role"] != wanted:
+            raise DataError(
+                f"message {number} is of {message['role'][:60]!r} where {wanted!r} has to follow", where=where
+            )
+    if len(rest) % 2:
+        raise DataError("the last message has no answer", where=where)
+    given = value.get("settings", {})
+    if not isinstance(given, dict):
+        raise DataError("its settings are no keys and values", where=where)
+    for key, item in given.items():
+        if key == "seed" and item is None:
+            continue
+        settings = _with_value(settings, key, parse_inline(json.dumps(item), where, Path()), where)
+    settings.check()
+    turns = tuple(Turn(said["content"], answer["content"]) for said, answer in zip(rest[::2], rest[1::2], strict=True))
+    return Chat(settings, system, turns, len(turns))
