@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gptcli.device import best_device, has_fast_bf16, is_out_of_memory
 from gptcli.errors import CheckpointError, GptcliError, MissingError, OutOfMemoryError, UsageError, first_line
-from gptcli.model.folder import INDEX, WEIGHTS, check_config, check_index, check_parameters, check_weights, read_config
+from gptcli.model.folder import (
+    INDEX,
+    WEIGHTS,
+    check_config,
+    check_index,
+    check_parameters,
+    check_weights,
+    is_adapter,
+    read_config,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +96,8 @@ def load_model(
     """Load a causal language model in evaluation mode onto `device` (default: the best one).
 
     Args:
-        folder: a Hugging Face model folder, or a Hub id (OWNER/NAME) as a path.
+        folder: a Hugging Face model folder, a Hub id (OWNER/NAME) as a path, or an adapter's folder, which is merged
+            into its base.
         dtype: see `choose_dtype`.
         device: where the weights go.
         attention: a name of transformers' attention implementations; `auto` leaves the choice to transformers.
@@ -99,6 +109,10 @@ def load_model(
         CheckpointError: the files are damaged or do not belong together.
     """
     _check_precision(dtype)
+    if is_adapter(folder):
+        from gptcli.model.adapters import load_merged
+
+        return load_merged(folder, dtype=dtype, device=device, attention=attention, trust_remote_code=trust_remote_code)
     shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": folder.is_dir()}
     if revision is not None:
         shared["revision"] = revision
@@ -166,13 +180,19 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, revision: str 
 def load_tokenizer(
     folder: Path, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or a Hub id.
+    """Load the tokenizer of a model folder, a Hub id or an adapter's folder; without its own the last has its base's.
 
     Raises:
         MissingError: there is none.
         CheckpointError: its files are damaged.
     """
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    own = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    if is_adapter(folder) and not own:
+        from gptcli.model.adapters import base_of
+
+        base, base_revision = base_of(folder)
+        return load_tokenizer(base, trust_remote_code=trust_remote_code, revision=base_revision)
+    if folder.is_dir() and not own:
         raise MissingError(
             "no tokenizer in this folder", where=str(folder), remedy=f"Looked for {', '.join(TOKENIZER_FILES)}."
         )
