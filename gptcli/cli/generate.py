@@ -40,6 +40,9 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same texts; default: a new one.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
 Precision = Annotated[str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Of the model's weights.")]
+Quantize = Annotated[
+    str | None, typer.Option("--quantize", metavar="int8|int4", help="Make the weights small in memory (torchao).")
+]
 
 DIM, RESET = "\033[2m", "\033[0m"
 
@@ -58,6 +61,7 @@ def generate(
     seed: Seed = None,
     greedy: Greedy = False,
     precision: Precision = "auto",
+    quantize: Quantize = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -70,6 +74,8 @@ def generate(
 
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"--precision {precision} is not one of auto, fp32, bf16")
+    if quantize not in (None, "int8", "int4"):
+        raise UsageError(f"--quantize {quantize} is not one of int8, int4")
     folder = resolve_model(model)
     out = console(json=True, quiet=quiet)  # standard output holds the texts and nothing else
     given = _recipe_section(folder, out)
@@ -94,10 +100,13 @@ def generate(
     settings = make_settings(given, chosen, seed=seed, greedy=greedy)
     settings.check()
     from gptcli.model.load import load_model, load_tokenizer, memory_errors
+    from gptcli.model.quantize import quantize as quantize_model
 
     with memory_errors("Try a smaller --max-new-tokens or --num-return-sequences, or --precision bf16."):
         tokenizer = load_tokenizer(folder)
         loaded = load_model(folder, dtype=precision)  # type: ignore[arg-type]
+        if quantize is not None:
+            out.say(str(quantize_model(loaded, quantize)))
         how = "greedy" if not settings.samples else f"seed {settings.seed}"
         out.say(f"{folder}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}, {how}")
         for text in prompts:

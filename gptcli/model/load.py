@@ -7,6 +7,7 @@ or that has another shape, is an error; transformers would fill in random ones.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -32,25 +33,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Precision = Literal["auto", "fp32", "bf16"]
+TALKATIVE = ("torchao", "torch.utils._pytree")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars, log lines and Python warnings off the screen."""
-    from transformers.utils import logging
+    """Keep transformers' progress bars, log lines and Python warnings off the screen.
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    With them torchao's, which transformers imports where it is installed: it tells of kernels for other machines.
+    """
+    from transformers.utils import logging as told
+
+    verbosity, bars = told.get_verbosity(), told.is_progress_bar_enabled()
+    told.set_verbosity_error()  # type: ignore[no-untyped-call]
+    told.disable_progress_bar()  # type: ignore[no-untyped-call]
+    others = [(logger, logger.level) for logger in map(logging.getLogger, TALKATIVE)]
+    for logger, _ in others:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        told.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            told.enable_progress_bar()  # type: ignore[no-untyped-call]
+        for logger, level in others:
+            logger.setLevel(level)
 
 
 @contextmanager
