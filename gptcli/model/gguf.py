@@ -29,7 +29,7 @@ MAGIC = b"GGUF"
 TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "q8_0"}
 # The names that llama.cpp has (src/llama-vocab.cpp) for the patterns of `tokenizer.train.pattern`. Its llama-bpe is
 # llama3's, too, but puts BOS in front and passes over merges; dbrx is the same pattern without either.
-DIVISIONS = {"gpt2": "gpt-2", "gpt4": "dbrx", "llama3": "dbrx", "qwen2": "qwen2", "bytes": "gpt-2"}
+DIVISIONS = {"gpt2": "gpt-2", "gpt4": "dbrx", "llama3": "dbrx", "qwen2": "qwen2"}
 LAST_LINES = 4
 _UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
 
@@ -72,13 +72,19 @@ def convert(
         target: the file; one that is there is replaced when the new one is whole.
         converter: see `find_converter`.
         outtype: one of the converter's types: f32, f16, bf16, q8_0.
-        division: how the tokenizer divides a text, a key of `DIVISIONS`; None: the converter finds out.
+        division: how the tokenizer divides a text, as `data.tokenizer` tells it; None: the converter finds out.
         reporter: where it is said what was done.
 
     Raises:
         MissingError: a package that the converter needs is missing, or it does not know the model or its tokenizer.
         CheckpointError: it failed otherwise, or the file cannot be written.
     """
+    if division == "bytes":
+        raise MissingError(
+            "llama.cpp reads no tokenizer that merges nothing, and this model's tokens are bytes",
+            where=str(folder),
+            remedy="Train with tokenizer.train.algorithm: bpe for a model that is to go there.",
+        )
     with writing(target, "the GGUF file", "Nothing of it is left behind."):
         target.parent.mkdir(parents=True, exist_ok=True)
         # A folder, since a converter may write several files.
