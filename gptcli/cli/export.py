@@ -67,7 +67,7 @@ def export(
     _check_options(output, quantize, precision, gguf, push, gguf_converter=gguf_converter, public=public)
     from gptcli.cli.console import console
     from gptcli.model.export import check_source, check_target
-    from gptcli.runs.folder import resolve_model
+    from gptcli.runs.folder import owner, resolve_model
 
     out = console(json=json, quiet=quiet)
     source = resolve_model(model)
@@ -99,7 +99,8 @@ def export(
             result |= {"gguf": str(gguf), "gguf_bytes": _convert(done, gguf, converter, quantize, out)}
         if push is not None and folder is not None:
             comfort = "Nothing was written." if output is None else f"The folder is whole: {output}"
-            message = f"Exported by gptcli from {source.name}"
+            run = owner(source)
+            message = f"Exported by gptcli from {source.name if run is None else run.name}"
             result["pushed"] = hub.push(
                 folder, push, private=not public, message=message, comfort=comfort, reporter=out
             )
