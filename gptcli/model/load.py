@@ -196,13 +196,8 @@ def load_tokenizer(
         MissingError: there is none.
         CheckpointError: its files are damaged.
     """
-    own = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    if is_adapter(folder) and not own:
-        from gptcli.model.adapters import base_of
-
-        base, base_revision = base_of(folder)
-        return load_tokenizer(base, trust_remote_code=trust_remote_code, revision=base_revision)
-    if folder.is_dir() and not own:
+    folder, revision = tokenizer_home(folder, revision)
+    if folder.is_dir() and not _holds_tokenizer(folder):
         raise MissingError(
             "no tokenizer in this folder", where=str(folder), remedy=f"Looked for {', '.join(TOKENIZER_FILES)}."
         )
@@ -216,6 +211,19 @@ def load_tokenizer(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=folder.is_dir(), **shared
         )
         return tokenizer
+
+
+def tokenizer_home(folder: Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """Where a model's tokenizer is, and the revision there: the same place, but for an adapter's folder without one."""
+    if is_adapter(folder) and not _holds_tokenizer(folder):
+        from gptcli.model.adapters import base_of
+
+        return base_of(folder)
+    return folder, revision
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def context_length(model: PreTrainedModel) -> int | None:

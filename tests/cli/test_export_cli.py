@@ -65,8 +65,6 @@ def test_an_adapter_generates_merges_and_is_evaluated(here: Path, forks: Forks) 
     assert scored.code == 0, scored.err
     adapter, merged = (result["loss"] for result in json.loads(scored.out))
     assert adapter == pytest.approx(merged, rel=1e-5)
-    trained = forks("finetune", "finetune/continue", "model.from=adapter", "data.train=text.txt", cwd=here)
-    assert trained.code == 7 and "It holds an adapter" in trained.err, trained.err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao: pip install 'gptcli[quantize]'")
