@@ -110,7 +110,7 @@ def load_merged(folder: Path, **options: Any) -> PreTrainedModel:
     try:
         import peft
     except ImportError:
-        raise not_installed(f"{folder} is an adapter, which", "peft", "adapters") from None
+        raise not_installed(f"the adapter {folder}", "peft", "adapters") from None
     with quiet(), _adapter_errors(folder):
         settings = peft.PeftConfig.from_pretrained(str(folder))
         if settings.is_prompt_learning or settings.is_adaption_prompt:

@@ -17,7 +17,7 @@ from gptcli.errors import CheckpointError, UsageError, writing
 from gptcli.files import committed_folder, system_errors, write_atomic
 from gptcli.model.adapters import base_of
 from gptcli.model.folder import is_adapter
-from gptcli.model.load import load_model, load_tokenizer, memory_errors, quiet
+from gptcli.model.load import load_config, load_model, load_tokenizer, memory_errors, quiet
 from gptcli.model.quantize import Quantized, check_can_save, model_bytes, quantize
 from gptcli.reporting import Reporter, mebibytes
 
@@ -109,13 +109,14 @@ def export(
     device = best_device() if quantization == "int4" else torch.device("cpu")  # int8 is the same on any
     if quantization is not None:
         check_can_save(quantization, device.type)
+    dtype = _dtype(source, precision, trust_remote_code)
     with memory_errors("An export needs 4 bytes a parameter. Close other programs, or take a larger machine."):
         tokenizer: Any = load_tokenizer(source, trust_remote_code=trust_remote_code)
         model: Any = load_model(source, dtype="fp32", device=device, trust_remote_code=trust_remote_code)
         parameters = model.num_parameters()
         if is_adapter(source):
             reporter.say(f"merged {source} into {base_of(source)[0]}")
-        model.to(_dtype(source, precision, model, trust_remote_code))
+        model.to(dtype)
         quantized = None
         if quantization is not None:
             quantized = quantize(model, quantization, to_save=True)
@@ -148,17 +149,25 @@ def check_room(target: Path, needed: int) -> None:
         )
 
 
-def _dtype(source: Path, precision: SavedPrecision, model: PreTrainedModel, trust_remote_code: bool) -> torch.dtype:
-    """The dtype of what is written; auto: that of the source, an adapter's base."""
+def _dtype(source: Path, precision: SavedPrecision, trust_remote_code: bool) -> torch.dtype:
+    """The dtype of what is written; auto: that of the source, an adapter's base.
+
+    Raises:
+        UsageError: the source is quantized.
+    """
     import torch
 
-    from gptcli.model.load import load_config
-
+    folder, revision = base_of(source) if is_adapter(source) else (source, None)
+    config = load_config(folder, trust_remote_code=trust_remote_code, revision=revision)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(
+            f"{folder} is quantized, and an export begins with whole weights",
+            remedy="Export the model that it was made of.",
+        )
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    folder, revision = base_of(source) if is_adapter(source) else (source, None)
-    said = load_config(folder, trust_remote_code=trust_remote_code, revision=revision).dtype
-    return said if isinstance(said, torch.dtype) and said.is_floating_point else model.dtype
+    said = config.dtype
+    return said if isinstance(said, torch.dtype) and said.is_floating_point else torch.float32
 
 
 def _card(source: Path, done: Exported, model: PreTrainedModel) -> str:

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptcli.device import best_device, has_fast_bf16, is_out_of_memory
-from gptcli.errors import CheckpointError, GptcliError, MissingError, OutOfMemoryError, UsageError, first_line
+from gptcli.errors import (
+    CheckpointError,
+    GptcliError,
+    MissingError,
+    OutOfMemoryError,
+    UsageError,
+    first_line,
+    not_installed,
+)
 from gptcli.model.folder import (
     INDEX,
     WEIGHTS,
@@ -271,6 +279,8 @@ def _typed_errors(folder: Path, what: str) -> Iterator[None]:
                 remedy=f"{reason}\n{offline}Check the name and the network, or give a local folder.",
             ) from error
         if isinstance(error, ImportError):
+            if error.name == "torchao":
+                raise not_installed("reading quantized weights", "torchao", "quantize") from error
             raise MissingError(f"a package that this {what} needs is missing", remedy=reason) from error
         if "trust_remote_code" in str(error):
             raise MissingError(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,9 @@ def test_what_was_saved_loads_again_as_the_same_numbers(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         quantize(again, "int8")
     assert "quantized already (torchao)" in caught.value.what
+    with pytest.raises(UsageError) as caught:
+        export(tmp_path / "small", tmp_path / "again", reporter=Silent())
+    assert "is quantized, and an export begins with whole weights" in caught.value.what
 
 
 @needs_torchao
@@ -132,6 +136,17 @@ def test_a_model_that_is_too_narrow_for_int4_is_told() -> None:
     with pytest.raises(UsageError) as caught:
         quantize(make_model(hidden_size=24, head_dim=12, intermediate_size=40), "int4")
     assert "Take --quantize int8" in str(caught.value.remedy)
+
+
+@pytest.mark.skipif(HERE, reason="torchao is here")
+def test_small_weights_of_a_folder_name_the_package_that_reads_them(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "m", **SIZES)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "torchao", "quant_type": {"default": {}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MissingError) as caught:
+        load_model(folder, device=torch.device("cpu"))
+    assert str(caught.value.remedy).endswith("pip install 'gptcli[quantize]'")
 
 
 @pytest.mark.skipif(HERE, reason="torchao is here")
