@@ -142,6 +142,8 @@ def _check_options(
                 "llama.cpp's converter writes no 4 bits",
                 remedy="Leave out --quantize, then: llama-quantize FILE NEW_FILE Q4_K_M (of llama.cpp).",
             )
+    if output is not None and output.is_file():
+        raise UsageError(f"--output {output} is a file", remedy="Name a folder.")
     if gguf is not None and gguf.is_dir():
         raise UsageError(f"--gguf {gguf} is a folder", remedy=f"Name a file: {gguf / 'model.gguf'}")
 

@@ -108,6 +108,7 @@ def test_a_gguf_file_comes_with_and_without_a_folder(here: Path, forks: Forks) -
         (["tiny-run", "-o", "x", "--gguf-converter", "y"], 2, "--gguf-converter without --gguf"),
         (["tiny-run", "--gguf", "x.gguf", "--quantize", "int4"], 2, "Q4_K_M"),
         (["tiny-run", "--gguf", "runs"], 2, "is a folder"),
+        (["tiny-run", "-o", "convert-hf-to-gguf", "--overwrite"], 2, "is a file"),
         (["tiny-run", "--gguf", "x.gguf"], 7, "which is not on the search path"),
         (["tiny-run", "--gguf", "x.gguf", "--gguf-converter", "gone/c.py"], 7, "gone/c.py: no such folder"),
         (["tiny-run", "-o", "runs", "--overwrite"], 2, "holds the model that is to be exported"),
