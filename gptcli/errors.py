@@ -120,6 +120,13 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def not_installed(what: str, package: str, extra: str) -> MissingError:
+    """The error for a package of an extra that `what` needs."""
+    return MissingError(
+        f"{what} needs the package {package}, which is not installed", remedy=f"pip install 'gptcli[{extra}]'"
+    )
+
+
 def not_available(key: str, what: str, *, where: str | None = None, remedy: str | None = None) -> RecipeError:
     """The error for a key or value of the contract whose feature does not exist yet."""
     return RecipeError(f"{key}: {what} is not available yet", where=where, remedy=remedy)

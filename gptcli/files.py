@@ -7,10 +7,12 @@ Every file that another step depends on goes through `write_atomic` (temporary s
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from typing import Any
 import platformdirs
 
 HASH_BLOCK = 1 << 20
+PROBE_BYTES = 1 << 20
 
 
 def cache_root() -> Path:
@@ -148,6 +151,25 @@ def held_alone(lock: Path, refuse: Callable[[str], Exception]) -> Iterator[None]
         yield
     finally:
         os.close(descriptor)
+def system_errors(work: Path) -> Iterator[None]:
+    """Inside, what safetensors and torch raise when a file in `work` cannot be written is the system's error again.
+
+    safetensors tells its number. torch's writer of archives does not, so the system is asked once more.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        if "inline_container" in str(error):
+            with tempfile.TemporaryFile(dir=work) as file:
+                file.write(bytes(PROBE_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        raise
 
 
 def sha256_file(path: Path) -> str:

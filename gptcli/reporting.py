@@ -32,6 +32,11 @@ def one_line(text: str) -> str:
     return visible(text.translate(_LINE_ENDS))
 
 
+def mebibytes(count: int) -> str:
+    """Bytes as estimates show them: MiB, or GiB from one on."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
 class Progress(Protocol):
     """A running task."""
 

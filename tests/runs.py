@@ -176,12 +176,13 @@ class Started:
 @contextlib.contextmanager
 def forking(folder: Path, environment: dict[str, str]) -> Iterator[Forks]:
     """A `Forks`; what is still running in the end is killed."""
+    paths = (str(REPOSITORY), environment.get("PYTHONPATH"))
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "tests" / "driver.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**environment, "PYTHONPATH": str(REPOSITORY)},
+        env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
     forks = Forks(folder, environment, process)
     try:

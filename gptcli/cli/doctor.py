@@ -16,6 +16,8 @@ _EXTRAS = {
     "gpu": ("8-bit optimizers and fused kernels", ("bitsandbytes", "liger_kernel", "torchao")),
     "track": ("experiment trackers", ("tensorboard", "trackio", "wandb")),
     "serve": ("an OpenAI-compatible server", ("fastapi", "uvicorn")),
+    "adapters": ("adapters: LoRA, DoRA", ("peft",)),
+    "quantize": ("int8 and int4 weights", ("torchao",)),
     "rl": ("adapters and preference tuning", ("peft", "trl")),
     "ray": ("tokenizing on a Ray cluster", ("ray",)),
 }

@@ -23,6 +23,7 @@ COMMANDS = {
     "finetune": ("finetune", "finetune"),
     "generate": ("generate", "generate"),
     "eval": ("evaluate", "evaluate"),
+    "export": ("export", "export"),
     "plan": ("plan", "plan"),
     "recipes": ("recipes", "app"),
     "runs": ("runs", "app"),

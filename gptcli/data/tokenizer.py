@@ -7,6 +7,7 @@ transformers. Every string of valid Unicode round-trips.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,26 @@ def bytes_of(entry: str) -> bytes | None:
         return bytes(_BYTE_OF[character] for character in entry)
     except KeyError:
         return None
+
+
+def division(folder: Path) -> str | None:
+    """How a folder's byte-level tokenizer divides a text before it merges: a key of `PATTERNS`, "bytes" for one that
+    merges nothing, None for any other.
+
+    Raises what `load_fast` does.
+    """
+    told = json.loads(load_fast(folder).to_str())
+    steps = told["pre_tokenizer"] or {}
+    parts = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    last = {"add_prefix_space": None, "use_regex": None, **parts[-1]} if parts else {}
+    if told["normalizer"] is not None or last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+        return None
+    if len(parts) == 2 and not last["use_regex"] and parts[0].get("type") == "Split":
+        split = (parts[0]["pattern"].get("Regex"), parts[0]["behavior"], parts[0]["invert"])
+        return next((name for name, pattern in PATTERNS.items() if split == (pattern, "Isolated", False)), None)
+    if len(parts) == 1 and last["use_regex"]:
+        return "gpt2"  # tokenizers' own
+    return "bytes" if len(parts) == 1 and not told["model"].get("merges") else None
 
 
 def load_fast(folder: Path) -> Tokenizer:

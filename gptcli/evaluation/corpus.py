@@ -110,8 +110,8 @@ def from_recipe(loaded: LoadedRecipe, *, limit: int | None = None) -> Corpus:
     return Corpus(name, held_out=loaded, limit=limit)
 
 
-def tokens_for(corpus: Corpus, model: Path, reporter: Reporter) -> Tokens:
-    """The corpus in the tokens of a model.
+def tokens_for(corpus: Corpus, model: Path, revision: str | None, reporter: Reporter) -> Tokens:
+    """The corpus in the tokens of a model; `revision`: of a Hub id.
 
     Raises:
         DataError: nothing to read, or rows that cannot be read.
@@ -127,7 +127,7 @@ def tokens_for(corpus: Corpus, model: Path, reporter: Reporter) -> Tokens:
             return _tokens(shards.evaluation_documents(), corpus, prepared.tokenizer, shards.bytes or 0)
         held_out_bytes = prepared.validation.bytes or 0
         reporter.say("the model's tokenizer is not the recipe's: reading the texts again")
-    tokenizer = import_tokenizer(str(model))
+    tokenizer = import_tokenizer(str(model), revision=revision)
     if loaded is not None:
         texts, total = _held_out_texts(loaded, reporter), held_out_bytes
     else:

@@ -12,7 +12,7 @@ from gptcli.device import best_device
 from gptcli.errors import DataError, GptcliError, UsageError
 from gptcli.evaluation.corpus import Corpus, Tokens, tokens_for
 from gptcli.evaluation.loss import LossResult, document_loss
-from gptcli.model.load import Precision, context_length, load_model, memory_errors
+from gptcli.model.load import Precision, context_length, load_model, memory_errors, tokenizer_home
 from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.runs.folder import owner
 from gptcli.runs.metrics import finite
@@ -79,7 +79,7 @@ def evaluate(
         UsageError: the window is longer than the model's context.
         DataError: the corpus is empty, or cannot be read.
     """
-    tokens = tokens_for(corpus, folder, reporter)
+    tokens = tokens_for(corpus, *tokenizer_home(folder), reporter)
     with memory_errors("Try a shorter --sequence-length, or --precision bf16."):
         model = load_model(folder, dtype=options.precision, device=best_device())
         length = window_length(model, folder, options, recipe, reporter)

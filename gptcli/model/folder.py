@@ -47,6 +47,11 @@ def absurd_size(fields: Mapping[str, Any]) -> str | None:
     return None
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter (peft's) and no model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists()
+
+
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """What config.json of a local folder holds, which may be used.
 
@@ -56,12 +61,11 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
     """
     path = folder / "config.json"
     if not path.is_file():
-        adapter = (folder / "adapter_config.json").is_file()
         raise MissingError(
             "no model in this folder (it has no config.json)",
             where=str(folder),
-            remedy="It holds an adapter: name the folder of a whole model instead."
-            if adapter
+            remedy=f"It holds an adapter. A whole model of it: gptcli export {folder} --merge --output FOLDER"
+            if is_adapter(folder)
             else "Give the folder that holds config.json and model.safetensors, for example runs/NAME/final.",
         )
     try:

@@ -7,6 +7,7 @@ or that has another shape, is an error; transformers would fill in random ones.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,33 +16,59 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gptcli.device import best_device, has_fast_bf16, is_out_of_memory
-from gptcli.errors import CheckpointError, GptcliError, MissingError, OutOfMemoryError, UsageError, first_line
-from gptcli.model.folder import INDEX, WEIGHTS, check_config, check_index, check_parameters, check_weights, read_config
+from gptcli.errors import (
+    CheckpointError,
+    GptcliError,
+    MissingError,
+    OutOfMemoryError,
+    UsageError,
+    first_line,
+    not_installed,
+)
+from gptcli.model.folder import (
+    INDEX,
+    WEIGHTS,
+    check_config,
+    check_index,
+    check_parameters,
+    check_weights,
+    is_adapter,
+    read_config,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Precision = Literal["auto", "fp32", "bf16"]
+TALKATIVE = ("torchao", "torch.utils._pytree")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars, log lines and Python warnings off the screen."""
-    from transformers.utils import logging
+    """Keep transformers' progress bars, log lines and Python warnings off the screen.
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    With them torchao's, which transformers imports where it is installed: it tells of kernels for other machines.
+    """
+    from transformers.utils import logging as told
+
+    verbosity, bars = told.get_verbosity(), told.is_progress_bar_enabled()
+    told.set_verbosity_error()  # type: ignore[no-untyped-call]
+    told.disable_progress_bar()  # type: ignore[no-untyped-call]
+    others = [(logger, logger.level) for logger in map(logging.getLogger, TALKATIVE)]
+    for logger, _ in others:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        told.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            told.enable_progress_bar()  # type: ignore[no-untyped-call]
+        for logger, level in others:
+            logger.setLevel(level)
 
 
 @contextmanager
@@ -87,7 +114,8 @@ def load_model(
     """Load a causal language model in evaluation mode onto `device` (default: the best one).
 
     Args:
-        folder: a Hugging Face model folder, or a Hub id (OWNER/NAME) as a path.
+        folder: a Hugging Face model folder, a Hub id (OWNER/NAME) as a path, or an adapter's folder, which is merged
+            into its base.
         dtype: see `choose_dtype`.
         device: where the weights go.
         attention: a name of transformers' attention implementations; `auto` leaves the choice to transformers.
@@ -99,6 +127,10 @@ def load_model(
         CheckpointError: the files are damaged or do not belong together.
     """
     _check_precision(dtype)
+    if is_adapter(folder):
+        from gptcli.model.adapters import load_merged
+
+        return load_merged(folder, dtype=dtype, device=device, attention=attention, trust_remote_code=trust_remote_code)
     shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": folder.is_dir()}
     if revision is not None:
         shared["revision"] = revision
@@ -166,13 +198,14 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, revision: str 
 def load_tokenizer(
     folder: Path, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or a Hub id.
+    """Load the tokenizer of a model folder, a Hub id or an adapter's folder; without its own the last has its base's.
 
     Raises:
         MissingError: there is none.
         CheckpointError: its files are damaged.
     """
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    folder, revision = tokenizer_home(folder, revision)
+    if folder.is_dir() and not _holds_tokenizer(folder):
         raise MissingError(
             "no tokenizer in this folder", where=str(folder), remedy=f"Looked for {', '.join(TOKENIZER_FILES)}."
         )
@@ -186,6 +219,19 @@ def load_tokenizer(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=folder.is_dir(), **shared
         )
         return tokenizer
+
+
+def tokenizer_home(folder: Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """Where a model's tokenizer is, and the revision there: the same place, but for an adapter's folder without one."""
+    if is_adapter(folder) and not _holds_tokenizer(folder):
+        from gptcli.model.adapters import base_of
+
+        return base_of(folder)
+    return folder, revision
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -238,6 +284,8 @@ def _typed_errors(folder: Path, what: str) -> Iterator[None]:
                 remedy=f"{reason}\n{offline}Check the name and the network, or give a local folder.",
             ) from error
         if isinstance(error, ImportError):
+            if error.name == "torchao":
+                raise not_installed("reading quantized weights", "torchao", "quantize") from error
             raise MissingError(f"a package that this {what} needs is missing", remedy=reason) from error
         if "trust_remote_code" in str(error):
             raise MissingError(

@@ -17,12 +17,11 @@ from gptcli.errors import CheckpointError
 from gptcli.files import write_atomic
 from gptcli.launch import is_main_process, restarted
 from gptcli.recipe.load import LoadedRecipe, dump_yaml, resolved
-from gptcli.reporting import Reporter
+from gptcli.reporting import Reporter, mebibytes
 from gptcli.runs.folder import RunFolder
 from gptcli.train import group
 from gptcli.train.assemble import Assembly, assemble, decided_recipe, describe
 from gptcli.train.finish import write_run_report
-from gptcli.train.memory import mebibytes
 from gptcli.train.record import now
 from gptcli.train.resume import Start, check_unchanged, clear, decided_before, ended_early, find_start, locked
 

@@ -7,18 +7,23 @@ written last: the size and sha256 of every file, the step, and the fingerprints 
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CheckpointError, writing
-from gptcli.files import committed_folder, fingerprint, fsync_file, read_json, remove, sha256_file, write_json
+from gptcli.files import (
+    committed_folder,
+    fingerprint,
+    fsync_file,
+    read_json,
+    remove,
+    sha256_file,
+    system_errors,
+    write_json,
+)
 from gptcli.runs.folder import CHECKPOINT, MANIFEST, RunFolder
 from gptcli.train import random_state
 from gptcli.train.optimizer_state import OPTIMIZER, SCHEDULER
@@ -31,7 +36,6 @@ FORMAT = 3
 _READ = (".safetensors", ".pt", ".pth", ".json")
 _TRAINING_FILES = (MANIFEST, SCHEDULER, "scaler.pt", "trainer_state.json")
 _TRAINING_PARTS = (random_state.PREFIX, OPTIMIZER.removesuffix(".pt"))
-PROBE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -79,28 +83,6 @@ def committing(
     for later, path in _newest_first(run):
         if later > step:
             _remove(path)
-
-
-@contextlib.contextmanager
-def system_errors(work: Path) -> Iterator[None]:
-    """Inside, what safetensors and torch raise when a file in `work` cannot be written is the system's error again.
-
-    safetensors tells its number. torch's writer of archives does not, so the system is asked once more.
-    """
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
-        if "inline_container" in str(error):
-            with tempfile.TemporaryFile(dir=work) as file:
-                file.write(bytes(PROBE_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
-        raise
 
 
 def verify(folder: Path) -> str | None:

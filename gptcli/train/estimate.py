@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.device import CARDS, Card, best_device, card_named, device_name, peak_flops
 from gptcli.errors import UsageError
-from gptcli.reporting import Reporter
+from gptcli.reporting import Reporter, mebibytes
 from gptcli.runs.folder import RunFolder
 from gptcli.train.assemble import assemble, look_at
 from gptcli.train.decisions import Hardware
-from gptcli.train.memory import SHARINGS, mebibytes, memory_estimate
+from gptcli.train.memory import SHARINGS, memory_estimate
 from gptcli.train.modes import AMPERE, PACKAGES
 from gptcli.train.plan import Plan, step_of
 from gptcli.train.strategy import room

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.device import peak_resident_bytes
 from gptcli.errors import GptcliError, writing
-from gptcli.files import committed_folder, write_atomic
+from gptcli.files import committed_folder, system_errors, write_atomic
 from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.runs.report import write_report
 from gptcli.train import group, sharding
 from gptcli.train.assemble import Assembly
-from gptcli.train.checkpoint import copy_model, system_errors, verify
+from gptcli.train.checkpoint import copy_model, verify
 from gptcli.train.record import model_card
 from gptcli.train.together import Write, write_together
 

@@ -109,11 +109,6 @@ def optimizer_bytes(counts: Counts, optimizer: str) -> int:
     return moments * (1 if "8bit" in optimizer else 4) * counts.total
 
 
-def mebibytes(count: int) -> str:
-    """Bytes as estimates show them: MiB, or GiB from one on."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 def _states(counts: Counts, train: Train, step: Step) -> dict[str, int]:
     total, divided = counts.total // step.tensor_parallel, step.sharers
     optimizer = optimizer_bytes(counts, train.optimizer) // step.tensor_parallel

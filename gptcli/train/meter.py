@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptcli.device import memory_in_use, peak_flops
-from gptcli.train.memory import mebibytes
+from gptcli.reporting import mebibytes
 
 if TYPE_CHECKING:
     from gptcli.train.plan import Plan

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from gptcli.reporting import mebibytes
 from gptcli.train import modes
 from gptcli.train.batches import (
     GPU_MICRO_BATCH_TOKENS,
@@ -22,7 +23,7 @@ from gptcli.train.batches import (
 )
 from gptcli.train.batches import MICRO_BATCH as MICRO_BATCH
 from gptcli.train.decisions import Choices, Decision, Hardware
-from gptcli.train.memory import Step, mebibytes, memory_estimate, optimizer_bytes
+from gptcli.train.memory import Step, memory_estimate, optimizer_bytes
 from gptcli.train.strategy import STRATEGY, auto_strategy, room, sharing_of
 
 if TYPE_CHECKING:

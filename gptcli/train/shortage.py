@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from gptcli.device import free_memory, is_out_of_memory, total_memory
 from gptcli.errors import OutOfMemoryError, RecipeError
 from gptcli.recipe.presets import PRESETS
+from gptcli.reporting import mebibytes
 from gptcli.train.batches import next_smaller
-from gptcli.train.memory import mebibytes, memory_estimate
+from gptcli.train.memory import memory_estimate
 from gptcli.train.plan import loss_block, step_of
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError
-from gptcli.train.memory import mebibytes
+from gptcli.reporting import mebibytes
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
-from gptcli.files import sha256_file
+from gptcli.files import sha256_file, system_errors
 from gptcli.launch import rank
 from gptcli.train import group
-from gptcli.train.checkpoint import system_errors
 
 Write = Callable[[Path], None]
 INDEX = "model.safetensors.index.json"

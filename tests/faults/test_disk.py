@@ -138,3 +138,17 @@ def test_a_run_that_may_goes_on_to_the_next_save(bench: Bench, disk: Disk) -> No
     done = bench.pretrain("once", "train.on_save_error=continue", fault={"at": SAVE, "then": 3, "do": "error"})
     assert done.code == 0, done.err
     assert assert_all_good(folder / "once") == [3, 9, 12]
+
+
+# What a limit on the size of files brings is met within the weights, as a full disk is.
+def test_an_export_that_cannot_be_written_leaves_nothing_of_it(bench: Bench, disk: Disk) -> None:
+    folder = disk("size=17m")  # of which an export keeps 16 for what is beside the weights
+    fill(folder, 1_000_000)
+    for place, fault, said in (
+        (folder, None, "the export needs about"),
+        (bench.folder, {"bytes": 100_000, "do": "error"}, "the export could not be written: File too large"),
+    ):
+        before = sorted(place.iterdir())
+        done = bench.forks("export", "tiny", "--output", str(place / "exported"), cwd=bench.folder, fault=fault)
+        assert_failed(done, place, said)
+        assert sorted(place.iterdir()) == before

@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[Attack, int, str]] = {
     "pickle in another index": (hostile.other_index, DAMAGED, "names 'weights.bin' as weights"),
     "index out of the folder": (hostile.index_outside, DAMAGED, "names '../outside.safetensors'"),
     "adapter beside a model": (hostile.beside_an_adapter, DAMAGED, "a whole model and an adapter"),
-    "adapter of another folder": (hostile.adapter_of_another, NOTHING, "no model in this folder"),
+    "adapter of another folder": (hostile.adapter_of_another, NOTHING, "adapter"),
     # Code.
     "model code": (hostile.model_code, NOTHING, "its own Python code, which is not run"),
     "model code of another path": (hostile.model_code_elsewhere, NOTHING, "its own Python code, which is not run"),
