@@ -15,7 +15,8 @@ _EXTRAS = {
     "multimodal": ("images and sound", ("PIL", "soundfile", "soxr")),
     "gpu": ("8-bit optimizers and fused kernels", ("bitsandbytes", "liger_kernel", "torchao")),
     "track": ("experiment trackers", ("tensorboard", "trackio", "wandb")),
-    "serve": ("an OpenAI-compatible server", ("fastapi", "uvicorn")),
+    "serve": ("an OpenAI-compatible server", ("fastapi", "uvicorn", "openai")),
+    "constrain": ("output held to a JSON schema or a regular expression", ("llguidance",)),
     "rl": ("adapters and preference tuning", ("peft", "trl")),
     "ray": ("tokenizing on a Ray cluster", ("ray",)),
 }
