@@ -40,6 +40,9 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same texts; default: a new one.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
 Precision = Annotated[str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Of the model's weights.")]
+Engine = Annotated[
+    str, typer.Option("--engine", metavar="transformers|vllm", help="What runs the model; vllm where it is installed.")
+]
 
 DIM, RESET = "\033[2m", "\033[0m"
 
@@ -58,6 +61,7 @@ def generate(
     seed: Seed = None,
     greedy: Greedy = False,
     precision: Precision = "auto",
+    engine: Engine = "transformers",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -93,6 +97,8 @@ def generate(
 
     settings = make_settings(given, chosen, seed=seed, greedy=greedy)
     settings.check()
+    if engine != "transformers":
+        return _by_vllm(engine, folder, prompts, settings, precision, out, json=json)
     from gptcli.model.load import load_model, load_tokenizer, memory_errors
 
     with memory_errors("Try a smaller --max-new-tokens or --num-return-sequences, or --precision bf16."):
@@ -104,6 +110,22 @@ def generate(
             screen = _Screen(out, text, settings, json=json)
             completions = complete(loaded, tokenizer, text, settings, on_text=screen.stream, on_warning=out.warn)
             screen.end(completions)
+
+
+def _by_vllm(
+    engine: str, folder: Path, prompts: list[str], settings: Settings, precision: str, out: Console, *, json: bool
+) -> None:
+    from gptcli.generation.serve import check_engine, check_folder
+
+    check_engine(engine, "gptcli generate --engine vllm")
+    check_folder(folder)
+    from gptcli.generation.by_vllm import complete_by_vllm
+
+    for text, completions in zip(prompts, complete_by_vllm(folder, prompts, settings, precision), strict=True):
+        screen = _Screen(out, text, settings, json=json)
+        if len(completions) == 1:
+            screen.stream(completions[0].text)
+        screen.end(completions)
 
 
 class _Screen:

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": ("generate", "generate"),
     "eval": ("evaluate", "evaluate"),
     "plan": ("plan", "plan"),
+    "serve": ("serve", "serve"),
     "recipes": ("recipes", "app"),
     "runs": ("runs", "app"),
     "doctor": ("doctor", "doctor"),

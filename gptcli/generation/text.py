@@ -137,9 +137,9 @@ def complete(
             f"at most {max_new_tokens} new tokens: the prompt has {len(prompt_ids)} "
             f"and the model's context is {context_length(model)}"
         )
-    stop_ids = _stop_ids(model, tokenizer)
+    stops = stop_ids(model, tokenizer)
     rows = [
-        _Row(TextStream(lambda ids: _decode(tokenizer, ids), prompt_ids, settings.stop), stop_ids)
+        _Row(TextStream(lambda ids: _decode(tokenizer, ids), prompt_ids, settings.stop), stops)
         for _ in range(settings.num_return_sequences)
     ]
     show = on_text if on_text is not None and len(rows) == 1 else _ignore
@@ -153,7 +153,7 @@ def complete(
 
     inputs = torch.tensor([prompt_ids], device=model.device)
     with quiet(), evaluating(model), torch.no_grad(), _own_random_state(model.device, settings.seed):
-        config = _config(settings, max_new_tokens, stop_ids, tokenizer)
+        config = _config(settings, max_new_tokens, stops, tokenizer)
         with _alone(model, config):
             model.generate(  # type: ignore[operator]
                 inputs=inputs,
@@ -248,7 +248,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text: the tokenizer's EOS, and those that the model's own generation settings name."""
     config = model.generation_config
     named = getattr(config, "eos_token_id", None)

@@ -98,7 +98,7 @@ def load_model(
         MissingError: no config, no safetensors weights, or the Hub cannot give them.
         CheckpointError: the files are damaged or do not belong together.
     """
-    _check_precision(dtype)
+    check_precision(dtype)
     shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": folder.is_dir()}
     if revision is not None:
         shared["revision"] = revision
@@ -172,10 +172,8 @@ def load_tokenizer(
         MissingError: there is none.
         CheckpointError: its files are damaged.
     """
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise MissingError(
-            "no tokenizer in this folder", where=str(folder), remedy=f"Looked for {', '.join(TOKENIZER_FILES)}."
-        )
+    if folder.is_dir():
+        check_tokenizer_files(folder)
     if (folder / "config.json").is_file():  # transformers reads it for a tokenizer too
         read_config(folder, trust_remote_code=trust_remote_code)
     with quiet(), _typed_errors(folder, "tokenizer"):
@@ -186,6 +184,14 @@ def load_tokenizer(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=folder.is_dir(), **shared
         )
         return tokenizer
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raise `MissingError` for a local folder without any file of a tokenizer."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise MissingError(
+            "no tokenizer in this folder", where=str(folder), remedy=f"Looked for {', '.join(TOKENIZER_FILES)}."
+        )
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -212,7 +218,8 @@ def _check_hub_weights(name: str, config: PreTrainedConfig, revision: str | None
         check_index(Path(found))
 
 
-def _check_precision(precision: str) -> None:
+def check_precision(precision: str) -> None:
+    """Raise `UsageError` for what is no precision of weights."""
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"precision {precision!r} is not one of auto, fp32, bf16")
 
