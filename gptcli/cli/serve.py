@@ -53,8 +53,8 @@ def serve(
         from gptcli.generation.pinned import serve_pinned, serve_vllm
 
         if engine == "vllm":
-            serve_vllm(folder, server, precision)
-        serve_pinned(folder, server, recipe_section(folder, out), precision)
+            return serve_vllm(folder, server, precision)
+        return serve_pinned(folder, server, recipe_section(folder, out), precision)
 
     def ready(pid: int) -> None:
         if json:

@@ -7,6 +7,7 @@ generation_config.json does not ask for it, and go on past the model's context; 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.errors import GptcliError, MissingError, UsageError
+from gptcli.errors import MissingError, UsageError
 from gptcli.generation.by_vllm import DTYPES
 from gptcli.generation.text import room, stop_ids
 from gptcli.model.load import load_model, load_tokenizer, memory_errors
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from gptcli.generation.serve import Server
     from gptcli.recipe.schema import Generate
 
-TEXT, CHAT = ("/v1/completions",), ("/v1/chat/completions", "/v1/responses")
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 # Answers that are on their way when the server is asked to end.
 GRACE_SECONDS = 3
 MOST_NEW_TOKENS = 1024
@@ -32,7 +33,7 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 def serve_pinned(folder: Path, server: Server, given: Generate, precision: str) -> None:
-    """Serve the model of a folder or a Hub id until a signal comes.
+    """Serve the model of a folder or a Hub id until a signal comes; that ends this process.
 
     Args:
         folder: what is loaded.
@@ -41,11 +42,12 @@ def serve_pinned(folder: Path, server: Server, given: Generate, precision: str) 
         precision: of the weights.
 
     Raises:
-        GptcliError: as `load_model` and `load_tokenizer`; or the server could not start.
+        GptcliError: as `load_model` and `load_tokenizer`.
     """
     with memory_errors("Try --precision bf16."):
         tokenizer: Any = load_tokenizer(folder)
         model = load_model(folder, dtype=precision)  # type: ignore[arg-type]
+    from fastapi import HTTPException
     from transformers.cli.serve import Serve
     from transformers.cli.serving.model_manager import ModelManager, TimedModel
 
@@ -58,12 +60,15 @@ def serve_pinned(folder: Path, server: Server, given: Generate, precision: str) 
             key = ModelManager.process_model_name(server.name)
             manager.loaded_models[key] = TimedModel(model, timeout_seconds=-1, processor=tokenizer)
             config: Any = self.server.config
+            config.app.add_exception_handler(HTTPException, _told_to_the_client)
             config.app = only(config.app, server, chats=bool(tokenizer.chat_template))
             config.timeout_graceful_shutdown = GRACE_SECONDS
-            self.server.run()
+            with contextlib.suppress(KeyboardInterrupt):  # what uvicorn ends with when a signal came
+                self.server.run()
+            sys.stdout.flush()
+            os._exit(0)  # to take apart all that was imported takes seconds
 
     Pinned(host=server.host, port=server.port, log_level="error", non_blocking=True)
-    raise GptcliError("the server ended by itself")
 
 
 def serve_vllm(folder: Path, server: Server, precision: str) -> None:
@@ -128,12 +133,12 @@ def only(app: Application, server: Server, *, chats: bool) -> Application:
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path")
-        if scope["type"] != "http" or path == "/health" or path in (*TEXT, *(CHAT if chats else ())):
+        if scope["type"] != "http" or path == "/health" or path == TEXT or (path == CHAT and chats):
             await app(scope, receive, send)
         elif path == "/v1/models":
             entry = {"id": server.name, "object": "model", "created": 0, "owned_by": "gptcli"}
             await JSONResponse({"object": "list", "data": [entry]})(scope, receive, send)
-        elif path in CHAT:
+        elif path == CHAT:
             message = f"the model {server.name!r} has no chat template: it continues texts, at /v1/completions"
             await JSONResponse(_error(message), 400)(scope, receive, send)
         else:
@@ -143,6 +148,14 @@ def only(app: Application, server: Server, *, chats: bool) -> Application:
         own: Application = TrustedHostMiddleware(guarded, allowed_hosts=["127.0.0.1", "localhost"])
         return own
     return guarded
+
+
+async def _told_to_the_client(request: Any, error: Any) -> Any:
+    """What a request did wrong, where OpenAI's clients look for it."""
+    from starlette.responses import JSONResponse
+
+    del request
+    return JSONResponse(_error(str(error.detail)), error.status_code)
 
 
 def _error(message: str) -> dict[str, Any]:
