@@ -25,7 +25,10 @@ from gptcli.runs.folder import RunFolder
 from tests.conftest import Cli
 from tests.tiny import byte_tokenizer, make_model, save_model, wrapped
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a: {% endif %}"
+)
 
 
 @pytest.fixture(scope="module")

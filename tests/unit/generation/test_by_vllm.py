@@ -23,8 +23,16 @@ def test_every_setting_reaches_vllm_under_its_name() -> None:
         regex=None,
     )
     expected = {
-        **{"max_tokens": 7, "min_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "stop": ["a", "b"]},
-        **{"seed": 4, "n": 1, "repetition_penalty": 1.0, "structured_outputs": {"json": {"type": "null"}}},
+        "max_tokens": 7,
+        "min_tokens": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 3,
+        "stop": ["a", "b"],
+        "seed": 4,
+        "n": 1,
+        "repetition_penalty": 1.0,
+        "structured_outputs": {"json": {"type": "null"}},
     }
     assert {key: said[key] for key in expected} == expected
     greedy = sampling_arguments(Settings(greedy=True, top_k=0, top_p=0.0), json_schema=None, regex="a+")
@@ -72,6 +80,9 @@ def test_its_server_gets_safetensors_alone_a_name_and_an_address(tmp_path: Path)
     assert said[:3] == ["vllm", "serve", str(tmp_path)]
     pairs = dict(zip(said[3::2], said[4::2], strict=True))
     assert pairs == {
-        **{"--host": "127.0.0.1", "--port": "8001", "--served-model-name": "talker"},
-        **{"--load-format": "safetensors", "--dtype": "float32"},
+        "--host": "127.0.0.1",
+        "--port": "8001",
+        "--served-model-name": "talker",
+        "--load-format": "safetensors",
+        "--dtype": "float32",
     }
