@@ -163,7 +163,7 @@ def _schema_grammar(text: str) -> str:
     from llguidance import LLMatcher
 
     try:
-        schema = json.loads(text)
+        schema = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--json-schema: not JSON: {str(error)[:MAX_MESSAGE]}") from None
     if schema is True:
@@ -178,9 +178,15 @@ def _schema_grammar(text: str) -> str:
         raise UsageError(f"--json-schema: {_reason([str(error)])}") from None
 
 
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _regex_grammar(pattern: str) -> str:
     from llguidance import LLMatcher
 
+    if pattern != pattern.encode("utf-8", "replace").decode("utf-8"):
+        raise UsageError("--regex: the expression is not valid UTF-8")
     # The whole is matched anyway; the library has no anchors.
     pattern = pattern.removeprefix("^")
     body = pattern.removesuffix("$")

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.errors import MissingError, UsageError
+from gptcli.errors import MissingError, UsageError, first_line
 from gptcli.generation.by_vllm import DTYPES
 from gptcli.generation.text import room, stop_ids
 from gptcli.model.load import load_model, load_tokenizer, memory_errors
@@ -48,6 +48,7 @@ def serve_pinned(folder: Path, server: Server, given: Generate, precision: str) 
         tokenizer: Any = load_tokenizer(folder)
         model = load_model(folder, dtype=precision)  # type: ignore[arg-type]
     from fastapi import HTTPException
+    from jinja2 import TemplateError
     from transformers.cli.serve import Serve
     from transformers.cli.serving.model_manager import ModelManager, TimedModel
 
@@ -60,7 +61,8 @@ def serve_pinned(folder: Path, server: Server, given: Generate, precision: str) 
             key = ModelManager.process_model_name(server.name)
             manager.loaded_models[key] = TimedModel(model, timeout_seconds=-1, processor=tokenizer)
             config: Any = self.server.config
-            config.app.add_exception_handler(HTTPException, _told_to_the_client)
+            for wrong in (HTTPException, TemplateError, ValueError, TypeError, LookupError):
+                config.app.add_exception_handler(wrong, _told_to_the_client)
             config.app = only(config.app, server, chats=bool(tokenizer.chat_template))
             config.timeout_graceful_shutdown = GRACE_SECONDS
             with contextlib.suppress(KeyboardInterrupt):  # what uvicorn ends with when a signal came
@@ -93,7 +95,6 @@ def vllm_arguments(program: str, folder: Path, server: Server, precision: str) -
 
 def _prepare(model: Any, tokenizer: Any, given: Generate) -> None:
     """Let the model sample as `given` unless a request says otherwise, and end where its context ends."""
-    from fastapi import HTTPException
     from transformers import GenerationConfig
 
     ends = stop_ids(model, tokenizer)
@@ -111,13 +112,13 @@ def _prepare(model: Any, tokenizer: Any, given: Generate) -> None:
     def bounded(**options: Any) -> Any:
         config, tokens = options["generation_config"], options["input_ids"].shape[-1]
         if tokens == 0:
-            raise HTTPException(400, "the prompt is empty")
+            raise ValueError("the prompt is empty")
         try:
             config.max_new_tokens = room(model, tokens, config.max_new_tokens or MOST_NEW_TOKENS)
         except UsageError as error:
-            raise HTTPException(400, f"{error.what}. {error.remedy}") from None
+            raise ValueError(f"{error.what}. {error.remedy}") from None
         if config.temperature is not None:  # transformers' server never turns sampling on
-            config.do_sample = config.temperature > 0
+            config.do_sample = config.temperature != 0
         return generate(**options)
 
     model.generate = bounded
@@ -151,11 +152,12 @@ def only(app: Application, server: Server, *, chats: bool) -> Application:
 
 
 async def _told_to_the_client(request: Any, error: Any) -> Any:
-    """What a request did wrong, where OpenAI's clients look for it."""
+    """What a request did wrong, where OpenAI's clients look for it; transformers' server leaves most to code 500."""
     from starlette.responses import JSONResponse
 
     del request
-    return JSONResponse(_error(str(error.detail)), error.status_code)
+    message = str(getattr(error, "detail", None) or f"this request cannot be answered: {first_line(error)}")
+    return JSONResponse(_error(message), getattr(error, "status_code", 400))
 
 
 def _error(message: str) -> dict[str, Any]:

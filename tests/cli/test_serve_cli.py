@@ -155,8 +155,9 @@ def test_a_completion_ends_where_the_context_does_and_a_longer_prompt_is_told(cl
     assert client.completions.create(model="talker", prompt="hello ").usage.total_tokens == 64
     with pytest.raises(BadRequestError, match="the model's context of 64"):
         client.completions.create(model="talker", prompt="hello " * 100)
-    with pytest.raises(BadRequestError, match="the prompt is empty"):
-        client.completions.create(model="talker", prompt="")
+    for wrong, says in (({"prompt": ""}, "the prompt is empty"), ({"prompt": "a", "max_tokens": -1}, "greater than 0")):
+        with pytest.raises(BadRequestError, match=says):
+            client.completions.create(model="talker", **wrong)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ def test_what_ends_by_length_is_not_whole(model: Any) -> None:
         (r"(a)\1", "backreferences"),
         (r"a\b", "lookarounds not supported"),
         (r"[^\x00-\U0010ffff]", "no token"),
+        ("\ud800", "not valid UTF-8"),
     ],
 )
 def test_a_wrong_expression_says_what_is_wrong(regex: str, says: str) -> None:
@@ -191,6 +192,7 @@ def test_a_wrong_expression_says_what_is_wrong(regex: str, says: str) -> None:
     ("schema", "says"),
     [
         ("{", "not JSON"),
+        ('{"const": NaN}', "NaN is no number of JSON"),
         ("[1]", "a schema is a JSON object"),
         ('{"type": "objekt"}', "objekt"),
         ('{"type": "array", "uniqueItems": true}', "uniqueItems"),
