@@ -128,7 +128,8 @@ class Matcher:
         """Set the scores (float [V]) of all tokens that may not come next to minus infinity, in place.
 
         Raises:
-            UsageError: no token can come next: the tokenizer has none for what is asked, or it is too complex.
+            UsageError: no token can come next: the tokenizer has none for what is asked, all that it has are forbidden
+                (minus infinity) already, or what is asked is too complex.
         """
         import torch
 
@@ -148,6 +149,11 @@ class Matcher:
                 remedy="The tokenizer cannot write what is asked for, or nothing satisfies it.",
             )
         scores.masked_fill_(~allowed.to(scores.device), float("-inf"))
+        if not bool((scores > float("-inf")).any()):
+            raise UsageError(
+                f"{self._what}: other settings forbid every token that can come next",
+                remedy="Leave out min_new_tokens, no_repeat_ngram_size or bad words.",
+            )
 
     def advance(self, token: int) -> None:
         """Take the token that was chosen among the allowed ones."""

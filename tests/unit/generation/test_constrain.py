@@ -150,6 +150,15 @@ def test_before_the_end_no_stop_token_and_after_it_only_those() -> None:
     assert matcher.done
 
 
+def test_where_other_settings_leave_no_allowed_token_it_is_told_and_not_broken() -> None:
+    tokenizer = bytes_tokenizer()
+    matcher = compile_constraint(tokenizer, regex="a", vocab_size=VOCAB, stop_ids=[0]).start()
+    scores = torch.zeros(VOCAB)
+    scores[tokenizer("a", add_special_tokens=False)["input_ids"]] = float("-inf")
+    with pytest.raises(UsageError, match="other settings forbid every token"):
+        matcher.mask(scores)
+
+
 def test_rows_go_their_own_ways() -> None:
     tokenizer = bytes_tokenizer()
     constraint = compile_constraint(tokenizer, regex="aa|bb", vocab_size=VOCAB, stop_ids=[0])
