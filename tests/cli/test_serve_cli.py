@@ -86,8 +86,8 @@ def serving(
 def server(runs: Path, environment: dict[str, str]) -> Iterator[dict[str, Any]]:
     pytest.importorskip("fastapi", reason="pip install 'gptcli[serve]'")
     pytest.importorskip("uvicorn", reason="pip install 'gptcli[serve]'")
-    with serving("talker", cwd=runs, environment=environment) as (_, said):
-        yield said
+    with serving("talker", cwd=runs, environment=environment) as (process, said):
+        yield {**said, "parent": process}
 
 
 @pytest.fixture(scope="module")
@@ -186,17 +186,6 @@ def test_a_stop_in_the_middle_of_an_answer_leaves_no_process(runs: Path, environ
             os.kill(said["pid"], 0)
 
 
-@pytest.mark.slow_fault
-def test_it_dies_with_a_parent_that_is_killed(runs: Path, environment: dict[str, str]) -> None:
-    pytest.importorskip("fastapi", reason="pip install 'gptcli[serve]'")
-    with serving("talker", cwd=runs, environment=environment) as (process, said):
-        watched = os.pidfd_open(said["pid"])
-        process.kill()
-        ended, _, _ = select.select([watched], [], [], 60)
-        os.close(watched)
-        assert ended
-
-
 def test_a_taken_port_and_a_foreign_address_are_told_at_once(runs: Path, run_cli: Cli) -> None:
     pytest.importorskip("fastapi", reason="pip install 'gptcli[serve]'")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -248,3 +237,11 @@ def test_a_missing_package_is_code_7_with_the_command(
     if engine == "vllm":
         done = run_cli("generate", "x", "--engine", engine, "--prompt", "a", cwd=tmp_path, PYTHONPATH=path)
         assert done.code == 7
+
+
+def test_it_dies_with_a_parent_that_is_killed(server: dict[str, Any]) -> None:  # the last that uses this server
+    watched = os.pidfd_open(server["pid"])
+    server["parent"].kill()
+    ended, _, _ = select.select([watched], [], [], 60)
+    os.close(watched)
+    assert ended

@@ -98,7 +98,7 @@ def check_person(value: Any) -> None:
     assert isinstance(value["ok"], bool)
 
 
-@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+@pytest.mark.parametrize("seed", [None, 1, 2])
 def test_every_output_is_json_of_the_schema(model: Any, tokenizer: Any, seed: int | None) -> None:
     constraint = compile_constraint(tokenizer, json_schema=json.dumps(PERSON), vocab_size=VOCAB, stop_ids=[0])
     matcher = constraint.start()
@@ -116,7 +116,7 @@ def test_every_output_is_json_of_the_schema(model: Any, tokenizer: Any, seed: in
 def test_every_output_matches_the_whole_expression(model: Any, tokenizer: Any, regex: str) -> None:
     constraint = compile_constraint(tokenizer, regex=regex, vocab_size=VOCAB, stop_ids=[0])
     written = set()
-    for seed in (None, 1, 2, 3, 4, 5):
+    for seed in (None, 1, 2, 3):
         matcher = constraint.start()
         text = text_of(tokenizer, write(model, matcher, seed=seed))
         assert matcher.done
