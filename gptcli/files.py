@@ -151,6 +151,9 @@ def held_alone(lock: Path, refuse: Callable[[str], Exception]) -> Iterator[None]
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
 def system_errors(work: Path) -> Iterator[None]:
     """Inside, what safetensors and torch raise when a file in `work` cannot be written is the system's error again.
 

@@ -215,7 +215,7 @@ def launch(
             local_world_size=processes,
             rdzv_handler=handler,
             entrypoint=sys.executable,
-            args=(*(_this_program() if entrypoint is None else entrypoint), *arguments),
+            args=(*(this_program() if entrypoint is None else entrypoint), *arguments),
             max_restarts=restarts if handler.get_backend() != "static" else 0,
         )
         variables = _variables(processes)
@@ -329,7 +329,7 @@ def _variables(processes: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", **os.environ}
 
 
-def _this_program() -> tuple[str, ...]:
+def this_program() -> tuple[str, ...]:
     """`-m gptcli`, and without the current folder on the path where the installed command has none there either."""
     started_by_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
     return ("-m", "gptcli") if started_by_module else ("-P", "-m", "gptcli")

@@ -7,6 +7,7 @@ Debian writes `127.0.1.1 NAME` into /etc/hosts, and containers know names that n
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
@@ -52,6 +53,30 @@ def is_ours_and_free(address: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def port_to_listen_at(host: str, port: int) -> int:
+    """The port that a server can listen at, or one that is free where `port` is 0.
+
+    Raises:
+        UsageError: somebody listens there, it is not ours to take, or the host is no address of this machine.
+    """
+    try:
+        kind, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+            found: int = probe.getsockname()[1]
+            return found
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            what, remedy = f"port {port} of {host} is taken", "Name another, or take any free one: --port auto."
+        elif error.errno == errno.EACCES:
+            what, remedy = f"port {port} of {host} is not yours to take", "Name one from 1024 on, or --port auto."
+        else:
+            what = f"{host} is no address of this machine ({error.strerror or error})"
+            remedy = "--host 127.0.0.1 is this machine alone, 0.0.0.0 all of its addresses."
+        raise UsageError(what, remedy=remedy) from None
 
 
 def step_seconds() -> int:

@@ -27,6 +27,7 @@ from gptcli.reporting import visible
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptcli.generation.ready import Asked, Ready
     from gptcli.generation.settings import Settings
 
 MOST_LINE_BYTES = 64 << 20
@@ -34,9 +35,10 @@ NOTHING_TYPED = "nothing typed"
 REMEDY = "Try a smaller max_new_tokens, /reset, or --precision bf16."
 
 
-def talk(folder: Path, settings: Settings, system: str, *, precision: str, quiet: bool) -> None:
+def talk(folder: Path, settings: Settings, system: str, asked: Asked, *, quiet: bool) -> None:
     """Talk with the model of a folder until the user ends it."""
-    from gptcli.model.load import load_model, load_tokenizer, memory_errors
+    from gptcli.generation.ready import ready
+    from gptcli.model.load import load_tokenizer, memory_errors
 
     if sys.stdin is None:
         raise UsageError("standard input is closed, so there is nobody to talk with")
@@ -44,16 +46,15 @@ def talk(folder: Path, settings: Settings, system: str, *, precision: str, quiet
     tokenizer = load_tokenizer(folder)
     windows.check_system(tokenizer, system, str(folder))
     with memory_errors(REMEDY):
-        model = load_model(folder, dtype=precision)  # type: ignore[arg-type]
-    stop_at_end_of_turn(model, tokenizer)
+        it = ready(folder, asked, out.say, tokenizer=tokenizer)
+    stop_at_end_of_turn(it.model, it.tokenizer)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    how = "greedy" if not settings.samples else f"seed {settings.seed}"
-    out.say(f"{folder}, {str(model.dtype).removeprefix('torch.')} on {model.device}, {how}")
-    if not windows.has_template(tokenizer):
+    out.say(f"{folder}, {it.made_on}, {settings.how}")
+    if not windows.has_template(it.tokenizer):
         out.say("this model has no chat template: it continues the text so far (an empty message: it goes on)")
     if terminal:
         out.say("/help shows the commands; Ctrl+C stops an answer, Ctrl+D ends the chat")
-    _Session(model, tokenizer, chats.Chat(settings, chats.message_of(f" {system}")[1:]), folder, terminal).run()
+    _Session(it, chats.Chat(settings, chats.message_of(f" {system}")[1:]), folder, terminal).run()
 
 
 def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -70,14 +71,12 @@ class _Session:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        it: Ready,
         chat: chats.Chat,
         folder: Path,
         terminal: bool,
     ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
+        self._model, self._tokenizer, self._beside = it.model, it.tokenizer, it.beside
         self._chat = chat
         self._folder = str(folder)
         self._terminal = terminal
@@ -152,7 +151,13 @@ class _Session:
                 seen = windows.window(self._tokenizer, before, said, context_length(self._model), self._folder)
                 self._tell_left_out(seen)
                 done = complete(
-                    self._model, self._tokenizer, seen.ids, settings, on_text=show, on_warning=self._out.warn
+                    self._model,
+                    self._tokenizer,
+                    seen.ids,
+                    settings,
+                    on_text=show,
+                    on_warning=self._out.warn,
+                    **self._beside,
                 )[0]
             # The last token may be a part of a character: shown as such, and no text to go on from.
             whole = done.text.rstrip("\ufffd") if done.finish_reason == "length" else done.text

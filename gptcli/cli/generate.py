@@ -5,98 +5,58 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from gptcli.cli import generate_file as of_file
+from gptcli.cli import generate_options as options
 from gptcli.cli.arguments import Debug, Json, Quiet
-from gptcli.cli.generate_file import File, Output, Overwrite, Processes, PromptColumn, SaveEvery
 from gptcli.reporting import visible
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from gptcli.cli.console import Console
+    from gptcli.generation.ready import Asked
     from gptcli.generation.row import Completion
     from gptcli.generation.settings import Settings
     from gptcli.recipe.schema import Generate
-
-Model = Annotated[
-    str | None,
-    typer.Argument(metavar="MODEL", help="A run's name, a folder or a Hub id; default: the newest run's weights."),
-]
-Prompt = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--prompt", "-p", metavar="TEXT", help="What the text starts with (repeatable); default: standard input."
-    ),
-]
-MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Tokens at most.")]
-MinNewTokens = Annotated[int | None, typer.Option("--min-new-tokens", help="Tokens at least.")]
-Temperature = Annotated[float | None, typer.Option("--temperature", help="Above 1: bolder; 0: greedy.")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Only the likeliest tokens of this probability together.")]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Only so many of the likeliest tokens; 0: all.")]
-MinP = Annotated[
-    float | None, typer.Option("--min-p", help="Only tokens with this share of the likeliest token's probability.")
-]
-RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
-NoRepeatNgramSize = Annotated[
-    int | None, typer.Option("--no-repeat-ngram-size", help="No run of so many tokens comes twice; 0: no such rule.")
-]
-NumBeams = Annotated[int | None, typer.Option("--num-beams", help="Above 1: beam search, where nothing is drawn.")]
-NumReturnSequences = Annotated[int | None, typer.Option("--num-return-sequences", "-n", help="Texts a prompt.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="A text to stop at (repeatable).")]
-BadWord = Annotated[
-    list[str] | None, typer.Option("--bad-word", metavar="TEXT", help="A text whose tokens never come (repeatable).")
-]
-Logprobs = Annotated[
-    int | None,
-    typer.Option("--logprobs", metavar="N", help="With --json: each token's log-probability, and the N likeliest."),
-]
-Draft = Annotated[
-    str | None,
-    typer.Option("--draft", metavar="MODEL", help="A smaller model that proposes tokens; the text stays the same."),
-]
-PromptLookup = Annotated[
-    int | None,
-    typer.Option("--prompt-lookup", metavar="N", help="Propose N tokens from the prompt; the text stays the same."),
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same texts; default: a new one.")]
-Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
-Precision = Annotated[str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Of the model's weights.")]
 
 DIM, RESET = "\033[2m", "\033[0m"
 
 
 def generate(
-    model: Model = None,
-    prompt: Prompt = None,
-    file: File = None,
-    output: Output = None,
-    prompt_column: PromptColumn = None,
-    save_every: SaveEvery = None,
-    processes: Processes = None,
-    overwrite: Overwrite = False,
-    max_new_tokens: MaxNewTokens = None,
-    min_new_tokens: MinNewTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    no_repeat_ngram_size: NoRepeatNgramSize = None,
-    num_beams: NumBeams = None,
-    num_return_sequences: NumReturnSequences = None,
-    stop: Stop = None,
-    bad_word: BadWord = None,
-    logprobs: Logprobs = None,
-    draft: Draft = None,
-    prompt_lookup: PromptLookup = None,
-    seed: Seed = None,
-    greedy: Greedy = False,
-    precision: Precision = "auto",
+    model: options.Model = None,
+    prompt: options.Prompt = None,
+    file: of_file.File = None,
+    output: of_file.Output = None,
+    prompt_column: of_file.PromptColumn = None,
+    save_every: of_file.SaveEvery = None,
+    processes: of_file.Processes = None,
+    overwrite: of_file.Overwrite = False,
+    chat: options.Chat = False,
+    system: options.System = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    min_new_tokens: options.MinNewTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    no_repeat_ngram_size: options.NoRepeatNgramSize = None,
+    num_beams: options.NumBeams = None,
+    num_return_sequences: options.NumReturnSequences = None,
+    stop: options.Stop = None,
+    bad_word: options.BadWord = None,
+    seed: options.Seed = None,
+    greedy: options.Greedy = False,
+    logprobs: options.Logprobs = None,
+    draft: options.Draft = None,
+    prompt_lookup: options.PromptLookup = None,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    precision: options.Precision = "auto",
+    quantize: options.Quantize = None,
+    engine: options.Engine = "transformers",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -104,19 +64,23 @@ def generate(
     """Continue prompts with a model; the newest run's when none is named."""
     del debug
     from gptcli.cli.console import console
-    from gptcli.cli.generate_file import check_options, generate_file
     from gptcli.errors import UsageError
     from gptcli.runs.folder import resolve_model
 
     with_file: dict[str, Any] = {"save_every": save_every, "processes": processes, "overwrite": overwrite}
-    check_options(file=file, output=output, prompts=bool(prompt), prompt_column=prompt_column, **with_file)
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UsageError(f"--precision {precision} is not one of auto, fp32, bf16")
+    of_file.check_options(file=file, output=output, prompts=bool(prompt), prompt_column=prompt_column, **with_file)
+    others = {"--json": json, "--prompt": bool(prompt), "-n": num_return_sequences not in (None, 1)}
+    _check_chat(chat, others | {"--file": file is not None, "--logprobs": logprobs is not None}, system)
+    if logprobs is not None and not json and file is None:
+        raise UsageError("--logprobs shows in --json alone", remedy="Add --json.")
+    if engine != "transformers" and (chat or file is not None):
+        raise UsageError(f"--engine {engine} is for --prompt", remedy="For a chat: gptcli serve --engine vllm.")
+    asked = _asked(precision, quantize, draft, prompt_lookup, json_schema, regex)
     folder = resolve_model(model)
     out = console(json=file is None or json, quiet=quiet)  # standard output holds the texts and nothing else
     given = _recipe_section(folder, out)
-    prompts = [] if file is not None else prompt or _piped() or list(given.prompts)
-    if not prompts and file is None:
+    prompts = [] if chat or file is not None else prompt or _piped() or list(given.prompts)
+    if not prompts and not chat and file is None:
         raise UsageError(
             "no prompt", remedy='Give one: gptcli generate --prompt "Once upon a time", or pipe a text in.'
         )
@@ -130,7 +94,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "no_repeat_ngram_size": no_repeat_ngram_size,
         "num_beams": num_beams,
-        "num_return_sequences": num_return_sequences,
+        "num_return_sequences": 1 if chat else num_return_sequences,
         "stop": stop or None,
         "bad_words": bad_word or None,
         "logprobs": logprobs,
@@ -139,45 +103,88 @@ def generate(
 
     settings = make_settings(given, chosen, seed=seed, greedy=greedy)
     settings.check()
-    if logprobs is not None and not json and file is None:
-        raise UsageError("--logprobs shows in --json alone", remedy="Add --json.")
-    if draft is not None and prompt_lookup is not None:
-        raise UsageError("--draft and --prompt-lookup are two ways to one end", remedy="Leave one of them out.")
-    if file is not None and output is not None:
-        how: dict[str, Any] = {"seed": seed, "precision": precision, "column": prompt_column, **with_file}
-        how |= {"draft": draft, "prompt_lookup": prompt_lookup}
-        generate_file(file, output, folder=folder, settings=settings, json=json, out=out, **how)
-        return
-    from gptcli.generation.text import complete
-    from gptcli.model.load import load_model, load_tokenizer, memory_errors
+    if chat:
+        from gptcli.cli.chat import talk
 
-    with memory_errors("Try a smaller --max-new-tokens or --num-return-sequences, or --precision bf16."):
-        tokenizer = load_tokenizer(folder)
-        loaded = load_model(folder, dtype=precision)  # type: ignore[arg-type]
-        out.say(f"{folder}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}, {settings.how}")
-        proposing = prompt_lookup if draft is None else load_draft(draft, tokenizer, precision)
-        for text in prompts:
-            screen = _Screen(out, text, settings, json=json)
-            completions = complete(
-                loaded, tokenizer, text, settings, on_text=screen.stream, on_warning=out.warn, draft=proposing
-            )
-            screen.end(completions)
+        talk(folder, settings, system or "", asked, quiet=quiet)
+    elif file is not None and output is not None:
+        column = {"seed": seed, "column": prompt_column, **with_file}
+        of_file.generate_file(file, output, folder=folder, settings=settings, asked=asked, json=json, out=out, **column)
+    elif engine != "transformers":
+        _by_vllm(engine, folder, prompts, settings, asked, out, json=json)
+    else:
+        _complete(folder, prompts, settings, asked, out, json=json)
 
 
-def load_draft(name: str, tokenizer: PreTrainedTokenizerBase, precision: str) -> PreTrainedModel:
-    """The model that proposes tokens; one of another vocabulary would propose other texts."""
-    from gptcli.errors import UsageError
-    from gptcli.model.load import load_model, load_tokenizer
+def _asked(
+    precision: str,
+    quantize: str | None,
+    draft: str | None,
+    prompt_lookup: int | None,
+    json_schema: str | None,
+    regex: str | None,
+) -> Asked:
+    from gptcli.generation.ready import Asked
     from gptcli.runs.folder import resolve_model
 
-    folder = resolve_model(name)
-    if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-        raise UsageError(
-            "the draft's tokenizer is not the model's",
-            where=str(folder),
-            remedy="A draft proposes tokens, so both need the same vocabulary: train it with tokenizer: {from: MODEL}.",
-        )
-    return load_model(folder, dtype=precision)  # type: ignore[arg-type]
+    if json_schema is not None:
+        from gptcli.generation.constrain import read_schema
+
+        json_schema = read_schema(json_schema)
+    of_draft = None if draft is None else resolve_model(draft)
+    asked = Asked(precision, quantize, of_draft, prompt_lookup, json_schema, regex)  # type: ignore[arg-type]
+    asked.check()
+    return asked
+
+
+def _complete(folder: Path, prompts: list[str], settings: Settings, asked: Asked, out: Console, *, json: bool) -> None:
+    from gptcli.generation.ready import ready
+    from gptcli.generation.text import complete
+    from gptcli.model.load import memory_errors
+
+    with memory_errors("Try a smaller --max-new-tokens or --num-return-sequences, or --precision bf16."):
+        it = ready(folder, asked, out.say)
+        out.say(f"{folder}, {it.made_on}, {settings.how}")
+        for text in prompts:
+            screen = _Screen(out, text, settings, json=json)
+            done = complete(
+                it.model, it.tokenizer, text, settings, on_text=screen.stream, on_warning=out.warn, **it.beside
+            )
+            screen.end(done)
+            if "constraint" in it.beside and any(one.finish_reason == "length" for one in done):
+                out.warn("the tokens ran out before the output was whole: give more by --max-new-tokens")
+
+
+def _by_vllm(
+    engine: str, folder: Path, prompts: list[str], settings: Settings, asked: Asked, out: Console, *, json: bool
+) -> None:
+    from gptcli.errors import UsageError
+    from gptcli.generation.serve import check_engine, check_folder
+
+    if asked.quantize is not None or asked.draft is not None or asked.prompt_lookup is not None:
+        raise UsageError(f"--engine {engine} goes with neither --quantize, nor --draft, nor --prompt-lookup")
+    check_engine(engine, "gptcli generate --engine vllm")
+    check_folder(folder)
+    from gptcli.generation.by_vllm import complete_by_vllm
+
+    every = complete_by_vllm(
+        folder, prompts, settings, asked.precision, json_schema=asked.json_schema, regex=asked.regex
+    )
+    for text, completions in zip(prompts, every, strict=True):
+        screen = _Screen(out, text, settings, json=json)
+        if len(completions) == 1:
+            screen.stream(completions[0].text)
+        screen.end(completions)
+
+
+def _check_chat(chat: bool, others: dict[str, bool], system: str | None) -> None:
+    """Refuse what has no meaning in a chat, and what has one nowhere else."""
+    from gptcli.errors import UsageError
+
+    if system is not None and not chat:
+        raise UsageError("--system is for --chat", remedy="Elsewhere what the model should know is part of the prompt.")
+    for name in (name for name, given in others.items() if given and chat):
+        raise UsageError(f"--chat and {name} exclude each other")
 
 
 class _Screen:

@@ -12,7 +12,7 @@ from gptcli.errors import UsageError
 
 if TYPE_CHECKING:
     from gptcli.cli.console import Console
-    from gptcli.generation.file_work import Load
+    from gptcli.generation.ready import Asked
     from gptcli.generation.settings import Settings
 
 File = Annotated[
@@ -61,22 +61,19 @@ def generate_file(
     folder: Path,
     settings: Settings,
     seed: int | None,
-    precision: str,
+    asked: Asked,
     column: str | None,
     save_every: int | None,
     processes: str | None,
     overwrite: bool,
-    draft: str | None,
-    prompt_lookup: int | None,
     json: bool,
     out: Console,
 ) -> None:
     """Complete the prompts of a file; in a process that gptcli started, a share of them."""
     from gptcli.data.readers import has_records, record_suffixes
     from gptcli.generation.file import complete_file
-    from gptcli.generation.file_job import FileJob, model_fingerprint
+    from gptcli.generation.file_job import FileJob
     from gptcli.launch import group, launch, local_processes
-    from gptcli.runs.folder import resolve_model
 
     if not has_records(file):
         raise UsageError(f"--file {file}: a file of prompts is {record_suffixes()}")
@@ -95,49 +92,31 @@ def generate_file(
         model=folder,
         settings=settings,
         seed=seed,
-        precision=precision,  # type: ignore[arg-type]
+        asked=asked,
         save_every=save_every,
         processes=count,
         overwrite=overwrite,
-        others={
-            "draft": None if draft is None else model_fingerprint(resolve_model(draft)),
-            "prompt_lookup": prompt_lookup,
-        },
     )
-    load = None if draft is None and prompt_lookup is None else _loading(draft, prompt_lookup)
     if mine.world_size > 1:
-        _share(job, mine.rank, mine.world_size, mine.local_rank, load)
+        _share(job, mine.rank, mine.world_size, mine.local_rank)
         return
 
     def start(number: int) -> None:
         launch(sys.argv[1:], processes=number, name="generate", warn=out.warn, advice=_ADVICE)
 
-    result = complete_file(job, out, workers=start, load=load)
+    result = complete_file(job, out, workers=start)
     if json:
         out.print_json({"output": output, **result})
 
 
-def _loading(draft: str | None, prompt_lookup: int | None) -> Load:
-    """What loads the model, and what proposes its tokens."""
-    from gptcli.model.load import load_model
-
-    def load(folder: Path, precision: Any, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
-        from gptcli.cli.generate import load_draft
-
-        proposing = prompt_lookup if draft is None else load_draft(draft, tokenizer, precision)
-        return load_model(folder, dtype=precision), {"draft": proposing}
-
-    return load
-
-
-def _share(job: Any, rank: int, processes: int, local_rank: int, load: Load | None) -> None:
+def _share(job: Any, rank: int, processes: int, local_rank: int) -> None:
     import torch
 
     from gptcli.generation.file_work import complete_share
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    complete_share(job, rank, processes, load=load)
+    complete_share(job, rank, processes)
 
 
 def _wanted(processes: str | None) -> int | Literal["auto"]:

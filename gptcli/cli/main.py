@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": ("evaluate", "evaluate"),
     "export": ("export", "export"),
     "plan": ("plan", "plan"),
+    "serve": ("serve", "serve"),
     "recipes": ("recipes", "app"),
     "runs": ("runs", "app"),
     "doctor": ("doctor", "doctor"),

@@ -36,7 +36,7 @@ from gptcli.generation.file_job import (
     stat_of,
     written,
 )
-from gptcli.generation.file_work import GO_ON, Begun, Load, open_begun, rate_text, watched, work
+from gptcli.generation.file_work import GO_ON, Begun, open_begun, rate_text, watched, work
 from gptcli.generation.journal import KEPT, Done
 from gptcli.generation.spool import COMPLETIONS, sizes, write_rows, write_tokens
 from gptcli.model.load import context_of, load_config, load_tokenizer
@@ -49,16 +49,13 @@ if TYPE_CHECKING:
 BAR_BYTES = 20_000_000
 
 
-def complete_file(
-    job: FileJob, reporter: Reporter, *, workers: Callable[[int], None] | None = None, load: Load | None = None
-) -> dict[str, Any]:
+def complete_file(job: FileJob, reporter: Reporter, *, workers: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Complete the prompts of a file, or go on with it; return what `--json` prints beside the output's name.
 
     Args:
         job: what is to be done.
         reporter: where information goes.
         workers: starts so many processes that call `complete_share`, and waits for them; None: this process works.
-        load: loads the model; None: as it is.
 
     Raises:
         UsageError: the output cannot be one, or may not be replaced.
@@ -80,7 +77,7 @@ def complete_file(
             before = done.tokens
             processes = min(job.processes, len(begun.units) - len(done.blocks))
             if workers is None or processes <= 1:
-                work(begun, range(len(begun.units)), 0, reporter, load)
+                work(begun, range(len(begun.units)), 0, reporter)
             else:
                 saved = f"{len(begun.spool):,} prompts, saved every {begun.most_prompts:,}"
                 reporter.say(f"{job.model}, {begun.job.settings.how}: {saved}, on {processes} processes")

@@ -20,11 +20,11 @@ from gptcli.data.readers import shown
 from gptcli.errors import CheckpointError, UsageError, writing
 from gptcli.files import cache_root, fingerprint, held_alone, read_json, write_json
 from gptcli.generation.journal import KEPT, PATTERN
+from gptcli.generation.ready import Asked
 from gptcli.generation.spool import SPOOL
 
 if TYPE_CHECKING:
     from gptcli.generation.settings import Settings
-    from gptcli.model.load import Precision
 
 FORMAT = 1
 JOB, FINISHED, OUTPUT, LOCK = "job.json", "finished.json", "output.jsonl", ".lock"
@@ -44,11 +44,10 @@ class FileJob:
         model: a folder, or a Hub id as a path.
         settings: how to generate, with a seed.
         seed: as the command said it; None: it was drawn.
-        precision: as the command said it.
+        asked: how the model is held and what goes beside its tokens, as the command said it.
         save_every: prompts of a unit at most; None: a rule.
         processes: that work on it.
         overwrite: whether another job's part, and an output that is there, may be replaced.
-        others: what else decides the texts, by the name of its option.
     """
 
     file: Path
@@ -57,11 +56,10 @@ class FileJob:
     model: Path
     settings: Settings
     seed: int | None = None
-    precision: Precision = "auto"
+    asked: Asked = dataclasses.field(default_factory=Asked)
     save_every: int | None = None
     processes: int = 1
     overwrite: bool = False
-    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def partial(self) -> Path:
@@ -74,8 +72,11 @@ class FileJob:
         settings = {**dataclasses.asdict(self.settings), "seed": self.seed}
         content = next(iter(content_hashes([str(self.file)])))
         of_model = model_fingerprint(self.model)
-        asked = {"prompt_column": self.column, "precision": self.precision, "save_every": self.save_every}
-        value = {"file": content, "model": of_model, **asked, **settings, **self.others}
+        asked = dataclasses.asdict(self.asked)
+        if self.asked.draft is not None:
+            asked["draft"] = model_fingerprint(self.asked.draft)
+        options = {"prompt_column": self.column, "save_every": self.save_every}
+        value = {"file": content, "model": of_model, **options, **asked, **settings}
         return {key: list(each) if isinstance(each, tuple) else each for key, each in value.items()}
 
 

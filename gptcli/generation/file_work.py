@@ -11,7 +11,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,22 +22,18 @@ from gptcli.files import read_json
 from gptcli.generation.batches import Units, plan_units, share
 from gptcli.generation.file_job import JOB, FileJob
 from gptcli.generation.journal import Done, Journal
+from gptcli.generation.ready import ready
 from gptcli.generation.spool import TOKENS, Spool, open_spool
-from gptcli.model.load import Precision, load_model, load_tokenizer, memory_errors
+from gptcli.model.load import memory_errors
 from gptcli.reporting import Silent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from gptcli.reporting import Progress, Reporter
 
 SHOW_SECONDS = 0.2
 WATCH_SECONDS = 1.0
 GO_ON = "The same command goes on from there."
 _MEMORY = "Try --precision bf16, or a smaller --max-new-tokens or --num-return-sequences."
-
-# (folder, precision, tokenizer) -> the model, and what `complete_batch` takes beside it
-Load = Callable[[Path, Precision, "PreTrainedTokenizerBase"], tuple["PreTrainedModel", dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,9 @@ class Begun:
 def open_begun(job: FileJob, value: dict[str, Any]) -> Begun:
     """A job as it was begun, from what `JOB` in its folder holds."""
     spool = open_spool(job.partial, value["sizes"])
-    decided = {key: tuple(each) if isinstance(each, list) else each for key, each in value["settings"].items()}
+    decided: dict[str, Any] = {
+        key: tuple(each) if isinstance(each, list) else each for key, each in value["settings"].items()
+    }
     settings = replace(job.settings, **decided)
     units = plan_units(
         spool.lengths,
@@ -66,7 +64,7 @@ def open_begun(job: FileJob, value: dict[str, Any]) -> Begun:
     return Begun(replace(job, model=Path(value["model"]), settings=settings), spool, units, value["most_prompts"])
 
 
-def complete_share(job: FileJob, rank: int, processes: int, *, load: Load | None = None) -> None:
+def complete_share(job: FileJob, rank: int, processes: int) -> None:
     """Complete the units of one of several processes, of a job that was begun.
 
     Raises:
@@ -76,12 +74,12 @@ def complete_share(job: FileJob, rank: int, processes: int, *, load: Load | None
     try:
         with on_stop_signals(signal.default_int_handler):
             begun = open_begun(job, read_json(job.partial / JOB))
-            work(begun, share(len(begun.units), rank, processes), rank, Silent(), load)
+            work(begun, share(len(begun.units), rank, processes), rank, Silent())
     except KeyboardInterrupt:
         raise StoppedError("stopped", remedy=GO_ON) from None
 
 
-def work(begun: Begun, mine: Sequence[int], rank: int, reporter: Reporter, load: Load | None = None) -> None:
+def work(begun: Begun, mine: Sequence[int], rank: int, reporter: Reporter) -> None:
     """Complete those of the units that are not done; errors as `complete_share`."""
     from gptcli.generation.text import complete_batch
 
@@ -90,13 +88,12 @@ def work(begun: Begun, mine: Sequence[int], rank: int, reporter: Reporter, load:
     left = [unit for unit in mine if unit not in done]
     if not left:
         return
-    precision = job.precision
-    if done.made_on and precision == "auto":  # as it was decided when the job began
-        precision = "bf16" if done.made_on[0].startswith("bf16") else "fp32"
+    asked = job.asked
+    if done.made_on and asked.precision == "auto":  # as it was decided when the job began
+        asked = replace(asked, precision="bf16" if done.made_on[0].startswith("bf16") else "fp32")
     with memory_errors(f"{_MEMORY} The same command goes on with what is done."), contextlib.ExitStack() as stack:
-        tokenizer = load_tokenizer(job.model)
-        model, beside = (load or _load)(job.model, precision, tokenizer)
-        made_on = f"{_SHORT.get(str(model.dtype), str(model.dtype))} on {model.device.type}"
+        it = ready(job.model, asked, reporter.say)
+        made_on = it.made_on
         reporter.say(
             f"{job.model}, {made_on}, {job.settings.how}: {len(spool):,} prompts, saved every {begun.most_prompts:,}"
         )
@@ -109,20 +106,12 @@ def work(begun: Begun, mine: Sequence[int], rank: int, reporter: Reporter, load:
         for unit in left:
             shown.begin(unit)
             prompts = [spool.tokens(file, number) for number in begun.units.prompts(unit)]
-            completed = complete_batch(model, tokenizer, prompts, job.settings, on_tokens=shown.on_tokens, **beside)
+            completed = complete_batch(
+                it.model, it.tokenizer, prompts, job.settings, on_tokens=shown.on_tokens, **it.beside
+            )
             lines = [json.dumps([each.as_json() for each in one], ensure_ascii=False) for one in completed]
             journal.append(unit, lines, tokens=sum(each.tokens for one in completed for each in one), made_on=made_on)
             shown.end()
-
-
-_SHORT = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-
-
-def _load(
-    folder: Path, precision: Precision, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    del tokenizer
-    return load_model(folder, dtype=precision), {}
 
 
 class _Shown:

@@ -126,7 +126,7 @@ def load_model(
         MissingError: no config, no safetensors weights, or the Hub cannot give them.
         CheckpointError: the files are damaged or do not belong together.
     """
-    _check_precision(dtype)
+    check_precision(dtype)
     if is_adapter(folder):
         from gptcli.model.adapters import load_merged
 
@@ -205,10 +205,8 @@ def load_tokenizer(
         CheckpointError: its files are damaged.
     """
     folder, revision = tokenizer_home(folder, revision)
-    if folder.is_dir() and not _holds_tokenizer(folder):
-        raise MissingError(
-            "no tokenizer in this folder", where=str(folder), remedy=f"Looked for {', '.join(TOKENIZER_FILES)}."
-        )
+    if folder.is_dir():
+        check_tokenizer_files(folder)
     if (folder / "config.json").is_file():  # transformers reads it for a tokenizer too
         read_config(folder, trust_remote_code=trust_remote_code)
     with quiet(), _typed_errors(folder, "tokenizer"):
@@ -228,6 +226,14 @@ def tokenizer_home(folder: Path, revision: str | None = None) -> tuple[Path, str
 
         return base_of(folder)
     return folder, revision
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raise `MissingError` for a local folder without any file of a tokenizer."""
+    if not _holds_tokenizer(folder):
+        raise MissingError(
+            "no tokenizer in this folder", where=str(folder), remedy=f"Looked for {', '.join(TOKENIZER_FILES)}."
+        )
 
 
 def _holds_tokenizer(folder: Path) -> bool:
@@ -263,7 +269,8 @@ def _check_hub_weights(name: str, config: PreTrainedConfig, revision: str | None
         check_index(Path(found))
 
 
-def _check_precision(precision: str) -> None:
+def check_precision(precision: str) -> None:
+    """Raise `UsageError` for what is no precision of weights."""
     if precision not in ("auto", "fp32", "bf16"):
         raise UsageError(f"precision {precision!r} is not one of auto, fp32, bf16")
 
