@@ -14,7 +14,6 @@ import sys
 import termios
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -83,15 +82,19 @@ class _Session:
         self._out = Console(json_output=True, quiet=False)  # what was asked for is shown with --quiet too
         self._left_out = windows.Window([])
         self._terminated = False
+        self._armed = False
 
     def run(self) -> None:
         """Read and answer until the end of the input, or /quit."""
-        before = signal.signal(signal.SIGTERM, self._terminate)
+        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._terminate)}
+        if self._terminal:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         try:
             with _restored_terminal() if self._terminal else contextlib.nullcontext():
                 self._loop(_keyboard() if self._terminal else _line)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _terminate(self, number: int, frame: object) -> NoReturn:
         """SIGTERM ends the chat, also in the middle of an answer, where Ctrl+C ends that alone."""
@@ -99,26 +102,37 @@ class _Session:
         self._terminated = True
         raise KeyboardInterrupt
 
+    def _interrupt(self, number: int, frame: object) -> None:
+        """Ctrl+C ends what is being done, once, however often it is pressed; at the prompt it is a key of its own.
+
+        Between the two it is nothing: an interrupt where the terminal changes hands would end the program.
+        """
+        del number, frame
+        if self._armed:
+            self._armed = False
+            raise KeyboardInterrupt
+
     def _loop(self, read: Callable[[], str]) -> None:
-        tell: Callable[[], None] | None = None  # said in the next round, where Ctrl+C is looked for too
         while True:
             try:
-                if tell is not None:
-                    now, tell = tell, None
-                    now()
-                if not self._take(read()):
+                text = read()
+                self._armed = True
+                goes_on = self._take(text)
+                self._armed = False
+                if not goes_on:
                     return
             except EOFError:
                 return
             except GptcliError as error:
+                self._armed = False
                 if not self._terminal:
                     raise
-                tell = partial(print_error, error)
+                print_error(error)
             except KeyboardInterrupt as interrupt:
                 if self._terminated or not self._terminal:
                     raise
                 if interrupt.args == (NOTHING_TYPED,):
-                    tell = partial(self._out.say, "Ctrl+D or /quit ends the chat")
+                    self._out.say("Ctrl+D or /quit ends the chat")
 
     def _take(self, text: str) -> bool:
         """Do a command or answer a message; whether the chat goes on."""
@@ -143,6 +157,8 @@ class _Session:
         pieces: list[str] = []
 
         def show(piece: str) -> None:
+            if self._terminal and not self._armed:
+                raise KeyboardInterrupt  # again: what was raised was lost on its way
             pieces.append(piece)
             self._out.write(visible(piece) if self._terminal else piece)
 
@@ -171,7 +187,7 @@ class _Session:
             raise
         self._out.write("\n")
         if done.finish_reason == "length":
-            more = "" if windows.has_template(self._tokenizer) else "Enter: go on; "
+            more = "" if windows.has_template(self._tokenizer) or not self._terminal else "Enter: go on; "
             self._out.say(f"[cut at {done.tokens} tokens; {more}/set max_new_tokens={2 * settings.max_new_tokens}]")
 
     def _tell_left_out(self, seen: windows.Window) -> None:
@@ -295,7 +311,7 @@ def _keyboard() -> Callable[[], str]:
 
     def read() -> str:
         try:
-            return session.prompt()
+            return session.prompt(handle_sigint=False)  # Ctrl+C is a key here; the signal has its own handler
         except KeyboardInterrupt as interrupt:
             screen.disable_bracketed_paste()  # SIGTERM comes from outside of the session, which leaves it on
             screen.flush()

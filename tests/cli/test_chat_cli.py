@@ -90,6 +90,20 @@ def test_ctrl_c_with_nothing_typed_tells_how_to_quit_and_ctrl_d_does(here: Path,
     assert code == 0, text
 
 
+def test_no_number_of_ctrl_c_ends_the_program(here: Path, forks: Forks) -> None:
+    with chatting(here, forks, "model", "--max-new-tokens", "90000", "--min-new-tokens", "90000") as screen:
+        for _ in range(3):
+            screen.type(b"hello\r")
+            screen.until("world")
+            for _ in range(40):
+                screen.type(b"\x03")
+            screen.until("[interrupted]")
+        screen.type(b"/quit\r")
+        code, text = screen.finish()
+    assert code == 0, text
+    assert "Traceback" not in text and "Exception" not in text
+
+
 def test_a_paste_of_several_lines_is_one_message(here: Path, forks: Forks) -> None:
     with chatting(here, forks, "model", "--max-new-tokens", "3") as screen:
         say(screen, b"\x1b[200~one\n/quit\n\xe4\xb8\x96\xe7\x95\x8c\x1b[201~\r")
