@@ -78,7 +78,7 @@ def generate(
     asked = _asked(precision, quantize, draft, prompt_lookup, json_schema, regex)
     folder = resolve_model(model)
     out = console(json=file is None or json, quiet=quiet)  # standard output holds the texts and nothing else
-    given = _recipe_section(folder, out)
+    given = recipe_section(folder, out)
     prompts = [] if chat or file is not None else prompt or _piped() or list(given.prompts)
     if not prompts and not chat and file is None:
         raise UsageError(
@@ -228,7 +228,7 @@ class _Screen:
                 self._out.write(self._safe(done.text) + "\n")
 
 
-def _recipe_section(folder: Path, out: Console) -> Generate:
+def recipe_section(folder: Path, out: Console) -> Generate:
     """The `generate` section of the model's run; the schema's defaults for any other model."""
     from gptcli.errors import GptcliError
     from gptcli.recipe.load import load_recipe

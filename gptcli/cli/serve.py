@@ -27,7 +27,7 @@ def serve(
 ) -> None:
     """Serve a model by an OpenAI-compatible API, until Ctrl+C; the newest run's when none is named."""
     from gptcli.cli.console import console
-    from gptcli.cli.generate_options import _recipe_section as recipe_section
+    from gptcli.cli.generate import recipe_section
     from gptcli.generation.serve import (
         Server,
         check_engine,

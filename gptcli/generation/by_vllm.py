@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gptcli.errors import UsageError
-from gptcli.generation.text import Completion, Settings, encode_prompt
+from gptcli.generation.row import Completion
+from gptcli.generation.settings import Settings
+from gptcli.generation.text import encode_prompt
 from gptcli.model.load import load_tokenizer
 
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}

@@ -66,8 +66,7 @@ class Chat:
 
     def drawn(self) -> tuple[Chat, Settings]:
         """The chat that has drawn one more answer, and the settings of that one: with a seed of its own."""
-        seed = self.settings.seed
-        settings = self.settings if seed is None else replace(self.settings, seed=(seed + self.answers) % 2**63)
+        settings = replace(self.settings, seed=(self.settings.seed + self.answers) % 2**63)
         return replace(self, answers=self.answers + 1), settings
 
 

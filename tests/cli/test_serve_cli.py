@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from gptcli.generation.text import Settings, complete
+from gptcli.generation.settings import Settings
+from gptcli.generation.text import complete
 from gptcli.model.load import load_model, load_tokenizer
 from gptcli.runs.folder import RunFolder
 from tests.conftest import Cli

@@ -11,8 +11,9 @@ import pytest
 from gptcli.errors import UsageError
 from gptcli.generation.by_vllm import complete_by_vllm, sampling_arguments
 from gptcli.generation.pinned import vllm_arguments
+from gptcli.generation.row import Completion
 from gptcli.generation.serve import Server
-from gptcli.generation.text import Completion, Settings
+from gptcli.generation.settings import Settings
 from tests.tiny import save_model, shared_tokenizer
 
 
