@@ -145,6 +145,8 @@ def _complete(folder: Path, prompts: list[str], settings: Settings, asked: Asked
     with memory_errors("Try a smaller --max-new-tokens or --num-return-sequences, or --precision bf16."):
         it = ready(folder, asked, out.say)
         out.say(f"{folder}, {it.made_on}, {settings.how}")
+        if "constraint" in it.beside and settings.stop:
+            out.warn("stop texts are not used: they could cut a constrained output before it is whole")
         for text in prompts:
             screen = _Screen(out, text, settings, json=json)
             done = complete(

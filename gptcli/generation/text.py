@@ -95,7 +95,7 @@ def complete_batch(
             sequence_key(settings.seed, ids, index),
             lambda tokens: _decode(tokenizer, tokens),
             frozenset(stops),
-            settings.stop,
+            settings.stop if constraint is None else (),  # which could cut it before it is whole
             None if several else on_text,
             None if constraint is None else constraint.start(),
             settings.logprobs,

@@ -20,7 +20,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.resolved.write_text(dump_yaml(resolved(load_recipe(str(folder / "tiny.yaml")))))
     save_model(run.final)
     make_model().save_pretrained(folder / "other")
-    wrapped(byte_tokenizer(280)).save_pretrained(str(folder / "other"))
+    wrapped(byte_tokenizer(260)).save_pretrained(str(folder / "other"))
     return folder
 
 

@@ -73,7 +73,7 @@ def write(model: Any, matcher: Matcher, *, seed: int | None, most: int = 200) ->
         past = out.past_key_values
         scores = out.logits[0, -1].float()
         matcher.mask(scores)
-        probabilities = (scores / 5).softmax(-1)  # random weights are far from uniform
+        probabilities = (scores / 50).softmax(-1)  # random weights are far from uniform
         drawn = torch.multinomial(probabilities, 1, generator=generator) if seed is not None else scores.argmax()
         token = int(drawn)
         assert probabilities[token] > 0
@@ -116,7 +116,7 @@ def test_every_output_is_json_of_the_schema(model: Any, tokenizer: Any, seed: in
 def test_every_output_matches_the_whole_expression(model: Any, tokenizer: Any, regex: str) -> None:
     constraint = compile_constraint(tokenizer, regex=regex, vocab_size=VOCAB, stop_ids=[0])
     written = set()
-    for seed in (None, 1, 2, 3):
+    for seed in (None, 1, 2, 3, 4):
         matcher = constraint.start()
         text = text_of(tokenizer, write(model, matcher, seed=seed))
         assert matcher.done
