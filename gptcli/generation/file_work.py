@@ -53,7 +53,9 @@ class Begun:
 def open_begun(job: FileJob, value: dict[str, Any]) -> Begun:
     """A job as it was begun, from what `JOB` in its folder holds."""
     spool = open_spool(job.partial, value["sizes"])
-    decided = {key: tuple(each) if isinstance(each, list) else each for key, each in value["settings"].items()}
+    decided: dict[str, Any] = {
+        key: tuple(each) if isinstance(each, list) else each for key, each in value["settings"].items()
+    }
     settings = replace(job.settings, **decided)
     units = plan_units(
         spool.lengths,
