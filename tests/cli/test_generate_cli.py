@@ -111,3 +111,22 @@ def test_help_imports_no_torch(tmp_path: Path, run_cli: Cli) -> None:
         assert done.code == 0
         imported = {line.rsplit("|", 1)[-1].strip() for line in done.err.splitlines()}
         assert not imported & {"torch", "transformers", "numpy", "tokenizers"}
+
+
+def test_constrained_output_is_what_was_asked_for_or_said_not_to_be_whole(here: Path, run_cli: Cli) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance: pip install 'gptcli[constrain]'")
+    schema = (
+        '{"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": false}'
+    )
+    many = ("--max-new-tokens", "40", "--json", "--seed", "1")
+    done = run_cli("generate", "--prompt", "x", "--json-schema", schema, *many, "-n", "3", cwd=here)
+    assert done.code == 0, done.err
+    for completion in json.loads(done.out)["completions"]:
+        assert json.loads(completion["text"])["n"] in (1, 22) and completion["finish_reason"] == "stop"
+    (here / "schema.json").write_text(schema)
+    again = run_cli("generate", "--prompt", "x", "--json-schema", "schema.json", *many, "-n", "3", cwd=here)
+    assert again.out == done.out
+    cut = run_cli("generate", "--prompt", "x", "--regex", "[a-z]{50}", "--max-new-tokens", "3", cwd=here)
+    assert cut.code == 0 and "before the output was whole" in cut.err
+    both = run_cli("generate", "--prompt", "x", "--regex", "a", "--json-schema", schema, cwd=here)
+    assert both.code == 2 and "exclude" in both.err
