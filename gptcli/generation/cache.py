@@ -52,11 +52,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if self._end + new > self._buffers[0].shape[-2]:
             self._move(0, max(LEAST_ROOM, 2 * (self.kept + new)))
         begin = self._end - self.kept
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self._end : self._end + new] = states
+        keys, values = self._buffers
+        keys.narrow(2, self._end, new).copy_(key_states)
+        values.narrow(2, self._end, new).copy_(value_states)
         self._end += new
         self._length += new
-        self.keys, self.values = (buffer[:, :, begin : self._end] for buffer in self._buffers)
+        self.keys, self.values = keys.narrow(2, begin, self._end - begin), values.narrow(2, begin, self._end - begin)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:

@@ -84,8 +84,10 @@ class Chooser:
             for index, row in enumerate(rows):
                 ids = torch.tensor([row.prompt + row.tokens], device=logits.device)
                 scores[index] = penalty(ids, scores[index : index + 1])[0]
-        if held and self._stop_ids:
-            scores[torch.tensor(held).unsqueeze(1), self._stop_ids] = -math.inf
+        if held:
+            stops = torch.tensor(self._stop_ids, device=logits.device, dtype=torch.long)
+            for index in held:
+                scores[index].index_fill_(0, stops, -math.inf)
         for index, row in enumerate(rows):
             if row.matcher is not None:
                 row.matcher.mask(scores[index])
@@ -104,9 +106,9 @@ class Chooser:
         else:
             tokens = torch.arange(vocabulary, device=scores.device)
         if given.top_p < 1:
-            before = scores.softmax(-1).cumsum(-1).roll(1, -1)
-            before[:, 0] = -1.0  # the likeliest always stays
-            scores = scores.masked_fill(before >= given.top_p, -math.inf)
+            probabilities = scores.softmax(-1)
+            before = probabilities.cumsum(-1) - probabilities
+            scores = scores.masked_fill(before >= max(given.top_p, 1e-9), -math.inf)  # the likeliest always stays
         if given.min_p > 0:
             scores = scores.masked_fill(scores < scores.amax(-1, keepdim=True) + math.log(given.min_p), -math.inf)
         return scores, tokens

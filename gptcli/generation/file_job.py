@@ -21,7 +21,7 @@ from gptcli.errors import CheckpointError, UsageError, writing
 from gptcli.files import cache_root, fingerprint, held_alone, read_json, write_json
 from gptcli.generation.journal import KEPT, PATTERN
 from gptcli.generation.ready import Asked
-from gptcli.generation.spool import SPOOL
+from gptcli.generation.spool import SPOOL, sizes
 
 if TYPE_CHECKING:
     from gptcli.generation.settings import Settings
@@ -143,17 +143,19 @@ def known(job: FileJob) -> dict[str, Any] | None:
         CheckpointError: what is there is of another job, or damaged, and may not be overwritten.
     """
     path = job.partial / JOB
-    if _has_units(job.partial):
+    has_units = _has_units(job.partial)
+    if has_units or (job.partial / FINISHED).exists():
         try:
             value: dict[str, Any] = read_json(path)
             before, now = value["identity"], job.identity
-            if value["format"] == FORMAT and before == now:
+            is_whole = not job.overwrite or sizes(job.partial) == value["sizes"]
+            if value["format"] == FORMAT and before == now and is_whole and (has_units or written(job) is not None):
                 return value
             lines = [_difference(key, before, now) for key in {**now, **before} if before.get(key) != now.get(key)]
             what = "an unfinished job is there, of another command, file or model"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             lines, what = [], f"an unfinished job is there, and its {JOB} is damaged"
-        if not job.overwrite:
+        if not job.overwrite and has_units:
             lines = [*lines[:5], *(["..."] if len(lines) > 5 else []), _OVERWRITE]
             raise CheckpointError(what, where=shown(job.partial), remedy="\n".join(lines))
     with writing(job.partial, "the folder of what is done", KEPT):
@@ -162,12 +164,12 @@ def known(job: FileJob) -> dict[str, Any] | None:
 
 
 def _clear(partial: Path) -> None:
-    """Remove what a job has left, and nothing else that somebody may keep there."""
-    for name in (JOB, FINISHED, OUTPUT, *SPOOL):
-        for path in (partial / name, *partial.glob(f".{name}.*")):  # the latter of a write that was killed
-            path.unlink(missing_ok=True)
+    """Remove what a job has left, and nothing else that somebody may keep there; last what says which job it is."""
     for path in partial.glob(PATTERN):
         path.unlink()
+    for name in (OUTPUT, *SPOOL, FINISHED, JOB):
+        for path in (partial / name, *partial.glob(f".{name}.*")):  # the latter of a write that was killed
+            path.unlink(missing_ok=True)
 
 
 def _has_units(partial: Path) -> bool:
