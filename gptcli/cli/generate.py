@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from gptcli.generation.ready import Asked
     from gptcli.generation.row import Completion
     from gptcli.generation.settings import Settings
-    from gptcli.recipe.schema import Generate
 
 DIM, RESET = "\033[2m", "\033[0m"
 
@@ -65,6 +64,8 @@ def generate(
     del debug
     from gptcli.cli.console import console
     from gptcli.errors import UsageError
+    from gptcli.generation.given import recipe_section
+    from gptcli.generation.settings import settings as make_settings
     from gptcli.runs.folder import resolve_model
 
     with_file: dict[str, Any] = {"save_every": save_every, "processes": processes, "overwrite": overwrite}
@@ -78,8 +79,8 @@ def generate(
     asked = _asked(precision, quantize, draft, prompt_lookup, json_schema, regex)
     folder = resolve_model(model)
     out = console(json=file is None or json, quiet=quiet)  # standard output holds the texts and nothing else
-    given = recipe_section(folder, out)
-    prompts = [] if chat or file is not None else prompt or _piped() or list(given.prompts)
+    given = recipe_section(folder, out.warn)
+    prompts = [] if chat or file is not None else prompt or _piped() or given.get("prompts", [])
     if not prompts and not chat and file is None:
         raise UsageError(
             "no prompt", remedy='Give one: gptcli generate --prompt "Once upon a time", or pipe a text in.'
@@ -99,8 +100,6 @@ def generate(
         "bad_words": bad_word or None,
         "logprobs": logprobs,
     }
-    from gptcli.generation.settings import settings as make_settings
-
     settings = make_settings(given, chosen, seed=seed, greedy=greedy)
     settings.check()
     if chat:
@@ -228,22 +227,6 @@ class _Screen:
                 self._out.write(f"[{number}] ")
                 self._show_prompt()
                 self._out.write(self._safe(done.text) + "\n")
-
-
-def recipe_section(folder: Path, out: Console) -> Generate:
-    """The `generate` section of the model's run; the schema's defaults for any other model."""
-    from gptcli.errors import GptcliError
-    from gptcli.recipe.load import load_recipe
-    from gptcli.recipe.schema import Generate
-    from gptcli.runs.folder import owner
-
-    run = owner(folder)
-    if run is not None and run.resolved.is_file():
-        try:
-            return load_recipe(str(run.resolved)).recipe.generate
-        except GptcliError as error:  # written by another version: its settings are lost, its model is not
-            out.warn(f"the run's recipe cannot be read, so the usual settings are taken: {error.lines()[0]}")
-    return Generate()
 
 
 def _piped() -> list[str]:

@@ -27,7 +27,7 @@ def serve(
 ) -> None:
     """Serve a model by an OpenAI-compatible API, until Ctrl+C; the newest run's when none is named."""
     from gptcli.cli.console import console
-    from gptcli.cli.generate import recipe_section
+    from gptcli.generation.given import recipe_section
     from gptcli.generation.serve import (
         Server,
         check_engine,
@@ -36,6 +36,7 @@ def serve(
         run_server,
         served_name,
     )
+    from gptcli.generation.settings import settings
     from gptcli.model.load import check_precision
     from gptcli.network import port_to_listen_at
     from gptcli.runs.folder import resolve_model
@@ -54,7 +55,7 @@ def serve(
 
         if engine == "vllm":
             return serve_vllm(folder, server, precision)
-        return serve_pinned(folder, server, recipe_section(folder, out), precision)
+        return serve_pinned(folder, server, settings(recipe_section(folder, out.warn), {}), precision)
 
     def ready(pid: int) -> None:
         if json:

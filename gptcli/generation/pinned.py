@@ -22,7 +22,7 @@ from gptcli.model.load import load_model, load_tokenizer, memory_errors
 
 if TYPE_CHECKING:
     from gptcli.generation.serve import Server
-    from gptcli.recipe.schema import Generate
+    from gptcli.generation.settings import Settings
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 # Answers that are on their way when the server is asked to end.
@@ -32,7 +32,7 @@ MOST_NEW_TOKENS = 1024
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 
-def serve_pinned(folder: Path, server: Server, given: Generate, precision: str) -> None:
+def serve_pinned(folder: Path, server: Server, given: Settings, precision: str) -> None:
     """Serve the model of a folder or a Hub id until a signal comes; that ends this process.
 
     Args:
@@ -93,7 +93,7 @@ def vllm_arguments(program: str, folder: Path, server: Server, precision: str) -
     return [program, "serve", str(folder), *place, *model]
 
 
-def _prepare(model: Any, tokenizer: Any, given: Generate) -> None:
+def _prepare(model: Any, tokenizer: Any, given: Settings) -> None:
     """Let the model sample as `given` unless a request says otherwise, and end where its context ends."""
     from transformers import GenerationConfig
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gptcli.errors import UsageError
-
-if TYPE_CHECKING:
-    from gptcli.recipe.schema import Generate
 
 
 @dataclass(frozen=True)
@@ -105,13 +102,14 @@ class Settings:
         ]
 
 
-def settings(given: Generate, chosen: Mapping[str, Any], *, seed: int | None = None, greedy: bool = False) -> Settings:
-    """The settings of a recipe's `generate` section, with what is not None in `chosen` before it.
+def settings(
+    given: Mapping[str, Any], chosen: Mapping[str, Any], *, seed: int | None = None, greedy: bool = False
+) -> Settings:
+    """The settings of a recipe's `generate` section, by keys, with what is not None in `chosen` before it.
 
     Without a seed one is drawn, so that what was seen can be had again.
     """
-    names = {field.name for field in fields(Settings)}
-    section = {name: value for name in names if (value := getattr(given, name, None)) is not None}
+    section = {field.name: given[field.name] for field in fields(Settings) if field.name in given}
     section |= {key: value for key, value in chosen.items() if value is not None}
     section |= {key: tuple(section[key]) for key in ("stop", "bad_words") if key in section}
     return Settings(**section, seed=secrets.randbelow(2**31) if seed is None else seed, greedy=greedy)

@@ -22,7 +22,7 @@ class Sampler:
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, run: RunFolder, reporter: Reporter) -> None:
         self._prompts = recipe.generate.prompts
-        self._settings = settings(recipe.generate, {"num_return_sequences": 1}, seed=recipe.seed)
+        self._settings = settings(dict(recipe.generate), {"num_return_sequences": 1}, seed=recipe.seed)
         self._tokenizer = tokenizer
         self._run = run
         self._reporter = reporter
