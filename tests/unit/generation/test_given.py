@@ -19,9 +19,7 @@ def a_run(folder: Path, text: str) -> RunFolder:
 
 
 def test_what_a_resolved_recipe_says_is_what_its_schema_reads(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(
-        "generate: {prompts: [a, b], temperature: 1, top_k: 1K, stop: ['x: y'], min_p: 5%}\n"
-    )
+    (tmp_path / "r.yaml").write_text("generate: {prompts: [a, b], temperature: 1, top_k: 1K, stop: [x], min_p: 0.05}\n")
     loaded = load_recipe(str(tmp_path / "r.yaml"))
     run = a_run(tmp_path, dump_yaml(resolved(loaded)))
     given = recipe_section(run.final, pytest.fail)
