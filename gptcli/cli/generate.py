@@ -165,7 +165,7 @@ def _by_vllm(
     if asked.quantize is not None or asked.draft is not None or asked.prompt_lookup is not None:
         raise UsageError(f"--engine {engine} goes with neither --quantize, nor --draft, nor --prompt-lookup")
     check_engine(engine, "gptcli generate --engine vllm")
-    check_folder(folder)
+    check_folder(folder, engine)
     from gptcli.generation.by_vllm import complete_by_vllm
 
     every = complete_by_vllm(

@@ -46,7 +46,7 @@ def serve(
     folder = resolve_model(model)
     if is_local := folder.is_dir():
         folder = folder.resolve()
-    check_folder(folder)
+    check_folder(folder, engine)
     out = console(json=json, quiet=quiet)
     listens_at = _port(port) if worker else port_to_listen_at(host, _port(port))
     server = Server(served_name(folder), host, listens_at, has_chat_template(folder))

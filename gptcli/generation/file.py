@@ -39,7 +39,7 @@ from gptcli.generation.file_job import (
 from gptcli.generation.file_work import GO_ON, Begun, open_begun, rate_text, watched, work
 from gptcli.generation.journal import KEPT, Done
 from gptcli.generation.spool import COMPLETIONS, sizes, write_rows, write_tokens
-from gptcli.model.load import context_of, load_config, load_tokenizer
+from gptcli.model.load import context_of, load_config, load_tokenizer, model_home
 from gptcli.reporting import Silent
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _begin(job: FileJob, reporter: Reporter) -> Begun:
             count, blank = write_rows(job.file, job.column, job.partial, on_bytes)
         if blank:
             reporter.say(f"blank lines: {blank:,} of them are left out")
-        context = context_of(load_config(job.model))
+        context = context_of(load_config(model_home(job.model)[0]))
         tokenizer = load_tokenizer(job.model)
         with shows.progress("encoding", count, "prompts") as progress:
             write_tokens(job.file, job.column, job.partial, tokenizer, context, progress.update)

@@ -22,6 +22,7 @@ from gptcli.files import cache_root, fingerprint, held_alone, read_json, write_j
 from gptcli.generation.journal import KEPT, PATTERN
 from gptcli.generation.ready import Asked
 from gptcli.generation.spool import SPOOL, sizes
+from gptcli.model.load import model_home
 
 if TYPE_CHECKING:
     from gptcli.generation.settings import Settings
@@ -81,10 +82,12 @@ class FileJob:
 
 
 def model_fingerprint(model: Path) -> str:
-    """A hash of what is in a model's folder; of a Hub id its commit, as far as it is known here."""
+    """A hash of what is in a model's folder, and in that of its base; of a Hub id its commit, as far as it is known."""
     if model.is_dir():
         files = sorted(path for path in model.iterdir() if path.suffix in _MODEL_SUFFIXES and path.is_file())
-        return fingerprint([[path.name for path in files], list(content_hashes(map(str, files)))])
+        own = [[path.name for path in files], list(content_hashes(map(str, files)))]
+        base, _ = model_home(model)
+        return fingerprint(own if base == model else [own, model_fingerprint(base)])
     from gptcli.model.load import load_config
 
     return f"{model}@{getattr(load_config(model), '_commit_hash', None)}"

@@ -30,8 +30,8 @@ from gptcli.endings import WorkersError, on_stop_signals, read_report
 from gptcli.environment import LOOPBACK
 from gptcli.errors import AbortedError, GptcliError, MissingError, OutOfMemoryError, UsageError
 from gptcli.launch import rank, this_program
-from gptcli.model.folder import check_weights, read_config
-from gptcli.model.load import check_tokenizer_files
+from gptcli.model.folder import check_weights, is_adapter, read_config
+from gptcli.model.load import check_tokenizer_files, model_home, tokenizer_home
 from gptcli.reporting import one_line
 from gptcli.runs.folder import owner
 
@@ -98,11 +98,21 @@ def check_engine(engine: str, what: str) -> None:
         raise MissingError(f"{what} needs the package {', '.join(lacking)}", remedy=install)
 
 
-def check_folder(folder: Path) -> None:
-    """Look at a local folder's config, weights and tokenizer files, without opening the weights; errors as there."""
+def check_folder(folder: Path, engine: str) -> None:
+    """Look at a local folder's config, weights and tokenizer files, without opening the weights; errors as there.
+
+    Of an adapter it is its base's that is looked at.
+    """
+    tokenizers, _ = tokenizer_home(folder)
+    if engine == "vllm" and is_adapter(folder):
+        raise UsageError(
+            f"--engine vllm takes no adapter: {folder}", remedy=f"gptcli export {folder} --merge --output FOLDER"
+        )
+    folder, _ = model_home(folder)
     if folder.is_dir():
         check_weights(folder, read_config(folder))
-        check_tokenizer_files(folder)
+    if tokenizers.is_dir():
+        check_tokenizer_files(tokenizers)
 
 
 def served_name(folder: Path) -> str:

@@ -17,7 +17,7 @@ from gptcli.errors import CheckpointError, UsageError, writing
 from gptcli.files import committed_folder, system_errors, write_atomic
 from gptcli.model.adapters import base_of
 from gptcli.model.folder import is_adapter
-from gptcli.model.load import load_config, load_model, load_tokenizer, memory_errors, quiet
+from gptcli.model.load import load_config, load_model, load_tokenizer, memory_errors, model_home, quiet
 from gptcli.model.quantize import Quantized, check_can_save, model_bytes, quantize
 from gptcli.reporting import Reporter, mebibytes
 
@@ -157,7 +157,7 @@ def _dtype(source: Path, precision: SavedPrecision, trust_remote_code: bool) -> 
     """
     import torch
 
-    folder, revision = base_of(source) if is_adapter(source) else (source, None)
+    folder, revision = model_home(source)
     config = load_config(folder, trust_remote_code=trust_remote_code, revision=revision)
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError(

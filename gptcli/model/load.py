@@ -221,11 +221,16 @@ def load_tokenizer(
 
 def tokenizer_home(folder: Path, revision: str | None = None) -> tuple[Path, str | None]:
     """Where a model's tokenizer is, and the revision there: the same place, but for an adapter's folder without one."""
-    if is_adapter(folder) and not _holds_tokenizer(folder):
-        from gptcli.model.adapters import base_of
+    return (folder, revision) if _holds_tokenizer(folder) else model_home(folder, revision)
 
-        return base_of(folder)
-    return folder, revision
+
+def model_home(folder: Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """Where a model's configuration is, and the revision there: the same place, but for an adapter that of its base."""
+    if not is_adapter(folder):
+        return folder, revision
+    from gptcli.model.adapters import base_of
+
+    return base_of(folder)
 
 
 def check_tokenizer_files(folder: Path) -> None:

@@ -201,3 +201,20 @@ def test_training_takes_no_adapter_for_a_model(adapter: Path) -> None:
     with pytest.raises(MissingError) as caught:
         load_config(adapter)
     assert "gptcli export" in str(caught.value.remedy)
+
+
+def test_file_jobs_and_servers_see_the_base_of_an_adapter(base: Path, adapter: Path) -> None:
+    from gptcli.generation.file_job import model_fingerprint
+    from gptcli.generation.serve import check_folder
+
+    change(adapter, base_model_name_or_path=str(shutil.copytree(base, adapter.parent / "own")))
+    check_folder(adapter, "transformers")
+    before = model_fingerprint(adapter)
+    config = adapter.parent / "own" / "generation_config.json"
+    config.write_text(config.read_text().replace("{", '{"max_length": 9,', 1))
+    assert model_fingerprint(adapter) != before
+    with pytest.raises(UsageError, match="takes no adapter"):
+        check_folder(adapter, "vllm")
+    (adapter.parent / "own" / "model.safetensors").unlink()
+    with pytest.raises(MissingError):
+        check_folder(adapter, "transformers")
