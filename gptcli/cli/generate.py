@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.cli import generate_file as of_file
 from gptcli.cli import generate_options as options
-from gptcli.cli.arguments import Debug, Json, Quiet
+from gptcli.cli.arguments import Debug, Quiet
 from gptcli.reporting import visible
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def generate(
     precision: options.Precision = "auto",
     quantize: options.Quantize = None,
     engine: options.Engine = "transformers",
-    json: Json = False,
+    json: options.Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,26 +16,31 @@ if TYPE_CHECKING:
     from gptcli.generation.ready import Asked
     from gptcli.generation.settings import Settings
 
+_option = partial(typer.Option, rich_help_panel="A file of prompts")
+
 File = Annotated[
     str | None,
-    typer.Option("--file", metavar="FILE", help="Complete every prompt of a .jsonl, .txt, .csv, .tsv or .parquet."),
+    _option("--file", metavar="FILE", help="Complete every prompt of a .jsonl, .txt, .csv, .tsv or .parquet."),
 ]
 Output = Annotated[
     str | None,
-    typer.Option("--output", metavar="FILE.jsonl", help="Each row of --file and its completions."),
+    _option("--output", metavar="FILE.jsonl", help="Each row of --file and its completions."),
 ]
 PromptColumn = Annotated[
-    str | None, typer.Option("--prompt-column", metavar="NAME", help="The column of the prompts; default: prompt.")
+    str | None,
+    _option("--prompt-column", metavar="NAME", help="The column of the prompts; default: prompt."),
 ]
 SaveEvery = Annotated[
-    int | None, typer.Option("--save-every", min=1, help="With --file: prompts between saves; default: by a rule.")
+    int | None,
+    _option("--save-every", min=1, help="Prompts between saves; default: by a rule."),
 ]
 Processes = Annotated[
     str | None,
-    typer.Option("--processes", metavar="N|auto", help="With --file; auto: one a visible GPU."),
+    _option("--processes", metavar="N|auto", help="Processes that share the work; auto: one a visible GPU."),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="With --file: replace an output, or another job's unfinished work.")
+    bool,
+    _option("--overwrite", help="Replace an output, or another job's unfinished work."),
 ]
 
 DEFAULT_COLUMN = "prompt"
