@@ -71,6 +71,10 @@ class Outcome:
         return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
+# Half a minute to set up; what is decided is tested by units in tests/unit/train/test_backoff.py and test_fitting.py.
+pytestmark = pytest.mark.slow_fault
+
+
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Outcome:
     if sys.platform != "linux":

@@ -153,6 +153,7 @@ def test_skipped_steps_leave_weights_and_optimizer_and_keep_their_place(project:
     assert np.diff(rates) == pytest.approx(np.diff(rates)[0])  # the schedule moves on over skipped steps
 
 
+@pytest.mark.slow_fault
 def test_skipping_is_the_same_after_a_resume(project: Path, run_cli: Cli) -> None:
     first = poisoned_steps(project)[0]
     keep = ("train.non_finite=skip", "train.lr_scheduler=constant", "train.log_every=5", f"train.save_every={first}")
@@ -171,6 +172,7 @@ def test_skipping_is_the_same_after_a_resume(project: Path, run_cli: Cli) -> Non
     assert all(torch.equal(torch.nan_to_num(one[name]), torch.nan_to_num(other[name])) for name in one)
 
 
+@pytest.mark.slow_fault
 def test_ten_skipped_steps_in_a_row_stop(project: Path, run_cli: Cli) -> None:
     try:
         poison(project, "e")
@@ -208,6 +210,7 @@ def test_a_spike_is_said_and_counted(tmp_path: Path, run_cli: Cli) -> None:
     assert set(spikes) <= {61, 62}
 
 
+@pytest.mark.slow_fault
 def test_a_spike_is_skipped_or_stops_where_the_recipe_says_so(tmp_path: Path, run_cli: Cli) -> None:
     noisy(tmp_path)
     arguments = ("pretrain", "tiny.yaml", *SPIKY)

@@ -141,6 +141,7 @@ def replace_prepared(data: Path) -> None:
     write_side(folder, tokens.dtype, 550_000, [(manifest["sources"][0]["name"], [one])], **about)
 
 
+@pytest.mark.slow_fault
 def test_prepared_data_replaced_before_a_resume_is_refused_with_both_ways_on(intact: Project) -> None:
     before = intact.run_files()
     replace_prepared(intact.data)
@@ -154,6 +155,7 @@ def test_prepared_data_replaced_before_a_resume_is_refused_with_both_ways_on(int
     assert "resuming tiny from checkpoint-" in allowed.out
 
 
+@pytest.mark.slow_fault
 def test_deleting_replaced_data_as_the_message_says_lets_the_run_go_on(intact: Project) -> None:
     replace_prepared(intact.data)
     shutil.rmtree(intact.data)

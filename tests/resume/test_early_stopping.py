@@ -59,6 +59,7 @@ def test_training_stops_after_the_patience_and_the_best_weights_are_final(stoppe
     assert done.json()["loss"] == pytest.approx(found[best], rel=1e-5)
 
 
+@pytest.mark.slow_fault
 def test_a_run_that_stopped_early_is_finished_unless_the_patience_grows(stopped: Path, run_cli: Cli) -> None:
     folder = stopped.parent.parent
     again = run_cli("pretrain", "tiny.yaml", *RECIPE, cwd=folder)
@@ -73,6 +74,7 @@ def test_a_run_that_stopped_early_is_finished_unless_the_patience_grows(stopped:
     assert {step: after[step] for step in before} == before
 
 
+@pytest.mark.slow_fault
 def test_the_patience_is_counted_on_over_a_resume(tmp_path: Path, run_cli: Cli) -> None:
     folder = overfitting(tmp_path)
     whole = run_cli("pretrain", "tiny.yaml", *RECIPE, "name=whole", "--json", cwd=folder).json()
@@ -84,6 +86,7 @@ def test_the_patience_is_counted_on_over_a_resume(tmp_path: Path, run_cli: Cli) 
         assert done.json()[key] == whole[key]
 
 
+@pytest.mark.slow_fault
 def test_a_run_killed_before_final_writes_the_best_without_training_on(tmp_path: Path, run_cli: Cli) -> None:
     folder = overfitting(tmp_path)
     first = run_cli("pretrain", "tiny.yaml", *RECIPE, "--json", cwd=folder).json()

@@ -82,6 +82,7 @@ def test_sigkill_between_checkpoints_loses_nothing_that_was_saved(
     assert lines(run) == lines(undisturbed)
 
 
+@pytest.mark.slow_fault
 def test_a_damaged_checkpoint_is_passed_over_and_named(undisturbed: Path, tmp_path: Path, run_cli: Cli) -> None:
     folder = make_project(tmp_path)
     assert run_cli("pretrain", "tiny.yaml", "train.optimizer=muon", cwd=folder).code == 0
@@ -94,6 +95,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(undisturbed: Path, tmp_pa
     assert_same_model(undisturbed / "final", run / "final")
 
 
+@pytest.mark.slow_fault
 def test_two_names_give_equal_metrics_and_weights(undisturbed: Path, run_cli: Cli) -> None:
     folder = undisturbed.parent.parent
     done = run_cli("pretrain", "tiny.yaml", "train.optimizer=muon", "name=again", cwd=folder)
@@ -111,6 +113,7 @@ def test_the_resolved_recipe_gives_the_same_run(undisturbed: Path, run_cli: Cli)
     assert lines(folder / "runs" / "resolved") == lines(undisturbed)
 
 
+@pytest.mark.slow_fault
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(undisturbed: Path, tmp_path: Path, run_cli: Cli) -> None:
     folder = make_project(tmp_path)
     assert run_cli("pretrain", "tiny.yaml", cwd=folder).code == 0
@@ -133,6 +136,7 @@ def test_a_changed_recipe_is_refused_with_code_4(undisturbed: Path, run_cli: Cli
     assert len(done.err.strip().splitlines()) <= 8
 
 
+@pytest.mark.slow_fault
 def test_a_run_killed_before_final_writes_it_and_reports_the_same_result(project: Path, run_cli: Cli) -> None:
     first = run_cli("pretrain", "tiny.yaml", "--json", cwd=project).json()
     shutil.rmtree(project / "runs" / "tiny" / "final")
@@ -143,6 +147,7 @@ def test_a_run_killed_before_final_writes_it_and_reports_the_same_result(project
         assert done.json()[key] == first[key]
 
 
+@pytest.mark.slow_fault
 def test_overwrite_with_a_recipe_that_cannot_run_keeps_the_old_run(project: Path, run_cli: Cli) -> None:
     assert run_cli("pretrain", "tiny.yaml", "--quiet", cwd=project).code == 0
     done = run_cli("pretrain", "tiny.yaml", "data.train=gone.txt", "--overwrite", cwd=project)
@@ -150,6 +155,7 @@ def test_overwrite_with_a_recipe_that_cannot_run_keeps_the_old_run(project: Path
     assert (project / "runs" / "tiny" / "final" / "model.safetensors").exists()
 
 
+@pytest.mark.slow_fault
 def test_a_mixture_of_experts_whose_files_have_other_names_goes_on(tmp_path: Path, run_cli: Cli) -> None:
     folder = make_project(tmp_path)
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "moe_intermediate_size": 32}
