@@ -1,0 +1,111 @@
+"""Evaluations as tables on the screen or in Markdown: one model as a list of figures, several beside the first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gptcli.errors import writing
+from gptcli.files import write_atomic
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptcli.cli.console import Console
+    from gptcli.evaluation.evaluate import Evaluation
+    from gptcli.evaluation.intervals import Ratio
+    from gptcli.evaluation.scores import Scores
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def print_results(results: list[Evaluation], out: Console) -> None:
+    """Print one model's figures (and those of each source), or a table of several."""
+    for title, (columns, rows) in _tables(results):
+        out.table(columns, rows, title=title)
+
+
+def write_markdown(results: list[Evaluation], path: Path) -> None:
+    """Write the same tables as a Markdown file.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    texts = []
+    for title, (columns, rows) in _tables(results):
+        lines = [columns, ["---"] * len(columns), *rows]
+        table = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+        texts.append(f"{title}\n\n{table}\n" if title else f"{table}\n")
+    with writing(path, "the table", "The results were printed."):
+        write_atomic(path, "\n".join(texts))
+
+
+def _cell(text: str) -> str:
+    from gptcli.reporting import one_line
+
+    return one_line(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _tables(results: list[Evaluation]) -> list[tuple[str | None, Table]]:
+    first = results[0]
+    if len(results) > 1:
+        return [(f"{first.data}: {first.result.documents:,} documents, {first.result.bytes:,} bytes", _many(results))]
+    tables: list[tuple[str | None, Table]] = [(None, _one(first))]
+    sources = list(first.scores.by_source())
+    if len(sources) > 1:
+        rows = [[name, *_figures(part).values()] for name, part in sources]
+        tables.append(("by source", (["source", *_figures(first.scores)], rows)))
+    return tables
+
+
+def _one(evaluation: Evaluation) -> Table:
+    figures = _figures(evaluation.scores)
+    return ["model", evaluation.model], [["data", evaluation.data], *map(list, figures.items())]
+
+
+def _many(results: list[Evaluation]) -> Table:
+    from gptcli.evaluation.compare import compare
+
+    columns = ["model", "loss", "perplexity", "bits/byte", "difference", "95%", "p", "verdict"]
+    rows = []
+    for number, evaluation in enumerate(results):
+        figures = _figures(evaluation.scores)
+        row = [evaluation.model, f"{evaluation.result.loss:.4f}", figures["perplexity"], _bits_per_byte(evaluation)]
+        if number == 0:
+            rows.append([*row, "-", "-", "-", "the baseline"])
+            continue
+        found = compare(evaluation.scores, results[0].scores)
+        of = "" if found.by == "loss" else " bits/byte"
+        p = "-" if found.found is None else f"{found.found.p:.4f}"
+        rows.append([*row, f"{found.difference:+.5f}{of}", _interval(found.found, "+.5f") or "-", p, found.verdict])
+    return columns, rows
+
+
+def _bits_per_byte(evaluation: Evaluation) -> str:
+    per_byte = evaluation.result.bits_per_byte
+    return "-" if per_byte is None else f"{per_byte:.4f}"
+
+
+def _figures(scores: Scores) -> dict[str, str]:
+    result = scores.result
+    perplexity = result.perplexity
+    return {
+        "loss": _with_interval(result.loss, scores.loss_interval),
+        "perplexity": f"{perplexity:.4g}" if perplexity >= 1e4 else f"{perplexity:.3f}",
+        "bits/byte": _with_interval(result.bits_per_byte, scores.byte_interval),
+        "bits/character": _with_interval(scores.bits_per_character, None),
+        "tokens": f"{result.tokens:,}",
+        "bytes": "-" if result.bytes is None else f"{result.bytes:,}",
+        "characters": "-" if scores.total_characters is None else f"{scores.total_characters:,}",
+        "documents": f"{result.documents:,}",
+    }
+
+
+def _with_interval(value: float | None, found: Ratio | None) -> str:
+    if value is None:
+        return "-"
+    interval = _interval(found, ".4f")
+    return f"{value:.4f} (95%: {interval})" if interval else f"{value:.4f}"
+
+
+def _interval(found: Ratio | None, form: str) -> str:
+    return "" if found is None else f"{found.low:{form}} to {found.high:{form}}"
