@@ -63,7 +63,7 @@ def evaluate(
     from gptcli.cli.console import console
     from gptcli.errors import UsageError
 
-    options = Options(data, text, documents, stride, limit, sequence_length, precision)
+    options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown)
     options.check()
     out = console(json=json, quiet=quiet)
     models, recipe, overrides = sort_arguments(arguments or [])
@@ -92,6 +92,7 @@ class Options:
     limit: int | None
     sequence_length: int | None
     precision: str
+    markdown: Path | None
 
     def check(self) -> None:
         """Raise `UsageError` for a value that is none."""
@@ -101,6 +102,10 @@ class Options:
             raise UsageError(f"--documents {self.documents} is not one of file, line, blank-line")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise UsageError(f"--precision {self.precision} is not one of auto, fp32, bf16")
+        if self.markdown is not None and (self.markdown.is_dir() or not self.markdown.parent.is_dir()):
+            raise UsageError(
+                f"--markdown {self.markdown}: no file can be there", remedy="Name one in a folder that is."
+            )
 
 
 def score_models(

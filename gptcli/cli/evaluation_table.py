@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from gptcli.evaluation.scores import Scores
 
 Table = tuple[list[str], list[list[str]]]
+FIGURES = 4  # columns of a table of several models before those that compare
 
 
 def print_results(results: list[Evaluation], out: Console) -> None:
     """Print one model's figures (and those of each source), or a table of several."""
-    for title, (columns, rows) in _tables(results):
-        out.table(columns, rows, title=title)
+    if len(results) == 1:
+        for title, (columns, rows) in _tables(results):
+            out.table(columns, rows, title=title)
+        return
+    [(title, (columns, rows))] = _tables(results)  # which is too wide for a terminal of 80 columns
+    out.table(columns[:FIGURES], [row[:FIGURES] for row in rows], title=title)
+    beside = [[row[0], *row[FIGURES:]] for row in rows[1:]]
+    out.table([columns[0], *columns[FIGURES:]], beside, title=f"beside {rows[0][0]} (below 0 is better)")
 
 
 def write_markdown(results: list[Evaluation], path: Path) -> None:
@@ -52,9 +59,18 @@ def _tables(results: list[Evaluation]) -> list[tuple[str | None, Table]]:
     tables: list[tuple[str | None, Table]] = [(None, _one(first))]
     sources = list(first.scores.by_source())
     if len(sources) > 1:
-        rows = [[name, *_figures(part).values()] for name, part in sources]
-        tables.append(("by source", (["source", *_figures(first.scores)], rows)))
+        tables.append(
+            ("by source", (["source", "loss", "95%", "bits/byte", "bytes", "documents"], [*map(_row, sources)]))
+        )
     return tables
+
+
+def _row(source: tuple[str, Scores]) -> list[str]:
+    name, scores = source
+    result, found = scores.result, scores.loss_interval
+    interval = "-" if found is None else f"{found.low:.4f} to {found.high:.4f}"
+    per_byte = _with_interval(result.bits_per_byte, None)
+    return [name, f"{result.loss:.4f}", interval, per_byte, f"{result.bytes:,}", f"{result.documents:,}"]
 
 
 def _one(evaluation: Evaluation) -> Table:
@@ -66,23 +82,21 @@ def _many(results: list[Evaluation]) -> Table:
     from gptcli.evaluation.compare import compare
 
     columns = ["model", "loss", "perplexity", "bits/byte", "difference", "95%", "p", "verdict"]
+    assert columns[FIGURES] == "difference"
     rows = []
     for number, evaluation in enumerate(results):
         figures = _figures(evaluation.scores)
-        row = [evaluation.model, f"{evaluation.result.loss:.4f}", figures["perplexity"], _bits_per_byte(evaluation)]
+        row = [evaluation.model, f"{evaluation.result.loss:.4f}", figures["perplexity"]]
+        row.append(_with_interval(evaluation.result.bits_per_byte, None))
         if number == 0:
             rows.append([*row, "-", "-", "-", "the baseline"])
             continue
         found = compare(evaluation.scores, results[0].scores)
-        of = "" if found.by == "loss" else " bits/byte"
+        verdict = found.verdict + ("" if found.by == "loss" else " (bits/byte)")
         p = "-" if found.found is None else f"{found.found.p:.4f}"
-        rows.append([*row, f"{found.difference:+.5f}{of}", _interval(found.found, "+.5f") or "-", p, found.verdict])
+        interval = "-" if found.found is None else f"{_change(found.found.low)} to {_change(found.found.high)}"
+        rows.append([*row, _change(found.difference), interval, p, verdict])
     return columns, rows
-
-
-def _bits_per_byte(evaluation: Evaluation) -> str:
-    per_byte = evaluation.result.bits_per_byte
-    return "-" if per_byte is None else f"{per_byte:.4f}"
 
 
 def _figures(scores: Scores) -> dict[str, str]:
@@ -103,9 +117,8 @@ def _figures(scores: Scores) -> dict[str, str]:
 def _with_interval(value: float | None, found: Ratio | None) -> str:
     if value is None:
         return "-"
-    interval = _interval(found, ".4f")
-    return f"{value:.4f} (95%: {interval})" if interval else f"{value:.4f}"
+    return f"{value:.4f}" if found is None else f"{value:.4f} (95%: {found.low:.4f} to {found.high:.4f})"
 
 
-def _interval(found: Ratio | None, form: str) -> str:
-    return "" if found is None else f"{found.low:{form}} to {found.high:{form}}"
+def _change(value: float) -> str:
+    return f"{value:+.4f}" if not 0 < abs(value) < 1e-3 else f"{value:+.1e}"

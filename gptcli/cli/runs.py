@@ -123,7 +123,7 @@ def compare(
     from gptcli.cli.evaluate import Options, load_for, model_folders, score_models, sort_arguments, tell
     from gptcli.errors import UsageError
 
-    options = Options(data, text, documents, stride, limit, sequence_length, precision)
+    options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown)
     options.check()
     named, recipe, overrides = sort_arguments(models)
     if len(named) < 2:

@@ -41,7 +41,7 @@ def test_a_comparison_scores_what_is_not_kept_and_what_has_changed(here: Path, f
     data = ("--data", "a.txt", "--documents", "line")
     first = forks("runs", "compare", "tiny", "runs/tiny/checkpoint-4", *data, "--markdown", "table.md", cwd=here)
     assert first.code == 0 and first.out.count("windows of 32 tokens") == 2, first.err
-    assert "worse" in first.out and "the baseline" in first.out
+    assert "worse" in first.out and "beside runs/tiny/final" in first.out
     table = (here / "table.md").read_text()
     assert table.startswith("a.txt: 25 documents") and table.count("\n| ") == 4 and "| worse |" in table
     for more in (("--stride", "8"), ("--limit", "12"), ("--sequence-length", "16")):
@@ -87,6 +87,13 @@ def test_a_model_that_gives_nan_for_a_token_is_code_5_and_names_the_document(her
     done = forks("eval", "tiny", "broken", "--data", "rows.txt", "--documents", "line", "--json", cwd=here)
     assert done.code == 5 and "no finite loss of 1 of 12 documents; the first: rows.txt:7" in done.err
     assert done.json()[1]["compared"]["verdict"] == "not finite" and done.json()[1]["loss"] is None
+
+
+@pytest.mark.parametrize("file", [".", "absent/table.md"])
+def test_a_table_that_cannot_be_written_is_said_before_anything_is_scored(here: Path, forks: Forks, file: str) -> None:
+    done = forks("eval", "tiny", "--data", "a.txt", "--markdown", file, cwd=here)
+    assert done.code == 2 and "--markdown" in done.err and "windows of" not in done.out
+    assert not (here / "absent").exists()
 
 
 def test_a_comparison_of_one_model_is_a_usage_error(here: Path, forks: Forks) -> None:
