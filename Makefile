@@ -60,6 +60,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/activation.py
 	$(BIN)/python benchmarks/halves.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/evaluate.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/generate.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	$(BIN)/python benchmarks/train.py $(if $(NANOGPT),--nanogpt $(NANOGPT))

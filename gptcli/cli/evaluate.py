@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,11 +12,8 @@ import typer
 from gptcli.cli.arguments import Debug, Json, Quiet, Smoke
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from gptcli.cli.console import Console
     from gptcli.evaluation.evaluate import Evaluation
-    from gptcli.evaluation.loss import LossResult
     from gptcli.recipe.load import LoadedRecipe
 
 Arguments = Annotated[
@@ -38,6 +37,9 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Score at most
 SequenceLength = Annotated[
     int | None, typer.Option("--sequence-length", min=1, help="Tokens of a window; default: as in training.")
 ]
+Markdown = Annotated[
+    Path | None, typer.Option("--markdown", metavar="FILE", help="Write the results as a Markdown table, too.")
+]
 Precision = Annotated[str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Of the model's weights.")]
 
 
@@ -50,6 +52,7 @@ def evaluate(
     limit: Limit = None,
     sequence_length: SequenceLength = None,
     precision: Precision = "auto",
+    markdown: Markdown = None,
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -58,15 +61,13 @@ def evaluate(
     """Measure loss, perplexity and bits per byte of one or several models on files or held-out data."""
     del debug
     from gptcli.cli.console import console
-    from gptcli.errors import DivergedError, UsageError
+    from gptcli.errors import UsageError
 
-    if documents not in ("file", "line", "blank-line"):
-        raise UsageError(f"--documents {documents} is not one of file, line, blank-line")
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UsageError(f"--precision {precision} is not one of auto, fp32, bf16")
+    options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown)
+    options.check()
     out = console(json=json, quiet=quiet)
     models, recipe, overrides = sort_arguments(arguments or [])
-    loaded = _load(recipe, overrides)
+    loaded = load_for(recipe, overrides)
     if smoke:
         if recipe is None:
             raise UsageError("--smoke proves a recipe, and none was given", remedy="gptcli eval RECIPE --smoke")
@@ -76,29 +77,99 @@ def evaluate(
         if json:
             out.print_json(proof)
         return
-    folders = _folders(models, recipe)
-    from gptcli.evaluation import corpus
-    from gptcli.evaluation.evaluate import Options, run_recipe
-    from gptcli.evaluation.evaluate import evaluate as score
+    results = score_models(model_folders(models, recipe), loaded, overrides, options, out)
+    tell(results, out, markdown=markdown)
 
+
+@dataclass(frozen=True)
+class Options:
+    """What is to be scored and how, as the command line has it."""
+
+    data: list[str] | None
+    text: str
+    documents: str
+    stride: int | None
+    limit: int | None
+    sequence_length: int | None
+    precision: str
+    markdown: Path | None
+
+    def check(self) -> None:
+        """Raise `UsageError` for a value that is none."""
+        from gptcli.errors import UsageError
+
+        if self.documents not in ("file", "line", "blank-line"):
+            raise UsageError(f"--documents {self.documents} is not one of file, line, blank-line")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise UsageError(f"--precision {self.precision} is not one of auto, fp32, bf16")
+        if self.markdown is not None and (self.markdown.is_dir() or not self.markdown.parent.is_dir()):
+            raise UsageError(
+                f"--markdown {self.markdown}: no file can be there", remedy="Name one in a folder that is."
+            )
+
+
+def score_models(
+    folders: list[Path],
+    loaded: LoadedRecipe | None,
+    overrides: list[str],
+    options: Options,
+    out: Console,
+    *,
+    reuse: bool = False,
+) -> list[Evaluation]:
+    """Score one corpus with each model: that of --data, else of the recipe, else of the first model's run.
+
+    `reuse`: take the scores that an earlier evaluation kept.
+    """
+    from gptcli.errors import UsageError
+    from gptcli.evaluation import corpus
+    from gptcli.evaluation.evaluate import Keeping, run_recipe
+    from gptcli.evaluation.evaluate import Options as Windows
+    from gptcli.evaluation.evaluate import evaluate as score
+    from gptcli.generation.file_job import model_fingerprint
+
+    data = options.data
     if loaded is None and (not data or overrides):
         loaded = run_recipe(folders[0], tuple(overrides))
     if data:
-        chosen = corpus.from_files(data, text=text, documents=documents, limit=limit)
+        chosen = corpus.from_files(data, text=options.text, documents=options.documents, limit=options.limit)
     elif loaded is not None:
-        chosen = corpus.from_recipe(loaded, limit=limit)
+        chosen = corpus.from_recipe(loaded, limit=options.limit)
     else:
         raise UsageError(
             f"nothing to score: {folders[0]} does not belong to a run, and there is no recipe",
             remedy="Give files (gptcli eval MODEL --data FILE) or a recipe (gptcli eval MODEL RECIPE).",
         )
-    options = Options(sequence_length, stride, precision)  # type: ignore[arg-type]
-    results = [score(folder, chosen, options, out, loaded) for folder in folders]
-    if json:
+    windows = Windows(options.sequence_length, options.stride, options.precision)  # type: ignore[arg-type]
+    keeping = Keeping(model_fingerprint, reuse)
+    results = [score(folder, chosen, windows, out, loaded, keeping) for folder in folders]
+    for result in results:
+        if len(bad := result.scores.not_finite()):
+            where, count = corpus.place_of(chosen, int(bad[0])), result.result.documents
+            out.warn(f"{result.model}: no finite loss of {len(bad):,} of {count:,} documents; the first: {where}")
+    return results
+
+
+def tell(results: list[Evaluation], out: Console, *, markdown: Path | None = None) -> None:
+    """Print the results, of several models each beside the first, and write them as Markdown where that is asked for.
+
+    Raises:
+        DivergedError: a loss is not a finite number; after all is told.
+    """
+    from gptcli.cli.evaluation_table import print_results, write_markdown
+    from gptcli.errors import DivergedError
+    from gptcli.evaluation.compare import compare
+
+    if out.json_output:
         values: list[dict[str, Any]] = [result.as_dict() for result in results]
+        first = results[0].scores
+        for value, result in zip(values[1:], results[1:], strict=True):
+            value["compared"] = {"with": results[0].model, **compare(result.scores, first).as_dict()}
         out.print_json(values if len(values) > 1 else values[0])
     else:
-        _print(results, out)
+        print_results(results, out)
+    if markdown is not None:
+        write_markdown(results, markdown)
     if bad := [result.model for result in results if not math.isfinite(result.result.loss)]:
         raise DivergedError(
             f"the loss of {', '.join(bad)} is not a finite number",
@@ -138,7 +209,8 @@ def _is_run(name: str) -> bool:
     return RunFolder(runs_root() / name).exists()
 
 
-def _load(recipe: str | None, overrides: list[str]) -> LoadedRecipe | None:
+def load_for(recipe: str | None, overrides: list[str]) -> LoadedRecipe | None:
+    """The recipe to evaluate by, if one is named."""
     if recipe is None:
         return None
     from gptcli.recipe.availability import check_available
@@ -149,7 +221,7 @@ def _load(recipe: str | None, overrides: list[str]) -> LoadedRecipe | None:
     return loaded
 
 
-def _folders(models: list[str], recipe: str | None) -> list[Path]:
+def model_folders(models: list[str], recipe: str | None) -> list[Path]:
     """The models' folders; without a model the run that bears the built-in recipe's name, else the newest run."""
     from gptcli.runs.folder import RunFolder, resolve_model, runs_root
 
@@ -157,25 +229,3 @@ def _folders(models: list[str], recipe: str | None) -> list[Path]:
         return [resolve_model(model) for model in models]
     named = None if recipe is None or recipe.endswith((".yaml", ".yml")) else RunFolder(runs_root() / recipe).weights()
     return [named or resolve_model(None)]
-
-
-def _print(results: list[Evaluation], out: Console) -> None:
-    """One model as a list of figures, several as a table."""
-    shown = [_figures(evaluation.result) for evaluation in results]
-    if len(results) == 1:
-        out.table(["model", results[0].model], [["data", results[0].data], *map(list, shown[0].items())])
-        return
-    rows = [[result.model, *figures.values()] for result, figures in zip(results, shown, strict=True)]
-    out.table(["model", *shown[0]], rows, title=results[0].data)
-
-
-def _figures(result: LossResult) -> dict[str, str]:
-    per_byte, perplexity = result.bits_per_byte, result.perplexity
-    return {
-        "loss": f"{result.loss:.4f}",
-        "perplexity": f"{perplexity:.4g}" if perplexity >= 1e4 else f"{perplexity:.3f}",
-        "bits/byte": "-" if per_byte is None else f"{per_byte:.4f}",
-        "tokens": f"{result.tokens:,}",
-        "bytes": "-" if result.bytes is None else f"{result.bytes:,}",
-        "documents": f"{result.documents:,}",
-    }

@@ -1,4 +1,4 @@
-"""`gptcli runs`: what was run, how far it came and how good it is."""
+"""`gptcli runs`: what was run, how far it came, how good it is and whether another is better."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli.cli.arguments import Debug, Json, Quiet
+from gptcli.cli.evaluate import Data, Documents, Limit, Markdown, Precision, SequenceLength, Stride, Text
 
 if TYPE_CHECKING:
     from gptcli.cli.console import Console
     from gptcli.runs.folder import RunFolder
     from gptcli.runs.summary import Points, Summary
 
-app = typer.Typer(name="runs", help="List runs, show one, write its report.", no_args_is_help=True)
+app = typer.Typer(name="runs", help="List runs, show one, compare them, write a report.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A run's name, or its folder.", show_default=False)]
+
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...",
+        help="Runs, folders or Hub ids (the first is the baseline); a recipe and overrides, as for eval.",
+        show_default=False,
+    ),
+]
 
 CURVE_WIDTH, CURVE_HEIGHT = 60, 7
 
@@ -90,6 +100,38 @@ def report(name: Name, json: Json = False, quiet: Quiet = False, debug: Debug = 
         out.print_json({"report": str(path)})
     else:
         out.write(f"{path}\n")
+
+
+@app.command("compare")
+def compare(
+    models: Models,
+    data: Data = None,
+    text: Text = "text",
+    documents: Documents = "file",
+    stride: Stride = None,
+    limit: Limit = None,
+    sequence_length: SequenceLength = None,
+    precision: Precision = "auto",
+    markdown: Markdown = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Tell whether models differ on the same documents: beside the first, by kept scores or new ones."""
+    del debug
+    from gptcli.cli.console import console
+    from gptcli.cli.evaluate import Options, load_for, model_folders, score_models, sort_arguments, tell
+    from gptcli.errors import UsageError
+
+    options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown)
+    options.check()
+    named, recipe, overrides = sort_arguments(models)
+    if len(named) < 2:
+        raise UsageError("a comparison is of two models or more", remedy="gptcli runs compare RUN OTHER_RUN")
+    out = console(json=json, quiet=quiet)
+    loaded = load_for(recipe, overrides)
+    results = score_models(model_folders(named, recipe), loaded, overrides, options, out, reuse=True)
+    tell(results, out, markdown=markdown)
 
 
 def _steps(summary: Summary) -> str:

@@ -109,7 +109,7 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
                 source.limit,
                 number >= len(data.train),
             ),
-            _source_spec(source, data, _content(each, reporter, verify)),
+            _source_spec(source, data, content_of(each, reporter, verify)),
         )
         for number, ((source, where), each) in enumerate(zip(found, inputs, strict=True))
     ]
@@ -179,7 +179,7 @@ def _identity(part: sources.Input) -> object:
     return part if isinstance(part, HubSet) else part.path.resolve()
 
 
-def _content(inputs: Sequence[sources.Input], reporter: Reporter, verify: bool) -> str:
+def content_of(inputs: Sequence[sources.Input], reporter: Reporter, verify: bool = False) -> str:
     """A hash of what the inputs hold and how they are read, in their order."""
     total = sum(os.path.getsize(path) for part in inputs for path in _files(part))
     digest = hashlib.sha256()

@@ -7,25 +7,37 @@ is the recipe's, and are read again from their texts where it is another; both g
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gptcli.data.encode import document_tokens, make_encoder
-from gptcli.data.job import find_job
-from gptcli.data.sources import find_inputs, input_size, read_documents, reading_of, source_name
+from gptcli.data.encode import document_tokens, make_encoder, utf8_size
+from gptcli.data.job import content_of, find_job
+from gptcli.data.sources import (
+    Input,
+    Tally,
+    find_inputs,
+    input_size,
+    place,
+    read_documents,
+    reading_of,
+    source_name,
+)
 from gptcli.data.split import digest_of
 from gptcli.data.tokenize import prepare
 from gptcli.data.tokenizer import load_fast, special_ids
 from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.errors import DataError, MissingError, UsageError
 from gptcli.evaluation.loss import Document
+from gptcli.evaluation.scores import Sizes
+from gptcli.files import fingerprint
 from gptcli.recipe.load import LoadedRecipe
 from gptcli.recipe.schema import Source
 
 if TYPE_CHECKING:
+    from gptcli.data.shards import Shards
     from gptcli.reporting import Reporter
 
 # The parts of a tokenizer.json that decide a text's ids; the rest is about specials around it.
@@ -53,29 +65,25 @@ class Corpus:
     limit: int | None = None
 
 
-@dataclass
-class Read:
-    """What was read so far; scoring is a bounded buffer behind."""
-
-    tokens: int = 0
-    bytes: int = 0
-
-    def count(self, documents: Iterator[Document]) -> Iterator[Document]:
-        """The documents, counted as they pass."""
-        for ids, size in documents:
-            self.tokens += len(ids)
-            self.bytes += size or 0
-            yield ids, size
-
-
 @dataclass(frozen=True)
 class Tokens:
-    """A corpus for one model: documents to score, the prefix of each, and the bytes in all (0: not known)."""
+    """A corpus for one model.
+
+    Attributes:
+        documents: what to score.
+        prefix_id: what each begins with.
+        total_bytes: in all; 0 where that is not known.
+        sizes: of the documents that were read so far.
+        identity: a hash of the content of the corpus, whatever the model, and of how it is divided into documents.
+        left_out: counts the rows without text.
+    """
 
     documents: Iterator[Document]
     prefix_id: int
     total_bytes: int
-    read: Read
+    sizes: Sizes
+    identity: str
+    left_out: Tally
 
 
 def from_files(paths: list[str], *, text: str = "text", documents: str = "file", limit: int | None = None) -> Corpus:
@@ -117,48 +125,70 @@ def tokens_for(corpus: Corpus, model: Path, revision: str | None, reporter: Repo
         DataError: nothing to read, or rows that cannot be read.
         MissingError: the model has no tokenizer, or one without BOS and EOS.
     """
-    loaded, held_out_bytes = corpus.held_out, 0
-    if loaded is not None:
+    loaded, sizes, tally = corpus.held_out, Sizes(), Tally()
+    documents: Iterator[Document]
+    if loaded is None:
+        tokenizer = import_tokenizer(str(model), revision=revision)
+        found = _found(corpus)
+        documents = document_tokens(_texts(found, corpus, sizes, tally), make_encoder(tokenizer))
+        total = sum(input_size(part) for _, inputs, _ in found for part in inputs)
+        spec = [[_spec(source, corpus), content_of(inputs, reporter)] for source, inputs, _ in found]
+    else:
         prepared = prepare(loaded, reporter)
         if prepared.validation is None:
             raise DataError("the recipe holds nothing out", where=loaded.label)
-        if _same_ids(model, prepared.tokenizer):
-            shards = prepared.validation
-            return _tokens(shards.evaluation_documents(), corpus, prepared.tokenizer, shards.bytes or 0)
-        held_out_bytes = prepared.validation.bytes or 0
-        reporter.say("the model's tokenizer is not the recipe's: reading the texts again")
-    tokenizer = import_tokenizer(str(model), revision=revision)
-    if loaded is not None:
-        texts, total = _held_out_texts(loaded, reporter), held_out_bytes
-    else:
-        texts, total = _texts(corpus)
-    return _tokens(document_tokens(texts, make_encoder(tokenizer)), corpus, tokenizer, total)
+        total, spec = prepared.validation.bytes or 0, [["held out", prepared.validation.fingerprint]]
+        tokenizer = prepared.tokenizer
+        if _same_ids(model, tokenizer):
+            documents = _with_characters(prepared.validation, tokenizer, sizes)
+        else:
+            reporter.say("the model's tokenizer is not the recipe's: reading the texts again")
+            tokenizer = import_tokenizer(str(model), revision=revision)
+            documents = document_tokens(_held_out_texts(loaded, reporter, sizes), make_encoder(tokenizer))
+    documents = sizes.count(islice(documents, corpus.limit))
+    total = 0 if corpus.limit is not None else total
+    return Tokens(documents, _prefix(tokenizer), total, sizes, fingerprint([spec, corpus.limit]), tally)
 
 
-def _tokens(documents: Iterator[Document], corpus: Corpus, tokenizer: Path, total: int) -> Tokens:
-    read = Read()
-    return Tokens(
-        read.count(islice(documents, corpus.limit)), _prefix(tokenizer), 0 if corpus.limit is not None else total, read
-    )
-
-
-def _texts(corpus: Corpus) -> tuple[Iterator[str], int]:
-    found = [(source, find_inputs(source, where=where), where) for source, where in corpus.sources]
-
-    def texts() -> Iterator[str]:
-        for source, inputs, where in found:
+def place_of(corpus: Corpus, number: int) -> str:
+    """Where the document of a number, from 0, stands: the files are read again up to there."""
+    left = number
+    if corpus.held_out is None:
+        for source, inputs, where in _found(corpus):
             reading = reading_of(source, corpus.documents, corpus.on_bad_row, where=where)
             for document in read_documents(inputs, reading, limit=source.limit):
-                yield document.text
+                if left == 0:
+                    return place(inputs[document.part], document.mark(), reading.layout)
+                left -= 1
+    return f"document {number + 1:,} of {corpus.name}"
 
-    return texts(), sum(input_size(part) for _, inputs, _ in found for part in inputs)
+
+def _found(corpus: Corpus) -> list[tuple[Source, Sequence[Input], str | None]]:
+    return [(source, find_inputs(source, where=where), where) for source, where in corpus.sources]
 
 
-def _held_out_texts(loaded: LoadedRecipe, reporter: Reporter) -> Iterator[str]:
+def _spec(source: Source, corpus: Corpus) -> list[Any]:
+    """How a source is divided into documents."""
+    return [source.documents or corpus.documents, source.text, source.columns, source.limit, corpus.on_bad_row]
+
+
+def _texts(
+    found: list[tuple[Source, Sequence[Input], str | None]], corpus: Corpus, sizes: Sizes, tally: Tally
+) -> Iterator[str]:
+    for source, inputs, where in found:
+        reading = reading_of(source, corpus.documents, corpus.on_bad_row, where=where)
+        sizes.begin(str(source.path))
+        for document in read_documents(inputs, reading, limit=source.limit, tally=tally):
+            sizes.add_text(len(document.text))
+            yield document.text
+
+
+def _held_out_texts(loaded: LoadedRecipe, reporter: Reporter, sizes: Sizes) -> Iterator[str]:
     """The texts that a recipe's shards of validation data were made of, in the same order."""
     job = find_job(loaded, reporter)
     seen: set[bytes] = set()
     for part in job.validation or job.train:
+        sizes.begin(part.name)
         for document in read_documents(part.inputs, part.stream.reading, limit=part.stream.limit):
             raw = document.raw
             kept = document.text if job.validation else job.split(document.text, raw)[1]
@@ -166,7 +196,20 @@ def _held_out_texts(loaded: LoadedRecipe, reporter: Reporter) -> Iterator[str]:
                 continue
             if job.data.deduplicate == "exact":
                 seen.add(digest)
+            sizes.add_text(len(kept))
             yield kept
+
+
+def _with_characters(shards: Shards, tokenizer: Path, sizes: Sizes) -> Iterator[Document]:
+    """The documents of shards, which know their bytes; characters are known where decoding gives as many bytes."""
+    decoder = load_fast(tokenizer)
+    documents = shards.evaluation_documents()
+    for source in shards.manifest["sources"]:
+        sizes.begin(source["name"])
+        for ids, size in islice(documents, source["documents"]):
+            text = decoder.decode(ids.tolist(), skip_special_tokens=False)
+            sizes.add_text(len(text) if utf8_size(text) == size else None)
+            yield ids, size
 
 
 def _prefix(tokenizer: Path) -> int:

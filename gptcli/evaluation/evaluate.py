@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptcli import __version__
 from gptcli.device import best_device
 from gptcli.errors import DataError, GptcliError, UsageError
 from gptcli.evaluation.corpus import Corpus, Tokens, tokens_for
 from gptcli.evaluation.loss import LossResult, document_loss
-from gptcli.model.load import Precision, context_length, load_model, memory_errors, tokenizer_home
+from gptcli.evaluation.scores import FORMAT, Scores, keep, kept
+from gptcli.files import fingerprint
+from gptcli.model.load import (
+    Precision,
+    context_of,
+    load_config,
+    load_model,
+    memory_errors,
+    model_home,
+    tokenizer_home,
+)
 from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.runs.folder import owner
 from gptcli.runs.metrics import finite
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from gptcli.reporting import Reporter
 
 DEFAULT_LENGTH = 1024
@@ -36,16 +47,35 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """How evaluations are kept.
+
+    Attributes:
+        fingerprint: of the content of a model's folder.
+        reuse: take what is kept in place of scoring.
+    """
+
+    fingerprint: Callable[[Path], str]
+    reuse: bool = False
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A model's loss on a corpus."""
 
     model: str
     data: str
-    result: LossResult
+    scores: Scores
+
+    @property
+    def result(self) -> LossResult:
+        """The loss and what it was summed over."""
+        return self.scores.result
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `gptcli eval`: numbers that are not finite are null."""
-        result = self.result
+        result, scores = self.result, self.scores
+        sources = [{"source": name, **_figures(part)} for name, part in scores.by_source()]
         value: dict[str, Any] = finite(
             {
                 "model": self.model,
@@ -57,13 +87,39 @@ class Evaluation:
                 "tokens": result.tokens,
                 "bytes": result.bytes,
                 "metrics": {},
+                "bits_per_character": scores.bits_per_character,
+                "characters": scores.total_characters,
+                "interval": _interval(scores),
+                "sources": sources if len(sources) > 1 else [],
             }
         )
         return value
 
 
+def _figures(scores: Scores) -> dict[str, Any]:
+    result = scores.result
+    return {
+        "loss": result.loss,
+        "bits_per_byte": result.bits_per_byte,
+        "documents": result.documents,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "interval": _interval(scores),
+    }
+
+
+def _interval(scores: Scores) -> dict[str, list[float] | None]:
+    found = {"loss": scores.loss_interval, "bits_per_byte": scores.byte_interval}
+    return {name: None if each is None else [each.low, each.high] for name, each in found.items()}
+
+
 def evaluate(
-    folder: Path, corpus: Corpus, options: Options, reporter: Reporter, recipe: LoadedRecipe | None = None
+    folder: Path,
+    corpus: Corpus,
+    options: Options,
+    reporter: Reporter,
+    recipe: LoadedRecipe | None = None,
+    keeping: Keeping | None = None,
 ) -> Evaluation:
     """Score a corpus with the model of a folder (or Hub id).
 
@@ -73,6 +129,7 @@ def evaluate(
         options: the command line's.
         reporter: where progress goes.
         recipe: the recipe that the command names, or the run's own.
+        keeping: keep the scores of the documents in the cache; None: do not.
 
     Raises:
         MissingError, CheckpointError: the model cannot be loaded.
@@ -80,10 +137,21 @@ def evaluate(
         DataError: the corpus is empty, or cannot be read.
     """
     tokens = tokens_for(corpus, *tokenizer_home(folder), reporter)
+    home, revision = model_home(folder)
+    context = context_of(load_config(home, revision=revision))
+    length = window_length(context, folder, options, recipe, reporter)
+    stride = options.stride or (recipe.recipe.eval.stride if recipe else None)
+    device, key = best_device(), None
+    if keeping is not None:
+        code = [__version__, *map(version, ("torch", "transformers"))]
+        settings = [length, stride or length, options.precision, device.type, code]
+        key = fingerprint([FORMAT, keeping.fingerprint(folder), tokens.identity, settings])
+        if keeping.reuse and (found := kept(key)) is not None:
+            reporter.say(f"{folder} on {corpus.name}: as kept of an earlier evaluation")
+            return Evaluation(str(folder), corpus.name, found)
+    nats = array("d")
     with memory_errors("Try a shorter --sequence-length, or --precision bf16."):
-        model = load_model(folder, dtype=options.precision, device=best_device())
-        length = window_length(model, folder, options, recipe, reporter)
-        stride = options.stride or (recipe.recipe.eval.stride if recipe else None)
+        model = load_model(folder, dtype=options.precision, device=device)
         moved = "" if stride in (None, length) else f", moved by {stride:,}"
         precision = str(model.dtype).removeprefix("torch.")
         reporter.say(f"{folder} on {corpus.name}: windows of {length:,} tokens{moved}, {precision} on {model.device}")
@@ -95,21 +163,39 @@ def evaluate(
                 sequence_length=length,
                 stride=stride,
                 on_progress=on_progress,
+                per_document=nats,
             )
     if not result.tokens:
         raise DataError(f"no text to score in {corpus.name}", remedy="Give a file with text: gptcli eval --data FILE")
-    return Evaluation(str(folder), corpus.name, result)
+    scores = tokens.sizes.scores(nats)
+    _say_left_out(tokens, scores, reporter)
+    if key is not None:
+        try:
+            keep(key, scores, {"model": str(folder), "data": corpus.name, "sequence_length": length, "stride": stride})
+        except OSError as error:
+            reporter.warn(f"the documents' losses could not be kept for a comparison: {error.strerror or error}")
+    return Evaluation(str(folder), corpus.name, scores)
+
+
+def _say_left_out(tokens: Tokens, scores: Scores, reporter: Reporter) -> None:
+    if empty := tokens.left_out.dropped["empty"]:
+        reporter.say(f"{empty:,} documents without text were left out")
+    if bad := sum(tokens.left_out.dropped.values()) - empty:
+        reporter.say(f"{bad:,} rows that cannot be read were left out")
+    if unscored := int((scores.tokens == 0).sum()):
+        reporter.say(f"{unscored:,} documents have no token to score; their bytes and characters count")
 
 
 def window_length(
-    model: PreTrainedModel, folder: Path, options: Options, recipe: LoadedRecipe | None, reporter: Reporter
+    context: int | None, folder: Path, options: Options, recipe: LoadedRecipe | None, reporter: Reporter
 ) -> int:
     """The window: as asked, else the recipe's `data.sequence_length`, else the run's, else up to 1,024 tokens.
+
+    `context` is the most positions that the model was made for, and of the latter three the most that is taken.
 
     Raises:
         UsageError: the asked one is longer than the model's context.
     """
-    context = context_length(model)
     asked = options.sequence_length
     if asked is not None:
         if asked < 1 or (context is not None and asked > context):
@@ -153,5 +239,5 @@ def _progress(tokens: Tokens, reporter: Reporter) -> Iterator[Callable[[int], No
     total = tokens.total_bytes / KILO
     with reporter.progress("evaluating", total, "KB") as progress:
         yield lambda scored: progress.update(
-            min(total, tokens.read.bytes * scored / max(1, tokens.read.tokens) / KILO), tokens=f"{scored:,}"
+            min(total, tokens.sizes.bytes * scored / max(1, tokens.sizes.tokens) / KILO), tokens=f"{scored:,}"
         )

@@ -8,6 +8,7 @@ the size of the data; logits of a whole batch are never kept where the model's h
 from __future__ import annotations
 
 import math
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,6 +93,7 @@ def document_loss(
     batch_tokens: int = 8192,
     part: tuple[int, int] = (0, 1),
     on_progress: Callable[[int], None] | None = None,
+    per_document: array[float] | None = None,
 ) -> LossResult:
     """Score documents, each an array of token ids without BOS and EOS and its size in UTF-8 bytes.
 
@@ -99,33 +101,42 @@ def document_loss(
     all documents and bytes, and the nats and scored tokens of its own windows. All of them run as many batches.
 
     The result does not depend on `batch_tokens` (the most inputs in one forward pass, at least one window). The model's
-    train or eval mode is left as it was, and random state is not touched. `on_progress` gets the tokens scored so far.
+    train or eval mode is left as it was, and random state is not touched. `on_progress` gets the tokens scored so far,
+    and an empty array `per_document` the summed nats of each document (of the windows of this part).
 
     Raises:
         UsageError: `sequence_length` or `stride` make no sense.
         DataError: a token id is outside the model's vocabulary.
     """
-    tally = _Tally()
+    tally = _Tally(per_document)
     windows = tally.count(_windows(documents, prefix_id, sequence_length, stride, _vocabulary(model)))
     nats, tokens = 0.0, 0
     with scoring(model):
         for batch, sums in score_windows(model, windows, pad_id=prefix_id, batch_tokens=batch_tokens, part=part):
             nats += math.fsum(sums)
             tokens += sum(window.scored for window in batch)
+            if per_document is not None:
+                for window, value in zip(batch, sums, strict=True):
+                    per_document[window.document] += value
             if on_progress is not None:
                 on_progress(tokens)
     return LossResult(nats=nats, tokens=tokens, bytes=tally.bytes, documents=tally.documents)
 
 
 class _Tally:
-    """Counts documents and bytes while windows stream by."""
+    """Counts documents and bytes while windows stream by, with a 0 in `sums` for each document."""
 
     documents = 0
     bytes: int | None = 0
 
+    def __init__(self, sums: array[float] | None) -> None:
+        self.sums = sums
+
     def count(self, stream: Iterable[tuple[int | None, Iterable[Window]]]) -> Iterator[Window]:
         for size, windows in stream:
             self.documents += 1
+            if self.sums is not None:
+                self.sums.append(0.0)
             self.bytes = None if size is None or self.bytes is None else self.bytes + size
             yield from windows
 

@@ -18,6 +18,7 @@ from tests.conftest import Cli, make_project
 from tests.tiny import make_model
 
 KEYS = ["model", "data", "loss", "perplexity", "bits_per_byte", "documents", "tokens", "bytes", "metrics"]
+KEYS += ["bits_per_character", "characters", "interval", "sources"]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,8 @@ def check(result: dict[str, Any], texts: list[str], folder: Path) -> None:
     assert result["loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert result["characters"] == sum(map(len, texts))
+    assert result["bits_per_character"] == pytest.approx(nats / math.log(2) / result["characters"], rel=1e-5)
 
 
 def held_out(folder: Path, share: float = 0.1) -> list[str]:
