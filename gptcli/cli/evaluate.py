@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptcli.cli.console import Console
-    from gptcli.evaluation.evaluate import Evaluation
+    from gptcli.evaluation.corpus import Corpus
+    from gptcli.evaluation.evaluate import Evaluation, Options
     from gptcli.evaluation.loss import LossResult
+    from gptcli.evaluation.tasks import TaskResult
     from gptcli.recipe.load import LoadedRecipe
 
 Arguments = Annotated[
@@ -38,6 +40,9 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Score at most
 SequenceLength = Annotated[
     int | None, typer.Option("--sequence-length", min=1, help="Tokens of a window; default: as in training.")
 ]
+Predictions = Annotated[
+    str, typer.Option("--predictions", metavar="FILE", help="Tasks: write each row's answer and scores, as JSON lines.")
+]
 Precision = Annotated[str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Of the model's weights.")]
 
 
@@ -50,12 +55,13 @@ def evaluate(
     limit: Limit = None,
     sequence_length: SequenceLength = None,
     precision: Precision = "auto",
+    predictions: Predictions = "",
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure loss, perplexity and bits per byte of one or several models on files or held-out data."""
+    """Measure loss, perplexity, bits per byte and a recipe's tasks: one or several models, files or held-out data."""
     del debug
     from gptcli.cli.console import console
     from gptcli.errors import DivergedError, UsageError
@@ -93,12 +99,21 @@ def evaluate(
             remedy="Give files (gptcli eval MODEL --data FILE) or a recipe (gptcli eval MODEL RECIPE).",
         )
     options = Options(sequence_length, stride, precision)  # type: ignore[arg-type]
-    results = [score(folder, chosen, options, out, loaded) for folder in folders]
+    tasks = _tasks(folders, chosen, loaded, options, predictions, out)
+    wanted = not tasks or (loaded is not None and "perplexity" in loaded.recipe.eval.metrics)
+    results = [score(folder, chosen, options, out, loaded) for folder in folders] if wanted else []
     if json:
-        values: list[dict[str, Any]] = [result.as_dict() for result in results]
+        values: list[dict[str, Any]] = [result.as_dict() for result in results] or [task.as_dict() for task in tasks]
+        for value, task in zip(values, tasks, strict=False):
+            value["metrics"] = task.metrics
         out.print_json(values if len(values) > 1 else values[0])
     else:
-        _print(results, out)
+        if results:
+            _print(results, out)
+        if tasks:
+            from gptcli.cli.task_table import print_tasks
+
+            print_tasks(tasks, out)
     if bad := [result.model for result in results if not math.isfinite(result.result.loss)]:
         raise DivergedError(
             f"the loss of {', '.join(bad)} is not a finite number",
@@ -157,6 +172,33 @@ def _folders(models: list[str], recipe: str | None) -> list[Path]:
         return [resolve_model(model) for model in models]
     named = None if recipe is None or recipe.endswith((".yaml", ".yml")) else RunFolder(runs_root() / recipe).weights()
     return [named or resolve_model(None)]
+
+
+def _tasks(
+    folders: list[Path],
+    chosen: Corpus,
+    loaded: LoadedRecipe | None,
+    options: Options,
+    predictions: str,
+    out: Console,
+) -> list[TaskResult]:
+    """What the models make of the recipe's tasks; nothing where it has none."""
+    from pathlib import Path
+
+    from gptcli.errors import UsageError
+    from gptcli.evaluation.tasks import run_tasks, task_metrics
+
+    if loaded is None or not task_metrics(loaded):
+        if predictions:
+            raise UsageError(
+                "--predictions writes the answers to tasks, and there are none",
+                remedy="Name metrics in a recipe: eval.metrics",
+            )
+        return []
+    if predictions and len(folders) > 1:
+        raise UsageError("--predictions is a file of one model's answers", remedy="Name one model.")
+    file = Path(predictions) if predictions else None
+    return [run_tasks(folder, chosen, loaded, out, precision=options.precision, predictions=file) for folder in folders]
 
 
 def _print(results: list[Evaluation], out: Console) -> None:
