@@ -198,6 +198,8 @@ def _tasks(
     if predictions and len(folders) > 1:
         raise UsageError("--predictions is a file of one model's answers", remedy="Name one model.")
     file = Path(predictions) if predictions else None
+    if file is not None and file.is_dir():
+        raise UsageError(f"--predictions {predictions} is a folder", remedy="Name a file.")
     return [run_tasks(folder, chosen, loaded, out, precision=options.precision, predictions=file) for folder in folders]
 
 

@@ -12,14 +12,16 @@ if TYPE_CHECKING:
 def print_tasks(results: list[TaskResult], out: Console) -> None:
     """Print the metrics of all models, then the confusion matrix of each that has one."""
     names = list(dict.fromkeys(name for result in results for name in result.metrics if name != "confusion_matrix"))
-    rows = [["rows", *(f"{result.rows:,}" for result in results)]]
+    single = len(results) == 1
+    rows = [["data", results[0].data]] if single else []
+    rows += [["rows", *(f"{result.rows:,}" for result in results)]]
     rows += [[name, *(_shown(result.metrics.get(name)) for result in results)] for name in names]
-    out.table(["metric", *(result.model for result in results)], rows, title=results[0].data)
+    out.table(["metric", *(result.model for result in results)], rows, title=None if single else results[0].data)
     for result in results:
         if (matrix := result.metrics.get("confusion_matrix")) is not None:
-            title = "right (down), answered (across)" + (f": {result.model}" if len(results) > 1 else "")
+            title = None if single else result.model
             counts = [[name, *(f"{count:,}" for count in row)] for name, row in _named_rows(matrix)]
-            out.table(["", *matrix["labels"]], counts, title=title)
+            out.table(["right \\ answered", *matrix["labels"]], counts, title=title)
 
 
 def _named_rows(matrix: dict[str, Any]) -> list[tuple[str, list[int]]]:

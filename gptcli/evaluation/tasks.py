@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptcli.device import best_device
-from gptcli.errors import DataError, DivergedError, UsageError
+from gptcli.errors import DataError, DivergedError, UsageError, writing
 from gptcli.evaluation import metrics
 from gptcli.evaluation.classify import CONTENT_FREE, calibrated, label_ids, log_likelihoods, normalized
 from gptcli.evaluation.examples import Asked, Example, read_examples
@@ -89,6 +89,7 @@ def run_tasks(
         MissingError: a metric's package is not installed; the model cannot be loaded, see `load_model`.
         DataError: a row lacks something, or its prompt does not fit into the model's context.
         DivergedError: the model gives a label no number.
+        CheckpointError: the answers cannot be written.
     """
     section, wanted = recipe.recipe.eval, task_metrics(recipe)
     of_labels = [each for each in wanted if section.labels is not None and each in metrics.OF_LABELS]
@@ -115,7 +116,8 @@ def run_tasks(
             completions = _generate(model, tokenizer, examples, prompts, how, reporter)
             found |= _measure_texts(examples, completions, of_texts, lines)
     if predictions is not None:
-        write_atomic(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        with writing(predictions, "the answers", "Nothing else was changed."):
+            write_atomic(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         reporter.say(f"answers: {predictions}")
     return TaskResult(str(folder), corpus.name, len(examples), found)
 
