@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,9 @@ from gptcli.cli.arguments import Debug, Json, Quiet, Smoke
 
 if TYPE_CHECKING:
     from gptcli.cli.console import Console
+    from gptcli.evaluation.corpus import Corpus
     from gptcli.evaluation.evaluate import Evaluation
+    from gptcli.evaluation.tasks import TaskResult
     from gptcli.recipe.load import LoadedRecipe
 
 Arguments = Annotated[
@@ -40,6 +43,10 @@ SequenceLength = Annotated[
 Markdown = Annotated[
     Path | None, typer.Option("--markdown", metavar="FILE", help="Write the results as a Markdown table, too.")
 ]
+Predictions = Annotated[
+    Path | None,
+    typer.Option("--predictions", metavar="FILE", help="Tasks: write each row's answer and scores, as JSON lines."),
+]
 Precision = Annotated[str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Of the model's weights.")]
 
 
@@ -53,12 +60,13 @@ def evaluate(
     sequence_length: SequenceLength = None,
     precision: Precision = "auto",
     markdown: Markdown = None,
+    predictions: Predictions = None,
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure loss, perplexity and bits per byte of one or several models on files or held-out data."""
+    """Measure loss, perplexity, bits per byte and a recipe's tasks: one or several models, files or held-out data."""
     del debug
     from gptcli.cli.console import console
     from gptcli.errors import UsageError
@@ -77,8 +85,12 @@ def evaluate(
         if json:
             out.print_json(proof)
         return
-    results = score_models(model_folders(models, recipe), loaded, overrides, options, out)
-    tell(results, out, markdown=markdown)
+    folders = model_folders(models, recipe)
+    loaded, chosen = what_to_score(folders, loaded, overrides, options)
+    tasks = _tasks(folders, chosen, loaded, options, predictions, out)
+    wanted = not tasks or (loaded is not None and "perplexity" in loaded.recipe.eval.metrics)
+    results = score_models(folders, chosen, loaded, options, out) if wanted else []
+    tell(results, out, tasks=tasks, markdown=markdown)
 
 
 @dataclass(frozen=True)
@@ -108,38 +120,43 @@ class Options:
             )
 
 
-def score_models(
-    folders: list[Path],
-    loaded: LoadedRecipe | None,
-    overrides: list[str],
-    options: Options,
-    out: Console,
-    *,
-    reuse: bool = False,
-) -> list[Evaluation]:
-    """Score one corpus with each model: that of --data, else of the recipe, else of the first model's run.
-
-    `reuse`: take the scores that an earlier evaluation kept.
-    """
+def what_to_score(
+    folders: list[Path], loaded: LoadedRecipe | None, overrides: list[str], options: Options
+) -> tuple[LoadedRecipe | None, Corpus]:
+    """The corpus of --data, else of the recipe, else of the first model's run; with the recipe that it belongs to."""
     from gptcli.errors import UsageError
     from gptcli.evaluation import corpus
-    from gptcli.evaluation.evaluate import Keeping, run_recipe
-    from gptcli.evaluation.evaluate import Options as Windows
-    from gptcli.evaluation.evaluate import evaluate as score
-    from gptcli.generation.file_job import model_fingerprint
+    from gptcli.evaluation.evaluate import run_recipe
 
     data = options.data
     if loaded is None and (not data or overrides):
         loaded = run_recipe(folders[0], tuple(overrides))
     if data:
-        chosen = corpus.from_files(data, text=options.text, documents=options.documents, limit=options.limit)
-    elif loaded is not None:
-        chosen = corpus.from_recipe(loaded, limit=options.limit)
-    else:
-        raise UsageError(
-            f"nothing to score: {folders[0]} does not belong to a run, and there is no recipe",
-            remedy="Give files (gptcli eval MODEL --data FILE) or a recipe (gptcli eval MODEL RECIPE).",
-        )
+        return loaded, corpus.from_files(data, text=options.text, documents=options.documents, limit=options.limit)
+    if loaded is not None:
+        return loaded, corpus.from_recipe(loaded, limit=options.limit)
+    raise UsageError(
+        f"nothing to score: {folders[0]} does not belong to a run, and there is no recipe",
+        remedy="Give files (gptcli eval MODEL --data FILE) or a recipe (gptcli eval MODEL RECIPE).",
+    )
+
+
+def score_models(
+    folders: list[Path],
+    chosen: Corpus,
+    loaded: LoadedRecipe | None,
+    options: Options,
+    out: Console,
+    *,
+    reuse: bool = False,
+) -> list[Evaluation]:
+    """Score one corpus with each model. `reuse`: take the scores that an earlier evaluation kept."""
+    from gptcli.evaluation import corpus
+    from gptcli.evaluation.evaluate import Keeping
+    from gptcli.evaluation.evaluate import Options as Windows
+    from gptcli.evaluation.evaluate import evaluate as score
+    from gptcli.generation.file_job import model_fingerprint
+
     windows = Windows(options.sequence_length, options.stride, options.precision)  # type: ignore[arg-type]
     keeping = Keeping(model_fingerprint, reuse)
     results = [score(folder, chosen, windows, out, loaded, keeping) for folder in folders]
@@ -150,25 +167,32 @@ def score_models(
     return results
 
 
-def tell(results: list[Evaluation], out: Console, *, markdown: Path | None = None) -> None:
+def tell(
+    results: list[Evaluation], out: Console, *, tasks: Sequence[TaskResult] = (), markdown: Path | None = None
+) -> None:
     """Print the results, of several models each beside the first, and write them as Markdown where that is asked for.
 
     Raises:
         DivergedError: a loss is not a finite number; after all is told.
     """
     from gptcli.cli.evaluation_table import print_results, write_markdown
+    from gptcli.cli.task_table import print_tasks
     from gptcli.errors import DivergedError
     from gptcli.evaluation.compare import compare
 
     if out.json_output:
-        values: list[dict[str, Any]] = [result.as_dict() for result in results]
-        first = results[0].scores
-        for value, result in zip(values[1:], results[1:], strict=True):
-            value["compared"] = {"with": results[0].model, **compare(result.scores, first).as_dict()}
+        values: list[dict[str, Any]] = [result.as_dict() for result in results] or [task.as_dict() for task in tasks]
+        for value, task in zip(values, tasks, strict=False):
+            value["metrics"] = task.metrics
+        for value, result in zip(values[1:], results[1:], strict=False):
+            value["compared"] = {"with": results[0].model, **compare(result.scores, results[0].scores).as_dict()}
         out.print_json(values if len(values) > 1 else values[0])
     else:
-        print_results(results, out)
-    if markdown is not None:
+        if results:
+            print_results(results, out)
+        if tasks:
+            print_tasks(list(tasks), out)
+    if markdown is not None and results:
         write_markdown(results, markdown)
     if bad := [result.model for result in results if not math.isfinite(result.result.loss)]:
         raise DivergedError(
@@ -229,3 +253,30 @@ def model_folders(models: list[str], recipe: str | None) -> list[Path]:
         return [resolve_model(model) for model in models]
     named = None if recipe is None or recipe.endswith((".yaml", ".yml")) else RunFolder(runs_root() / recipe).weights()
     return [named or resolve_model(None)]
+
+
+def _tasks(
+    folders: list[Path],
+    chosen: Corpus,
+    loaded: LoadedRecipe | None,
+    options: Options,
+    predictions: Path | None,
+    out: Console,
+) -> list[TaskResult]:
+    """What the models make of the recipe's tasks; nothing where it has none."""
+    from gptcli.errors import UsageError
+    from gptcli.evaluation.tasks import run_tasks, task_metrics
+
+    if loaded is None or not task_metrics(loaded):
+        if predictions is not None:
+            raise UsageError(
+                "--predictions writes the answers to tasks, and there are none",
+                remedy="Name metrics in a recipe: eval.metrics",
+            )
+        return []
+    if predictions is not None and len(folders) > 1:
+        raise UsageError("--predictions is a file of one model's answers", remedy="Name one model.")
+    if predictions is not None and predictions.is_dir():
+        raise UsageError(f"--predictions {predictions} is a folder", remedy="Name a file.")
+    precision: Any = options.precision
+    return [run_tasks(folder, chosen, loaded, out, precision=precision, predictions=predictions) for folder in folders]

@@ -120,7 +120,7 @@ def compare(
     """Tell whether models differ on the same documents: beside the first, by kept scores or new ones."""
     del debug
     from gptcli.cli.console import console
-    from gptcli.cli.evaluate import Options, load_for, model_folders, score_models, sort_arguments, tell
+    from gptcli.cli.evaluate import Options, load_for, model_folders, score_models, sort_arguments, tell, what_to_score
     from gptcli.errors import UsageError
 
     options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown)
@@ -130,7 +130,9 @@ def compare(
         raise UsageError("a comparison is of two models or more", remedy="gptcli runs compare RUN OTHER_RUN")
     out = console(json=json, quiet=quiet)
     loaded = load_for(recipe, overrides)
-    results = score_models(model_folders(named, recipe), loaded, overrides, options, out, reuse=True)
+    folders = model_folders(named, recipe)
+    loaded, chosen = what_to_score(folders, loaded, overrides, options)
+    results = score_models(folders, chosen, loaded, options, out, reuse=True)
     tell(results, out, markdown=markdown)
 
 

@@ -131,9 +131,15 @@ def read_rows(
         raise DataError(f"cannot be read: {error.strerror or error}", where=shown(path)) from None
 
 
-def read_records(path: Path, layout: Layout, *, on_position: Callable[[int], None] | None = None) -> Records:
-    """The whole rows of one file of `record_suffixes`, in order: as `read_rows`, with all columns."""
+def read_records(
+    path: Path, layout: Layout, *, plain: bool = False, on_position: Callable[[int], None] | None = None
+) -> Records:
+    """The whole rows of one file of `record_suffixes`, in order: as `read_rows`, with all columns.
+
+    `plain`: the lines of a plain text, whatever its suffix (parallel texts are named by their language).
+    """
     suffix, compression = split_suffix(path.name)
+    suffix = ".txt" if plain else suffix
     seeks = not compression and suffix == ".parquet"
     try:
         with path.open("rb", buffering=0) as file:

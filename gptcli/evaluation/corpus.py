@@ -29,7 +29,7 @@ from gptcli.data.split import digest_of
 from gptcli.data.tokenize import prepare
 from gptcli.data.tokenizer import load_fast, special_ids
 from gptcli.data.tokenizer_import import import_tokenizer
-from gptcli.errors import DataError, MissingError, UsageError
+from gptcli.errors import DataError, MissingError, UsageError, not_available
 from gptcli.evaluation.loss import Document
 from gptcli.evaluation.scores import Sizes
 from gptcli.files import fingerprint
@@ -102,6 +102,9 @@ def from_recipe(loaded: LoadedRecipe, *, limit: int | None = None) -> Corpus:
     limit = limit if limit is not None else recipe.eval.limit
     cut, on_bad_row = (recipe.data.documents, recipe.data.on_bad_row) if recipe.data else ("file", "error")
     if recipe.eval.data:
+        for i, source in enumerate(recipe.eval.data):
+            if source.text in (source.map or {}):
+                raise not_available("eval.data", "mapping the text", where=loaded.where(f"eval.data.{i}.map"))
         sources = tuple((source, loaded.where(f"eval.data.{i}.path")) for i, source in enumerate(recipe.eval.data))
         name = ", ".join(str(source.path) for source in recipe.eval.data)
         return Corpus(name, sources, cut, on_bad_row, limit=limit)

@@ -45,7 +45,6 @@ def _source_rows(place: str) -> tuple[Row, ...]:
 TABLE: tuple[Row, ...] = (
     *_source_rows("data.train"),
     *_source_rows("data.validation"),
-    *_source_rows("eval.data"),
     Row("eval.data.*.tokens", feature="evaluation on tokens made before"),
     Row("data.format", ("text",)),
     Row("data.prompt", feature="a prompt template"),
@@ -75,9 +74,6 @@ TABLE: tuple[Row, ...] = (
     Row("finetune.beta", feature="preference tuning"),
     Row("finetune.reward", feature="a reward"),
     Row("finetune.freeze", feature="freezing modules"),
-    Row("eval.references", feature="comparing with references"),
-    Row("eval.metrics", ("perplexity",)),
-    Row("eval.labels", feature="classification by labels"),
     Row("eval.tasks", feature="lm-evaluation-harness"),
 )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gptcli.recipe.fields import AutoOrCount, Count, CountOrZero, NotNegative, Positive, Ratio, Section, Texts
 from gptcli.recipe.sections_data import MeasuredSources
+from gptcli.recipe.template import parse_template
 
 
 class Parallel(Section):
@@ -87,21 +88,79 @@ class Generate(Section):
     bad_words: Texts = Field(default=[], description="Texts whose usual tokens never come.")
 
 
+OF_LABELS = ("accuracy", "precision", "recall")  # and f1, which is that of words where there are no labels
+WITHOUT_REFERENCES = ("perplexity", "quality")
+
+
 class Eval(Section):
     """What `gptcli eval` measures."""
 
     data: MeasuredSources | None = Field(
         default=None, description="A source or a list; none: the recipe's validation data."
     )
+    prompt: str | None = Field(
+        default=None,
+        description="What the model is asked, a template over the row's columns, `{col}`; none: `{prompt}`.",
+    )
     references: str | None = Field(default=None, description="The column that holds the reference or a list of them.")
     limit: Count | None = Field(default=None, description="At most this many documents.")
     stride: Count | None = Field(default=None, description="How far a window moves; none: by its length.")
     metrics: list[
         Literal[
-            "perplexity", "accuracy", "precision", "recall", "f1", "exact_match", "bleu", "chrf", "rouge", "wer", "cer"
+            "perplexity",
+            "accuracy",
+            "precision",
+            "recall",
+            "f1",
+            "exact_match",
+            "numeric_match",
+            "bleu",
+            "chrf",
+            "rouge",
+            "wer",
+            "cer",
+            "quality",
         ]
     ] = Field(default=["perplexity"], description="What is measured.")
     labels: list[str] | None = Field(
         default=None, description="Classification: scored by the likelihood of each label."
     )
+    label_scores: Literal["likelihood", "normalized", "calibrated"] = Field(
+        default="likelihood",
+        description="likelihood: of all tokens of a label; normalized: a token of it; calibrated: over its likelihood "
+        "after prompts without content (Zhao et al. 2021).",
+    )
     tasks: list[str] = Field(default=[], description="lm-evaluation-harness task names, or paths of task YAMLs.")
+
+    @model_validator(mode="after")
+    def _metrics_have_what_they_need(self) -> Eval:
+        if self.prompt is not None:
+            try:
+                parse_template(self.prompt)
+            except ValueError as error:
+                raise ValueError(f"prompt: {error}") from None
+        if self.labels is not None:
+            _check_labels(self.labels)
+        if not self.metrics:
+            raise ValueError("metrics is empty; name one, such as perplexity")
+        of_labels = [metric for metric in self.metrics if metric in OF_LABELS]
+        if of_labels and self.labels is None:
+            raise ValueError(f"{of_labels[0]} needs labels, such as labels: [' negative', ' positive']")
+        if self.labels is not None and not of_labels and "f1" not in self.metrics:
+            raise ValueError("labels are measured by accuracy, precision, recall or f1; add one of them to metrics")
+        compared = [metric for metric in self.metrics if metric not in WITHOUT_REFERENCES]
+        if compared and self.references is None:
+            raise ValueError(f"{compared[0]} needs references: the column that holds what is right")
+        if self.labels is None and self.label_scores != "likelihood":
+            raise ValueError("label_scores belongs to labels; remove it")
+        return self
+
+
+def _check_labels(labels: list[str]) -> None:
+    names = [label.strip() for label in labels]
+    if len(names) < 2:
+        raise ValueError("labels needs at least two")
+    if "" in names:
+        raise ValueError("a label is empty, and has no likelihood")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"the label {twice!r} is there twice (white space around it does not count)")

@@ -23,6 +23,7 @@ from gptcli.errors import CheckpointError, StoppedError, UsageError
 from gptcli.launch import world_size
 from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.recipe.schema import Source, Tail
+from gptcli.recipe.template import PROMPT, parse_template
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
 from gptcli.train.begin import Options
@@ -31,7 +32,7 @@ from gptcli.train.modes import lacks
 from gptcli.train.run import train
 
 if TYPE_CHECKING:
-    from gptcli.recipe.schema import Data
+    from gptcli.recipe.schema import Data, Eval
 
 NO_GPU = Hardware("cpu", fast_bf16=False, processes=1, memory_bytes=0)
 ROWS = 64
@@ -95,12 +96,18 @@ def _evaluate(run: RunFolder, toy: LoadedRecipe, reporter: Reporter) -> dict[str
     from gptcli.evaluation.corpus import from_recipe
     from gptcli.evaluation.evaluate import Options as EvaluationOptions
     from gptcli.evaluation.evaluate import evaluate
+    from gptcli.evaluation.tasks import run_tasks, task_metrics
 
     assert toy.recipe.data is not None
     if not toy.recipe.eval.data and toy.recipe.data.validation == 0:
         return None
     reporter.say("smoke: evaluate")
-    return evaluate(run.final, from_recipe(toy), EvaluationOptions(), reporter, toy).as_dict()
+    tasks = task_metrics(toy)
+    done = run_tasks(run.final, from_recipe(toy), toy, reporter) if tasks else None
+    if done is not None and "perplexity" not in toy.recipe.eval.metrics:
+        return done.as_dict()
+    found = evaluate(run.final, from_recipe(toy), EvaluationOptions(), reporter, toy).as_dict()
+    return found if done is None else {**found, "metrics": done.metrics}
 
 
 @contextlib.contextmanager
@@ -145,7 +152,9 @@ def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
         if lacks(value, NO_GPU) is not None:
             reporter.say(f"smoke: train.{key} {value} needs a GPU; {cuts[f'train.{key}']} stands in for it")
     if recipe.eval.data:
-        cuts["eval.data"] = [_cut_source(s, folder, f"eval-{i}", reporter) for i, s in enumerate(recipe.eval.data)]
+        cuts["eval.data"] = [
+            _cut_source(s, folder, f"eval-{i}", reporter, recipe.eval) for i, s in enumerate(recipe.eval.data)
+        ]
     cuts |= _data_cuts(recipe.data, folder, reporter)
     cuts |= _model_cuts(loaded, reporter)
     # A mapping would be merged over the recipe's, whose fields are those of a larger model.
@@ -170,20 +179,27 @@ def _data_cuts(data: Data | None, folder: Path, reporter: Reporter) -> dict[str,
     return cuts
 
 
-def _cut_source(source: Source, folder: Path, name: str, reporter: Reporter) -> dict[str, Any]:
+def _cut_source(
+    source: Source, folder: Path, name: str, reporter: Reporter, task: Eval | None = None
+) -> dict[str, Any]:
     written = source.model_dump(mode="json", by_alias=True, exclude_unset=True)
     if isinstance(source.path, str) and _is_here(source.path):
         return {**written, "limit": min(ROWS, source.limit or ROWS)}
     path = folder / f"{name}.jsonl"
     reporter.say(f"smoke: {source.path or source.tokens} is not read; {ROWS} synthetic rows stand in for it")
-    path.write_text("".join(_synthetic_row(source.text, seed) for seed in range(ROWS)), encoding="utf-8")
+    path.write_text("".join(_synthetic_row(source.text, seed, task) for seed in range(ROWS)), encoding="utf-8")
     weight = {} if source.weight is None else {"weight": source.weight}
     return {"path": str(path), "text": source.text, **weight}
 
 
-def _synthetic_row(column: str, seed: int) -> str:
+def _synthetic_row(column: str, seed: int, task: Eval | None = None) -> str:
     words = random.Random(seed).choices(_WORDS, k=60)
-    return json.dumps({column: f"row {seed}: {' '.join(words)}."}) + "\n"
+    row = {column: f"row {seed}: {' '.join(words)}."}
+    if task is not None:
+        row |= {name: f"row {seed}" for name in parse_template(task.prompt or PROMPT).columns if name != column}
+        if task.references is not None:
+            row[task.references] = task.labels[seed % len(task.labels)] if task.labels else f"row {seed}"
+    return json.dumps(row) + "\n"
 
 
 def _is_here(path: str) -> bool:
