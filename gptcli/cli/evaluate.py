@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gptcli.cli.console import Console
     from gptcli.evaluation.evaluate import Evaluation
     from gptcli.evaluation.loss import LossResult
+    from gptcli.evaluation.overlap import Overlap
     from gptcli.recipe.load import LoadedRecipe
 
 Arguments = Annotated[
@@ -38,6 +39,10 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Score at most
 SequenceLength = Annotated[
     int | None, typer.Option("--sequence-length", min=1, help="Tokens of a window; default: as in training.")
 ]
+CheckOverlap = Annotated[
+    str | None,
+    typer.Option("--check-overlap", metavar="RECIPE", help="Find --data's documents in this recipe's training data."),
+]
 Precision = Annotated[str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Of the model's weights.")]
 
 
@@ -50,6 +55,7 @@ def evaluate(
     limit: Limit = None,
     sequence_length: SequenceLength = None,
     precision: Precision = "auto",
+    check_overlap: CheckOverlap = None,
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -66,6 +72,13 @@ def evaluate(
         raise UsageError(f"--precision {precision} is not one of auto, fp32, bf16")
     out = console(json=json, quiet=quiet)
     models, recipe, overrides = sort_arguments(arguments or [])
+    if check_overlap is not None:
+        if models:
+            raise UsageError(f"--check-overlap compares texts and takes no model, and {models[0]} was given")
+        if smoke:
+            raise UsageError("--smoke proves a recipe; --check-overlap reads all of its data")
+        overlap(check_overlap, recipe, overrides, data, text, documents, limit, out)
+        return
     loaded = _load(recipe, overrides)
     if smoke:
         if recipe is None:
@@ -122,6 +135,51 @@ def sort_arguments(arguments: list[str]) -> tuple[list[str], str | None, list[st
     if len(recipes) > 1:
         raise UsageError(f"{' and '.join(recipes)} are both recipes; give one")
     return [argument for argument in others if argument not in recipes], recipes[0] if recipes else None, overrides
+
+
+def overlap(
+    trained: str,
+    recipe: str | None,
+    overrides: list[str],
+    data: list[str] | None,
+    text: str,
+    documents: str,
+    limit: int | None,
+    out: Console,
+) -> None:
+    """`gptcli eval --check-overlap`: the share of evaluation documents that a recipe's training data holds."""
+    from gptcli.evaluation import corpus
+    from gptcli.evaluation.overlap import check_overlap
+    from gptcli.recipe.availability import check_available
+    from gptcli.recipe.load import load_recipe
+
+    # The changes are of the recipe that is named last: what is measured, where there is one.
+    loaded = load_recipe(trained, overrides if recipe is None else [])
+    check_available(loaded, "tokenize")
+    if data:
+        chosen = corpus.from_files(data, text=text, documents=documents, limit=limit)
+    else:
+        chosen = corpus.from_recipe(_load(recipe, overrides) or loaded, limit=limit)
+    found = check_overlap(chosen, loaded, out)
+    if out.json_output:
+        out.print_json(found.as_dict())
+    else:
+        _print_overlap(found, out)
+
+
+def _print_overlap(found: Overlap, out: Console) -> None:
+    share = "-" if found.share is None else f"{found.share:.2%}"
+    rows = [
+        ["training data", f"{found.recipe}: {found.training_documents:,} documents, {found.training_bytes:,} bytes"],
+        ["documents", f"{found.documents:,}"],
+        ["of fewer than 13 words", f"{found.short:,} (not judged)"],
+        ["with 13 words in a row in the training data", f"{found.overlapping:,} ({share} of those judged)"],
+        ["runs of 13 words", f"{found.grams:,}, of which {found.overlapping_grams:,} in the training data"],
+    ]
+    out.table(["data", found.data], rows)
+    if found.worst:
+        worst = [[each.where, f"{each.overlapping:,}/{each.grams:,}", each.example] for each in found.worst]
+        out.table(["document", "runs found", "the first"], worst, title="most overlapping")
 
 
 def _is_recipe(argument: str) -> bool:
