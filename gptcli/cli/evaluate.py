@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptcli.cli.console import Console
+    from gptcli.evaluation.corpus import Corpus
     from gptcli.evaluation.evaluate import Evaluation
+    from gptcli.evaluation.harness import Asked
     from gptcli.evaluation.loss import LossResult
     from gptcli.evaluation.overlap import Overlap
     from gptcli.recipe.load import LoadedRecipe
@@ -39,6 +42,17 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Score at most
 SequenceLength = Annotated[
     int | None, typer.Option("--sequence-length", min=1, help="Tokens of a window; default: as in training.")
 ]
+TaskNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        metavar="NAME|FILE.yaml,...",
+        help="Tasks of lm-evaluation-harness, by name or as files (repeatable).",
+    ),
+]
+NumFewshot = Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before a task's questions.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Of what the tasks draw; default: lm-eval's seeds.")]
+TrustTasks = Annotated[bool, typer.Option("--trust-tasks", help="Run the Python code that task files bring.")]
 CheckOverlap = Annotated[
     str | None,
     typer.Option("--check-overlap", metavar="RECIPE", help="Find --data's documents in this recipe's training data."),
@@ -55,6 +69,10 @@ def evaluate(
     limit: Limit = None,
     sequence_length: SequenceLength = None,
     precision: Precision = "auto",
+    tasks: TaskNames = None,
+    num_fewshot: NumFewshot = None,
+    seed: Seed = None,
+    trust_tasks: TrustTasks = False,
     check_overlap: CheckOverlap = None,
     smoke: Smoke = False,
     json: Json = False,
@@ -90,31 +108,59 @@ def evaluate(
             out.print_json(proof)
         return
     folders = _folders(models, recipe)
-    from gptcli.evaluation import corpus
+    from gptcli.evaluation import corpus, harness
     from gptcli.evaluation.evaluate import Options, run_recipe
     from gptcli.evaluation.evaluate import evaluate as score
 
     if loaded is None and (not data or overrides):
         loaded = run_recipe(folders[0], tuple(overrides))
+    chosen: Corpus | None = None
+    asked = asked_tasks(tasks, loaded)
     if data:
         chosen = corpus.from_files(data, text=text, documents=documents, limit=limit)
-    elif loaded is not None:
+    elif loaded is not None and not tasks and (not asked or has_texts(loaded)):
         chosen = corpus.from_recipe(loaded, limit=limit)
-    else:
+    elif not asked:
         raise UsageError(
             f"nothing to score: {folders[0]} does not belong to a run, and there is no recipe",
             remedy="Give files (gptcli eval MODEL --data FILE) or a recipe (gptcli eval MODEL RECIPE).",
         )
     options = Options(sequence_length, stride, precision)  # type: ignore[arg-type]
-    results = [score(folder, chosen, options, out, loaded) for folder in folders]
+    measure = None
+    if asked:
+        section = None if loaded is None else loaded.recipe.eval
+        found = harness.find_tasks(asked, str(folders[0]), trusted=trust_tasks, reporter=out)
+        measure = partial(
+            harness.run_tasks,
+            tasks=found,
+            options=harness.HarnessOptions(
+                num_fewshot if num_fewshot is not None or section is None else section.num_fewshot,
+                limit if limit is not None or section is None else section.limit,
+                seed,
+                sequence_length,
+                precision,  # type: ignore[arg-type]
+                shown=out.is_terminal and not out.quiet,
+            ),
+            reporter=out,
+        )
+    results = [score(folder, chosen, options, out, loaded) for folder in folders] if chosen is not None else []
+    measured = [measure(folder) for folder in folders] if measure is not None else []
     if json:
-        values: list[dict[str, Any]] = [result.as_dict() for result in results]
+        values: list[dict[str, Any]] = [{"model": str(folder)} for folder in folders]
+        for value, result in zip(values, results, strict=False):
+            value |= result.as_dict()
+        for value, tables in zip(values, measured, strict=False):
+            value["harness"] = tables
         out.print_json(values if len(values) > 1 else values[0])
     else:
-        _print(results, out)
-    if bad := [result.model for result in results if not math.isfinite(result.result.loss)]:
+        if results:
+            _print(results, out)
+        _print_tasks(folders, measured, out)
+    bad = [result.model for result in results if not math.isfinite(result.result.loss)]
+    bad += [str(folder) for folder, tables in zip(folders, measured, strict=False) if harness.without_value(tables)]
+    if bad:
         raise DivergedError(
-            f"the loss of {', '.join(bad)} is not a finite number",
+            f"what was measured of {', '.join(dict.fromkeys(bad))} is not a finite number",
             remedy="The model gives NaN or infinite logits: its weights are damaged, or --precision is too low.",
         )
 
@@ -135,6 +181,31 @@ def sort_arguments(arguments: list[str]) -> tuple[list[str], str | None, list[st
     if len(recipes) > 1:
         raise UsageError(f"{' and '.join(recipes)} are both recipes; give one")
     return [argument for argument in others if argument not in recipes], recipes[0] if recipes else None, overrides
+
+
+def asked_tasks(names: list[str] | None, loaded: LoadedRecipe | None) -> list[Asked]:
+    """The tasks of a command line (with commas), else of a recipe; each once."""
+    from gptcli.evaluation.harness import Asked
+
+    if names:
+        given = [Asked(name.strip()) for part in names for name in part.split(",") if name.strip()]
+    else:
+        listed = [] if loaded is None else loaded.recipe.eval.tasks
+        given = [Asked(name, loaded.where(f"eval.tasks.{i}")) for i, name in enumerate(listed) if loaded is not None]
+    return list(dict.fromkeys(given))
+
+
+def has_texts(loaded: LoadedRecipe) -> bool:
+    """Whether a recipe names texts to score: `eval.data`, or data of which it holds something out."""
+    recipe = loaded.recipe
+    return bool(recipe.eval.data) or (recipe.data is not None and recipe.data.validation != 0)
+
+
+def _print_tasks(folders: list[Path], measured: list[dict[str, Any]], out: Console) -> None:
+    from gptcli.evaluation.harness import rows
+
+    for folder, results in zip(folders, measured, strict=False):
+        out.table(["task", "filter", "shots", "metric", "value", "stderr"], rows(results), title=str(folder))
 
 
 def overlap(

@@ -78,7 +78,6 @@ TABLE: tuple[Row, ...] = (
     Row("eval.references", feature="comparing with references"),
     Row("eval.metrics", ("perplexity",)),
     Row("eval.labels", feature="classification by labels"),
-    Row("eval.tasks", feature="lm-evaluation-harness"),
 )
 
 _TRAINING = ("tokenizer", "data", "model", "train", "launch", "tokenize", "tracking", "generate")
@@ -118,7 +117,7 @@ def usable_by(loaded: LoadedRecipe) -> dict[str, str | None]:
         "tokenize": ("data",),
         "pretrain": ("data", "model", "train.max_tokens"),
         "finetune": ("data", "model.from", "train.max_tokens"),
-        "eval": () if loaded.recipe.eval.data else ("data",),
+        "eval": () if loaded.recipe.eval.data or loaded.recipe.eval.tasks else ("data",),
     }
     reasons: dict[str, str | None] = {}
     for command, sections in needs.items():

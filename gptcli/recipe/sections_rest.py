@@ -105,3 +105,6 @@ class Eval(Section):
         default=None, description="Classification: scored by the likelihood of each label."
     )
     tasks: list[str] = Field(default=[], description="lm-evaluation-harness task names, or paths of task YAMLs.")
+    num_fewshot: CountOrZero | None = Field(
+        default=None, description="Examples before each question of a task; none: as the task has it."
+    )
