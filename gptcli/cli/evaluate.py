@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptcli.cli import eval_harness as of_harness
 from gptcli.cli.arguments import Debug, Json, Quiet, Smoke
+from gptcli.cli.eval_overlap import CheckOverlap
 
 if TYPE_CHECKING:
     from gptcli.cli.console import Console
@@ -61,6 +63,11 @@ def evaluate(
     precision: Precision = "auto",
     markdown: Markdown = None,
     predictions: Predictions = None,
+    tasks: of_harness.TaskNames = None,
+    num_fewshot: of_harness.NumFewshot = None,
+    seed: of_harness.Seed = None,
+    trust_tasks: of_harness.TrustTasks = False,
+    check_overlap: CheckOverlap = None,
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -75,6 +82,11 @@ def evaluate(
     options.check()
     out = console(json=json, quiet=quiet)
     models, recipe, overrides = sort_arguments(arguments or [])
+    if check_overlap is not None:
+        if models or smoke:
+            raise UsageError(f"--check-overlap compares texts: it goes without {'--smoke' if smoke else models[0]}")
+        _overlap(check_overlap, recipe, overrides, options, out)
+        return
     loaded = load_for(recipe, overrides)
     if smoke:
         if recipe is None:
@@ -86,11 +98,26 @@ def evaluate(
             out.print_json(proof)
         return
     folders = model_folders(models, recipe)
-    loaded, chosen = what_to_score(folders, loaded, overrides, options)
-    tasks = _tasks(folders, chosen, loaded, options, predictions, out)
-    wanted = not tasks or (loaded is not None and "perplexity" in loaded.recipe.eval.metrics)
-    results = score_models(folders, chosen, loaded, options, out) if wanted else []
-    tell(results, out, tasks=tasks, markdown=markdown)
+    loaded, chosen = what_to_score(folders, loaded, overrides, options, texts=not tasks)
+    asked = of_harness.asked_tasks(tasks, loaded)
+    answered = [] if chosen is None else _tasks(folders, chosen, loaded, options, predictions, out)
+    scored = chosen is not None and (
+        not answered or (loaded is not None and "perplexity" in loaded.recipe.eval.metrics)
+    )
+    results = score_models(folders, chosen, loaded, options, out) if scored and chosen is not None else []
+    harness = of_harness.measure(
+        folders,
+        asked,
+        loaded,
+        out,
+        num_fewshot=num_fewshot,
+        seed=seed,
+        trusted=trust_tasks,
+        limit=limit,
+        sequence_length=sequence_length,
+        precision=precision,
+    )
+    tell(folders, results, out, tasks=answered, harness=harness, markdown=markdown)
 
 
 @dataclass(frozen=True)
@@ -121,24 +148,51 @@ class Options:
 
 
 def what_to_score(
-    folders: list[Path], loaded: LoadedRecipe | None, overrides: list[str], options: Options
-) -> tuple[LoadedRecipe | None, Corpus]:
-    """The corpus of --data, else of the recipe, else of the first model's run; with the recipe that it belongs to."""
+    folders: list[Path], loaded: LoadedRecipe | None, overrides: list[str], options: Options, *, texts: bool = True
+) -> tuple[LoadedRecipe | None, Corpus | None]:
+    """The corpus of --data, else of the recipe, else of the first model's run; with the recipe that it belongs to.
+
+    There is none where nothing but tasks of lm-evaluation-harness are asked for: without `texts`, or by a recipe.
+    """
     from gptcli.errors import UsageError
     from gptcli.evaluation import corpus
     from gptcli.evaluation.evaluate import run_recipe
 
     data = options.data
-    if loaded is None and (not data or overrides):
+    if loaded is None and texts and (not data or overrides):
         loaded = run_recipe(folders[0], tuple(overrides))
     if data:
         return loaded, corpus.from_files(data, text=options.text, documents=options.documents, limit=options.limit)
+    if not texts or (loaded is not None and loaded.recipe.eval.tasks and not _has_texts(loaded)):
+        return loaded, None
     if loaded is not None:
         return loaded, corpus.from_recipe(loaded, limit=options.limit)
     raise UsageError(
         f"nothing to score: {folders[0]} does not belong to a run, and there is no recipe",
         remedy="Give files (gptcli eval MODEL --data FILE) or a recipe (gptcli eval MODEL RECIPE).",
     )
+
+
+def _has_texts(loaded: LoadedRecipe) -> bool:
+    """Whether a recipe names texts to score: `eval.data`, or data of which it holds something out."""
+    recipe = loaded.recipe
+    return bool(recipe.eval.data) or (recipe.data is not None and recipe.data.validation != 0)
+
+
+def _overlap(trained: str, recipe: str | None, overrides: list[str], options: Options, out: Console) -> None:
+    """Changes are of the recipe that is named last: of what is measured, where there is one."""
+    from gptcli.cli.eval_overlap import overlap
+    from gptcli.evaluation import corpus
+    from gptcli.recipe.availability import check_available
+    from gptcli.recipe.load import load_recipe
+
+    loaded = load_recipe(trained, overrides if recipe is None else [])
+    check_available(loaded, "tokenize")
+    if options.data:
+        chosen = corpus.from_files(options.data, text=options.text, documents=options.documents, limit=options.limit)
+    else:
+        chosen = corpus.from_recipe(load_for(recipe, overrides) or loaded, limit=options.limit)
+    overlap(loaded, chosen, out)
 
 
 def score_models(
@@ -168,37 +222,67 @@ def score_models(
 
 
 def tell(
-    results: list[Evaluation], out: Console, *, tasks: Sequence[TaskResult] = (), markdown: Path | None = None
+    folders: list[Path],
+    results: list[Evaluation],
+    out: Console,
+    *,
+    tasks: Sequence[TaskResult] = (),
+    harness: Sequence[dict[str, Any]] = (),
+    markdown: Path | None = None,
 ) -> None:
     """Print the results, of several models each beside the first, and write them as Markdown where that is asked for.
 
     Raises:
-        DivergedError: a loss is not a finite number; after all is told.
+        DivergedError: what was measured is not a finite number; after all is told.
     """
     from gptcli.cli.evaluation_table import print_results, write_markdown
     from gptcli.cli.task_table import print_tasks
     from gptcli.errors import DivergedError
-    from gptcli.evaluation.compare import compare
 
     if out.json_output:
-        values: list[dict[str, Any]] = [result.as_dict() for result in results] or [task.as_dict() for task in tasks]
-        for value, task in zip(values, tasks, strict=False):
-            value["metrics"] = task.metrics
-        for value, result in zip(values[1:], results[1:], strict=False):
-            value["compared"] = {"with": results[0].model, **compare(result.scores, results[0].scores).as_dict()}
+        values = _values(folders, results, tasks, harness)
         out.print_json(values if len(values) > 1 else values[0])
     else:
         if results:
             print_results(results, out)
         if tasks:
             print_tasks(list(tasks), out)
+        of_harness.print_measured(folders, list(harness), out)
     if markdown is not None and results:
         write_markdown(results, markdown)
-    if bad := [result.model for result in results if not math.isfinite(result.result.loss)]:
+    bad = [result.model for result in results if not math.isfinite(result.result.loss)]
+    if harness:
+        from gptcli.evaluation.harness import without_value
+
+        bad += [str(folder) for folder, each in zip(folders, harness, strict=True) if without_value(each)]
+    if bad:
+        what = "the loss" if results else "what was measured"
         raise DivergedError(
-            f"the loss of {', '.join(bad)} is not a finite number",
+            f"{what} of {', '.join(dict.fromkeys(bad))} is not a finite number",
             remedy="The model gives NaN or infinite logits: its weights are damaged, or --precision is too low.",
         )
+
+
+def _values(
+    folders: list[Path], results: list[Evaluation], tasks: Sequence[TaskResult], harness: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What --json prints of each model."""
+    from gptcli.evaluation.compare import compare
+
+    values: list[dict[str, Any]] = [{"model": str(folder)} for folder in folders]
+    for index, value in enumerate(values):
+        if results:
+            value |= results[index].as_dict()
+        elif tasks:
+            value |= tasks[index].as_dict()
+        if tasks:
+            value["metrics"] = tasks[index].metrics
+        if results and index:
+            first = results[0]
+            value["compared"] = {"with": first.model, **compare(results[index].scores, first.scores).as_dict()}
+        if harness:
+            value["harness"] = harness[index]
+    return values
 
 
 def sort_arguments(arguments: list[str]) -> tuple[list[str], str | None, list[str]]:

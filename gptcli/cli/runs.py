@@ -132,8 +132,10 @@ def compare(
     loaded = load_for(recipe, overrides)
     folders = model_folders(named, recipe)
     loaded, chosen = what_to_score(folders, loaded, overrides, options)
+    if chosen is None:
+        raise UsageError("this recipe names no texts to compare models on", remedy="Give files: --data FILE")
     results = score_models(folders, chosen, loaded, options, out, reuse=True)
-    tell(results, out, markdown=markdown)
+    tell(folders, results, out, markdown=markdown)
 
 
 def _steps(summary: Summary) -> str:

@@ -74,7 +74,6 @@ TABLE: tuple[Row, ...] = (
     Row("finetune.beta", feature="preference tuning"),
     Row("finetune.reward", feature="a reward"),
     Row("finetune.freeze", feature="freezing modules"),
-    Row("eval.tasks", feature="lm-evaluation-harness"),
 )
 
 _TRAINING = ("tokenizer", "data", "model", "train", "launch", "tokenize", "tracking", "generate")

@@ -131,6 +131,9 @@ class Eval(Section):
         "after prompts without content (Zhao et al. 2021).",
     )
     tasks: list[str] = Field(default=[], description="lm-evaluation-harness task names, or paths of task YAMLs.")
+    num_fewshot: CountOrZero | None = Field(
+        default=None, description="Examples before each question of a task; none: as the task has it."
+    )
 
     @model_validator(mode="after")
     def _metrics_have_what_they_need(self) -> Eval:

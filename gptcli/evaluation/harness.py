@@ -1,0 +1,372 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, run in this process on a model that we load.
+
+Prompts, metrics and the JSON of results are its own; the model and tokenizer are ours, so that no pickle and no code of
+a model is touched. A task file is data here: one that would run Python (`!function`, code of the Hub) is refused unless
+it is trusted, and its templates are rendered in Jinja's sandbox. The tasks that come with lm-eval are its own code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from gptcli.device import best_device
+from gptcli.errors import DataError, GptcliError, MissingError, UsageError, first_line, not_installed
+from gptcli.model.load import Precision, load_model, load_tokenizer, memory_errors
+from gptcli.reporting import one_line
+from gptcli.runs.metrics import finite
+
+if TYPE_CHECKING:
+    from gptcli.reporting import Reporter
+
+SUFFIXES = (".yaml", ".yml")
+# Keys of a task file with which transformers, evaluate or lm-eval fetch or load code.
+RUNS_CODE = ("class", "custom_generate", "hf_evaluate", "trust_remote_code")
+TRUST = "If you trust where it comes from: --trust-tasks."
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task's name or the path of a task YAML, and where it was written."""
+
+    name: str
+    where: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a path."""
+        return self.name.endswith(SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that were found: what lm-eval takes, its task manager, and whether the templates run in the sandbox."""
+
+    specs: list[Any]
+    manager: Any
+    sandboxed: bool
+
+
+@dataclass(frozen=True)
+class HarnessOptions:
+    """What a command line or recipe says; None leaves it to the tasks and to lm-eval's defaults.
+
+    Attributes:
+        num_fewshot: examples before each question; a task that fixes it at 0 keeps that.
+        limit: at most this many documents of each task.
+        seed: of all that is drawn (lm-eval's own: 0 for Python, 1234 for the rest).
+        sequence_length: the longest input in tokens.
+        precision: of the weights.
+        shown: whether lm-eval may show its progress on standard error.
+    """
+
+    num_fewshot: int | None = None
+    limit: int | None = None
+    seed: int | None = None
+    sequence_length: int | None = None
+    precision: Precision = "auto"
+    shown: bool = False
+
+
+def find_tasks(asked: Sequence[Asked], model: str, *, trusted: bool, reporter: Reporter) -> Tasks:
+    """Find tasks by name (or pattern) and read task files; nothing is loaded of a model or a data set yet.
+
+    Raises:
+        MissingError: lm-eval is not installed.
+        UsageError: there is no such task, two files hold tasks of one name, or a file runs code and is not trusted.
+        DataError: a file cannot be read.
+    """
+    _import()
+    from lm_eval.tasks import TaskManager
+
+    configs = {each: _read(each, trusted) for each in asked if each.is_file}
+    files_only = len(configs) == len(asked) and not any("group" in config for config in configs.values())
+    if not files_only:
+        reporter.say("reading the names of lm-eval's own tasks: some seconds")
+    with _hushed():
+        manager: Any = TaskManager(include_defaults=not files_only, metadata={"pretrained": model})
+    specs: list[Any] = []
+    names: dict[str, str] = {}
+    for each in asked:
+        if each in configs:
+            config = configs[each]
+            name = str(config.get("task") if "group" not in config else config["group"])
+            if other := names.get(name):
+                raise UsageError(f"{other} and {each.name} both hold a task {name!r}", where=each.where)
+            names[name] = each.name
+            # A group is read by lm-eval itself, which knows its members by their names.
+            specs.append(each.name if "group" in config else config)
+        else:
+            specs += [found for found in _named(each, manager) if found not in specs]
+    return Tasks(specs, manager, sandboxed=bool(configs) and not trusted)
+
+
+def run_tasks(folder: Path, tasks: Tasks, options: HarnessOptions, reporter: Reporter) -> dict[str, Any]:
+    """lm-eval's results of a model on tasks, as its own JSON has them; numbers that are not finite are None.
+
+    Raises:
+        MissingError, CheckpointError: the model cannot be loaded.
+        DataError: a task cannot be run, or its data cannot be had.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import handle_non_serializable
+
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    with memory_errors("Try --precision bf16, or a shorter --sequence-length."):
+        model = load_model(folder, dtype=options.precision, device=best_device())
+        tokenizer = load_tokenizer(folder)
+        reporter.say(f"{folder} by lm-eval: {str(model.dtype).removeprefix('torch.')} on {model.device}")
+        with ExitStack() as stack:
+            stack.enter_context(_hushed(shown=options.shown))
+            if tasks.sandboxed:
+                stack.enter_context(_sandbox())
+            stack.enter_context(_typed_errors())
+            harness = HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                # A batch of one is lm-eval's default, and what it gives is exact; a GPU would idle.
+                batch_size=1 if model.device.type == "cpu" else "auto",
+                max_length=options.sequence_length,
+            )
+            results = simple_evaluate(
+                model=harness,
+                tasks=tasks.specs,
+                num_fewshot=options.num_fewshot,
+                limit=options.limit,
+                log_samples=False,
+                task_manager=tasks.manager,
+                **({} if options.seed is None else dict.fromkeys(seeds, options.seed)),
+            )
+    plain: dict[str, Any] = finite(json.loads(json.dumps(results, default=handle_non_serializable)))
+    return plain
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """The results as lines of a table: task, filter, shots, metric, value, standard error."""
+    lines = []
+    for task, values in results["results"].items():
+        shots = str(results.get("n-shot", {}).get(task, ""))
+        for key, value in values.items():
+            metric, comma, name = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr,{name}")
+            shown = [_number(value), _number(error) if isinstance(error, float) else ""]
+            lines.append([str(values.get("alias", task)), name, shots, metric, *shown])
+    return lines
+
+
+def without_value(results: dict[str, Any]) -> list[str]:
+    """The tasks a metric of which is not a finite number."""
+    return [
+        task
+        for task, values in results["results"].items()
+        if any(value is None and "_stderr" not in key for key, value in values.items())
+    ]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) and math.isfinite(value) else "-" if value is None else str(value)
+
+
+def _import() -> None:
+    try:
+        with _hushed():
+            import lm_eval.models.huggingface
+            import lm_eval.tasks
+    except ImportError as error:
+        raise not_installed("lm-evaluation-harness", error.name or "lm-eval", "eval") from error
+    if not hasattr(lm_eval.tasks.TaskManager, "load") or not hasattr(lm_eval.utils, "env"):
+        raise MissingError(
+            f"lm-eval {lm_eval.__version__} is another than this was made for",
+            remedy="pip install --upgrade 'gptcli[eval]'",
+        )
+
+
+def _named(asked: Asked, manager: Any) -> list[str]:
+    """The names of lm-eval's tasks, groups and tags that a name or pattern means."""
+    if found := manager.match_tasks([asked.name]):
+        return list(found)
+    near = difflib.get_close_matches(asked.name, manager.all_tasks, n=3, cutoff=0.6)
+    remedy = f"Did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them; a file ends in .yaml."
+    raise UsageError(f"there is no task {one_line(asked.name)}", where=asked.where, remedy=remedy)
+
+
+def _read(asked: Asked, trusted: bool) -> dict[str, Any]:
+    """What a task file says, with the files that it includes and its data files found; checked for code before."""
+    import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = Path(asked.name).expanduser()
+    if not path.is_file():
+        raise DataError(f"there is no task file {one_line(asked.name)}", where=asked.where)
+    try:
+        if not trusted:
+            _check_tags(path.resolve(), set())
+        config: dict[str, Any] = load_yaml(path, resolve_func=trusted)
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise DataError(f"the task file cannot be read: {first_line(error)}", where=str(path)) from error
+    except (ImportError, AttributeError) as error:  # of a !function
+        raise DataError(f"a function of the task file is not there: {first_line(error)}", where=str(path)) from error
+    if not ({"task", "group"} & config.keys()):
+        raise DataError("the file holds neither a task nor a group", where=str(path))
+    if not trusted:
+        _check_keys(config, path)
+    if isinstance(config.get("dataset_kwargs"), dict):
+        config["dataset_kwargs"] = _found(config["dataset_kwargs"], path.resolve().parent)
+    return config
+
+
+def _check_tags(path: Path, seen: set[Path]) -> None:
+    """Raise `UsageError` when a task file, or one that it includes, names Python; nothing of it is imported."""
+    import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if path in seen:
+        return
+    seen.add(path)
+    # The parser that lm-eval reads it with, so that both see the same.
+    with path.open("rb") as file:
+        root: Any = yaml.compose(file, Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.FullLoader)
+    waiting, met = [root] if root is not None else [], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in met:
+            continue
+        met.add(id(node))
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+            place = f"{path}:{node.start_mark.line + 1}"
+            raise UsageError(f"the task file runs Python code ({one_line(node.tag)})", where=place, remedy=TRUST)
+        if isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+    included = load_yaml(path, resolve_func=False, recursive=False).get("include") or []
+    for each in included if isinstance(included, list) else [included]:
+        _check_tags((path.parent / str(each)).resolve(), seen)
+
+
+def _check_keys(value: Any, path: Path) -> None:
+    """Raise `UsageError` for what would fetch or load code in plain words: see `RUNS_CODE`, and metrics of the Hub."""
+    from lm_eval.api import metrics
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    del metrics  # imported for what it registers
+    if isinstance(value, list):
+        for item in value:
+            _check_keys(item, path)
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        if key in RUNS_CODE and item:
+            raise UsageError(f"the task file runs code: {key}", where=str(path), remedy=TRUST)
+        if key == "metric" and isinstance(item, str) and item not in METRIC_REGISTRY:
+            what = f"lm-eval has no metric {one_line(item)}, and would run code of that name from the Hub"
+            raise UsageError(what, where=str(path), remedy=TRUST)
+        _check_keys(item, path)
+
+
+def _found(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Arguments of a data set with its files found: in the current folder, as lm-eval has it, else beside the task."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: found(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [found(item) for item in value]
+        if not isinstance(value, str) or "://" in value or os.path.isabs(value) or glob.glob(value, recursive=True):
+            return value
+        beside = os.path.join(glob.escape(str(folder)), value)
+        matches = glob.glob(beside, recursive=True)
+        return os.path.join(folder, value) if matches else value
+
+    return {key: found(value) if key in ("data_files", "data_dir") else value for key, value in arguments.items()}
+
+
+@contextmanager
+def _sandbox() -> Iterator[None]:
+    """Inside, lm-eval renders templates where they cannot reach Python: in its own environment they can."""
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    own: Any = utils.env
+    sandbox = SandboxedEnvironment(
+        loader=own.loader, undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline
+    )
+    sandbox.filters = own.filters
+    utils.env = sandbox
+    try:
+        yield
+    finally:
+        utils.env = own
+
+
+@contextmanager
+def _hushed(*, shown: bool = False) -> Iterator[None]:
+    """Inside, standard output is ours alone, and lm-eval shows its progress only where it may."""
+    logger = logging.getLogger("lm_eval")
+    level, parallel = logger.level, os.environ.get("TOKENIZERS_PARALLELISM")
+    logger.setLevel(logging.ERROR)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it forks to draw samples
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        screen = _no_children(stack)
+        if not shown:
+            stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        elif screen is not None:
+            stack.enter_context(redirect_stderr(screen))
+        stack.enter_context(redirect_stdout(sys.stderr))
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            if parallel is None:
+                del os.environ["TOKENIZERS_PARALLELISM"]
+            else:
+                os.environ["TOKENIZERS_PARALLELISM"] = parallel
+
+
+def _no_children(stack: ExitStack) -> TextIO | None:
+    """Until the stack ends, what child processes say of errors goes nowhere (git of a folder that is no repository).
+
+    Returns what writes to the standard error of before; None where there is none.
+    """
+    try:
+        before = os.dup(2)
+    except OSError:
+        return None
+    screen = stack.enter_context(os.fdopen(before, "w", buffering=1))
+    stack.callback(os.dup2, before, 2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    return screen
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    """Turn what a task, its data or its templates raise into `DataError`."""
+    try:
+        yield
+    except (GptcliError, MemoryError):
+        raise
+    except Exception as error:
+        if "out of memory" in str(error):
+            raise
+        offline = "HF_HUB_OFFLINE is set: only what is here can be read.\n" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise DataError(
+            f"lm-eval stopped: {type(error).__name__}: {first_line(error)[:300]}",
+            remedy=f"{offline}A relative data file is looked for in the current folder, then beside the task file.",
+        ) from error
