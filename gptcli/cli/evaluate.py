@@ -84,7 +84,8 @@ def evaluate(
     models, recipe, overrides = sort_arguments(arguments or [])
     if check_overlap is not None:
         if models or smoke:
-            raise UsageError(f"--check-overlap compares texts: it goes without {'--smoke' if smoke else models[0]}")
+            what = models[0] if models else "--smoke"
+            raise UsageError(f"--check-overlap compares texts and takes no model, and {what} was given")
         _overlap(check_overlap, recipe, overrides, options, out)
         return
     loaded = load_for(recipe, overrides)

@@ -262,6 +262,8 @@ def input_size(part: Input) -> int:
 
 def source_name(source: Source) -> str:
     """What a source is called in reports and manifests: short, and without the folders of this machine."""
+    if isinstance(source.path, dict):
+        return " + ".join(Path(path).name for path in source.path.values())
     path = str(source.path or source.tokens)
     if path.startswith((BUILTIN, hub.PREFIX)):
         return path

@@ -1,7 +1,8 @@
 """Classification by likelihood: a row's label is the one whose tokens the model finds likeliest after the prompt.
 
-Prompt and label are tokenized apart, as `generate` would see them. One pass a row and label, in batches of like length;
-logits are kept for the tokens of labels alone. Memory: a number a row and label.
+Prompt and label are tokenized apart, as `generate` would see them. Labels whose inputs begin alike share a pass: those
+of one token, however many, cost one pass a row. Batches are of like length, and of logits a block is there at a time.
+Memory: a number a row and label.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcli.errors import DataError, UsageError
-from gptcli.evaluation.loss import Window, score_windows, scoring
+from gptcli.evaluation.loss import Forward, Window, each_batch, padded, scoring
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Prompts without content, by which Zhao et al. 2021 ("Calibrate Before Use") measure what a model prefers anyway.
@@ -74,22 +76,84 @@ def log_likelihoods(
             remedy="The tokenizer beside the model is not the one that it was trained with.",
         )
 
+    passes = shared_passes(labels)
+
     def windows() -> Iterator[Window]:
         for row, prompt in enumerate(prompts):
-            for column, label in enumerate(labels):
-                ids = np.array([*prompt, *label], dtype=np.int64)
-                yield Window(row * len(labels) + column, ids, len(label))
+            for number, (inputs, _) in enumerate(passes):
+                # What follows the last input is not one token but that of several labels: the 0 is not looked at.
+                yield Window(row * len(passes) + number, np.array([*prompt, *inputs, 0]), len(inputs) + 1)
+
+    def score(forward: Forward, batch: list[Window], device: torch.device, pad_id: int) -> list[NDArray[np.float64]]:
+        return _score_labels(forward, batch, device, pad_id, labels, passes)
 
     found = np.zeros((len(prompts), len(labels)))
     done = 0
     with scoring(model):
-        for batch, nats in score_windows(model, windows(), pad_id=pad_id):
-            for window, value in zip(batch, nats, strict=True):
-                found[divmod(window.document, len(labels))] = -value
+        for batch, sums in each_batch(model, windows(), score, pad_id=pad_id):
+            for window, values in zip(batch, sums, strict=True):
+                row, number = divmod(window.document, len(passes))
+                found[row, passes[number][1]] = values
             done += len(batch)
             if on_scored is not None:
-                on_scored(done // len(labels))
+                on_scored(done // len(passes))
     return found
+
+
+def shared_passes(labels: Sequence[Sequence[int]]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """The inputs after the prompt of as few passes as suffice, each with the numbers of the labels that it is for.
+
+    The last token of a label is no input. A label goes with the first pass whose inputs its own inputs begin.
+    """
+    passes: list[tuple[tuple[int, ...], list[int]]] = []
+    for number in sorted(range(len(labels)), key=lambda number: -len(labels[number])):
+        inputs = tuple(labels[number][:-1])
+        shared = next((of for longer, of in passes if longer[: len(inputs)] == inputs), None)
+        if shared is None:
+            passes.append((inputs, [number]))
+        else:
+            shared.append(number)
+    return passes
+
+
+def _score_labels(
+    forward: Forward,
+    batch: list[Window],
+    device: torch.device,
+    pad_id: int,
+    labels: Sequence[Sequence[int]],
+    passes: list[tuple[tuple[int, ...], list[int]]],
+) -> list[NDArray[np.float64]]:
+    """The summed log-probabilities of the labels of each window's pass."""
+    import torch
+
+    inputs, _, mask = padded(batch, pad_id)
+    # Of each token of each label: the scored position, counted over the batch, the token, and whose sum it is in.
+    positions: list[int] = []
+    tokens: list[int] = []
+    sums: list[int] = []
+    begin = count = 0
+    for window in batch:
+        for number in passes[window.document % len(passes)][1]:
+            positions += range(begin, begin + len(labels[number]))
+            tokens += labels[number]
+            sums += [count] * len(labels[number])
+            count += 1
+        begin += window.scored
+    order = np.argsort(positions, kind="stable")
+    at, ids, into = (torch.from_numpy(np.array(each, dtype=np.int64)[order]) for each in (positions, tokens, sums))
+    found, done = [], 0
+    with torch.no_grad():  # which belongs to a thread
+        for block in forward(inputs.to(device), mask.to(device)):
+            logits = block.float()
+            first, last = np.searchsorted(at.numpy(), (done, done + len(logits)))
+            rows = (at[first:last] - done).to(device)
+            chosen = logits[rows, ids[first:last].to(device)] - logits.logsumexp(-1)[rows]
+            found.append(chosen.cpu().double())
+            done += len(logits)
+    totals = torch.zeros(count, dtype=torch.float64).index_add_(0, into, torch.cat(found)).numpy()
+    ends = np.cumsum([len(passes[window.document % len(passes)][1]) for window in batch])
+    return np.split(totals, ends[:-1])
 
 
 def normalized(scores: NDArray[np.float64], labels: Sequence[Sequence[int]]) -> NDArray[np.float64]:

@@ -106,7 +106,9 @@ def from_recipe(loaded: LoadedRecipe, *, limit: int | None = None) -> Corpus:
             if source.text in (source.map or {}):
                 raise not_available("eval.data", "mapping the text", where=loaded.where(f"eval.data.{i}.map"))
         sources = tuple((source, loaded.where(f"eval.data.{i}.path")) for i, source in enumerate(recipe.eval.data))
-        name = ", ".join(str(source.path) for source in recipe.eval.data)
+        name = ", ".join(
+            str(source.path) if isinstance(source.path, str) else source_name(source) for source in recipe.eval.data
+        )
         return Corpus(name, sources, cut, on_bad_row, limit=limit)
     if recipe.data is None or recipe.data.validation == 0:
         raise UsageError(

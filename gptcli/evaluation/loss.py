@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,9 @@ CPU_BATCH_TOKENS = 2048
 Document = tuple[NDArray[np.int64], int | None]
 # Inputs [rows, length] and the mask of the positions to score -> their logits in blocks of [positions, vocabulary].
 Forward = Callable[["torch.Tensor", "torch.Tensor"], Iterator["torch.Tensor"]]
+# (forward, batch, device, pad id) -> something for each window of the batch.
+Scored = TypeVar("Scored")
+Score = Callable[[Forward, "list[Window]", "torch.device", int], "list[Scored]"]
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,22 @@ def score_windows(
 ) -> Iterator[tuple[list[Window], list[float]]]:
     """Score windows in batches of like length; yields each batch with its windows' summed nats (float64).
 
+    More in `each_batch`.
+    """
+    return each_batch(model, windows, _score, pad_id=pad_id, batch_tokens=batch_tokens, part=part)
+
+
+def each_batch(
+    model: PreTrainedModel,
+    windows: Iterable[Window],
+    score: Score[Scored],
+    *,
+    pad_id: int,
+    batch_tokens: int = 8192,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[list[Window], list[Scored]]]:
+    """Give windows to `score` in batches of like length; yields each batch with what it gave for each window.
+
     Rows are padded on the right, where a causal model cannot see it. The order of windows is not kept. `part`: as for
     `document_loss`. Use it inside `scoring`.
     """
@@ -205,18 +224,18 @@ def score_windows(
     if model.device.type != "cpu" or threads < 2 or world_size() > 1:
         for batch, counts in _shared(_batches(windows, _batch_limit(model, batch_tokens)), *part):
             forward = forward or _choose_forward(model, pad_id)
-            scored = _score(forward, batch, model.device, pad_id)
+            scored = score(forward, batch, model.device, pad_id)
             if counts:
                 yield batch, scored
         return
     limit = _batch_limit(model, min(batch_tokens, CPU_BATCH_TOKENS))
-    running: deque[tuple[list[Window], Future[list[float]]]] = deque()
+    running: deque[tuple[list[Window], Future[list[Scored]]]] = deque()
     with ThreadPoolExecutor(2, "scoring", initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
         for batch, counts in _shared(_batches(windows, limit), *part):
             forward = forward or _choose_forward(model, pad_id)
             if not counts:
                 continue
-            running.append((batch, pool.submit(_score, forward, batch, model.device, pad_id)))
+            running.append((batch, pool.submit(score, forward, batch, model.device, pad_id)))
             if len(running) > 2:
                 done, sums = running.popleft()
                 yield done, sums.result()
@@ -263,9 +282,9 @@ def _cut(buffer: list[Window], limit: int) -> Iterator[list[Window]]:
         yield batch
 
 
-def _score(forward: Forward, batch: list[Window], device: torch.device, pad_id: int) -> list[float]:
+def padded(batch: list[Window], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inputs, the targets and the mask of what counts of a batch, [windows, longest]."""
     import torch
-    from torch.nn.functional import cross_entropy
 
     width = max(window.length for window in batch)
     inputs = np.full((len(batch), width), pad_id, dtype=np.int64)
@@ -275,12 +294,19 @@ def _score(forward: Forward, batch: list[Window], device: torch.device, pad_id: 
         inputs[row, : window.length] = window.ids[:-1]
         targets[row, : window.length] = window.ids[1:]
         wanted[row, window.length - window.scored : window.length] = True
-    mask = torch.from_numpy(wanted)
-    labels = torch.from_numpy(targets)[mask].to(device)
+    return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(wanted)
+
+
+def _score(forward: Forward, batch: list[Window], device: torch.device, pad_id: int) -> list[float]:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    inputs, targets, mask = padded(batch, pad_id)
+    labels = targets[mask].to(device)
     rows = mask.nonzero()[:, 0]
     nats, done = [], 0
     with torch.no_grad():  # which belongs to a thread
-        for logits in forward(torch.from_numpy(inputs).to(device), mask.to(device)):
+        for logits in forward(inputs.to(device), mask.to(device)):
             piece = labels[done : done + len(logits)]
             nats.append(cross_entropy(logits.float(), piece, reduction="none").cpu().double())
             done += len(logits)

@@ -28,6 +28,7 @@ from gptcli.recipe.template import PROMPT, Template, parse_template
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from gptcli.evaluation.corpus import Corpus
@@ -196,11 +197,7 @@ def _classify(
         empty = [template.fill(lambda column, text=text: text) for text in CONTENT_FREE]  # type: ignore[misc]
         scores = calibrated(scores, log_likelihoods(model, encode_prompts(tokenizer, empty), labels, pad_id=pad_id))
     for example, row in zip(examples, scores, strict=True):
-        if np.isnan(row).any() or not np.isfinite(row.max()):
-            raise DivergedError(
-                f"a label's likelihood is not a finite number: {example.where}",
-                remedy="The model gives NaN or infinite logits: its weights are damaged, or --precision is too low.",
-            )
+        _check_finite(row, example)
     chosen = [names[index] for index in scores.argmax(axis=1)]
     for line, label, row in zip(lines, chosen, scores, strict=True):
         shown = {name: float(score) if math.isfinite(score) else None for name, score in zip(names, row, strict=True)}
@@ -208,6 +205,14 @@ def _classify(
     every = metrics.of_labels(chosen, [example.references[0].strip() for example in examples], names)
     kept = {name: value for name, value in every.items() if name.split("_")[0] in (*wanted, "confusion")}
     return kept | {"label_scores": section.label_scores + (" with the end of text" if ended else "")}
+
+
+def _check_finite(scores: NDArray[np.float64], example: Example) -> None:
+    if np.isnan(scores).any() or not np.isfinite(scores.max()):
+        raise DivergedError(
+            f"the likelihood of what follows the prompt is not a finite number: {example.where}",
+            remedy="The model gives NaN or infinite logits: its weights are damaged, or --precision is too low.",
+        )
 
 
 def _settings(recipe: LoadedRecipe) -> Settings:
@@ -231,11 +236,18 @@ def _generate(
     from gptcli.generation.text import complete_batch
 
     _check_room(model, examples, prompts, 1)
+    context = context_length(model)
+    if context is not None and (cut := sum(len(ids) + how.max_new_tokens > context for ids in prompts)):
+        reporter.warn(f"{cut:,} prompts leave room for fewer than {how.max_new_tokens:,} new tokens in the context")
+    # Of logits that are no numbers a text is made all the same, so the longest prompt is looked at first.
+    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
+    ends = log_likelihoods(model, [prompts[longest]], [prompts[longest][:1]], pad_id=prompts[longest][0])
+    _check_finite(ends[0], examples[longest])
     units = plan_units(
         np.array([len(ids) for ids in prompts]),
         new_tokens=how.max_new_tokens,
         copies=1,
-        context=context_length(model),
+        context=context,
         most_prompts=UNIT_SEQUENCES,
         most_tokens=UNIT_TOKENS,
     )

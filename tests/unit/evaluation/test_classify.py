@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptcli.errors import UsageError
-from gptcli.evaluation.classify import calibrated, label_ids, log_likelihoods, normalized
+from gptcli.evaluation.classify import calibrated, label_ids, log_likelihoods, normalized, shared_passes
 from tests.tiny import make_model, shared_tokenizer
 
 PROMPTS = [[0], [5, 6, 7], [9] * 30, [11, 12, 13, 14]]
@@ -26,6 +26,24 @@ def test_likelihoods_are_those_of_a_plain_loop(kind: str) -> None:
     found = log_likelihoods(model, PROMPTS, labels, pad_id=1)
     expected = [[plain(model, prompt, label) for label in labels] for prompt in PROMPTS]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_labels_whose_inputs_begin_alike_share_a_pass() -> None:
+    assert shared_passes([[5], [6], [7]]) == [((), [0, 1, 2])]
+    labels = [[20], [20, 21], [20, 21, 22], [30, 31], [30, 32]]
+    assert shared_passes(labels) == [((20, 21), [2, 1, 0]), ((30,), [3, 4])]
+
+
+def test_many_rows_and_small_batches_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(2, 300, (1 + i % 23,), generator=draw).tolist() for i in range(60)]
+    labels = [[20], [21], [20, 21], [30, 31, 32]]
+    whole = log_likelihoods(model, prompts, labels, pad_id=1)
+    monkeypatch.setattr("gptcli.evaluation.loss.CPU_BATCH_TOKENS", 40)
+    monkeypatch.setattr("gptcli.evaluation.loss.LOGIT_BYTES", 4 * 300 * 3)
+    np.testing.assert_allclose(log_likelihoods(model, prompts, labels, pad_id=1), whole, rtol=1e-5)
+    np.testing.assert_allclose(whole[7], [plain(model, prompts[7], label) for label in labels], rtol=1e-5)
 
 
 def test_a_mean_is_a_tokens() -> None:

@@ -181,8 +181,9 @@ def test_weights_that_are_not_finite_are_code_5(tmp_path: Path) -> None:
     broken.save_pretrained(tmp_path / "broken")
     shared_tokenizer().save_pretrained(str(tmp_path / "broken"))
     data = write(tmp_path, [{"prompt": "a", "answer": "mat"}])
-    with pytest.raises(DivergedError, match=r"rows\.jsonl:1"):
-        run(tmp_path / "broken", tmp_path, {**TASK, "data": data, "metrics": ["accuracy"], "labels": LABELS})
+    for section in (TASK, {**TASK, "metrics": ["accuracy"], "labels": LABELS}):
+        with pytest.raises(DivergedError, match=r"rows\.jsonl:1"):
+            run(tmp_path / "broken", tmp_path, {**section, "data": data})
 
 
 @pytest.mark.parametrize(
