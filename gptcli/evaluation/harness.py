@@ -89,6 +89,7 @@ def find_tasks(asked: Sequence[Asked], model: str, *, trusted: bool, reporter: R
     """
     _import()
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import TaskIndex
 
     configs = {each: _read(each, trusted) for each in asked if each.is_file}
     files_only = len(configs) == len(asked) and not any("group" in config for config in configs.values())
@@ -105,8 +106,13 @@ def find_tasks(asked: Sequence[Asked], model: str, *, trusted: bool, reporter: R
             if other := names.get(name):
                 raise UsageError(f"{other} and {each.name} both hold a task {name!r}", where=each.where)
             names[name] = each.name
-            # A group is read by lm-eval itself, which knows its members by their names.
-            specs.append(each.name if "group" in config else config)
+            if "group" in config:
+                for member in config["task"] if isinstance(config.get("task"), list) else []:
+                    if isinstance(member, str):
+                        _named(Asked(member, str(each.name)), manager)
+                # Only by its name does lm-eval tell what a group says of itself from what it says of its members.
+                manager.task_index[name] = TaskIndex.entry_from_config(config)
+            specs.append(name if "group" in config else config)
         else:
             specs += [found for found in _named(each, manager) if found not in specs]
     return Tasks(specs, manager, sandboxed=bool(configs) and not trusted)
@@ -224,8 +230,9 @@ def _read(asked: Asked, trusted: bool) -> dict[str, Any]:
         raise DataError("the file holds neither a task nor a group", where=str(path))
     if not trusted:
         _check_keys(config, path)
-    if isinstance(config.get("dataset_kwargs"), dict):
-        config["dataset_kwargs"] = _found(config["dataset_kwargs"], path.resolve().parent)
+    for each in [config, *(config["task"] if isinstance(config.get("task"), list) else [])]:
+        if isinstance(each, dict) and isinstance(each.get("dataset_kwargs"), dict):
+            each["dataset_kwargs"] = _found(each["dataset_kwargs"], path.resolve().parent)
     return config
 
 
@@ -365,8 +372,14 @@ def _typed_errors() -> Iterator[None]:
     except Exception as error:
         if "out of memory" in str(error):
             raise
-        offline = "HF_HUB_OFFLINE is set: only what is here can be read.\n" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise DataError(
-            f"lm-eval stopped: {type(error).__name__}: {first_line(error)[:300]}",
-            remedy=f"{offline}A relative data file is looked for in the current folder, then beside the task file.",
-        ) from error
+        remedy = None
+        if type(error).__name__ == "SecurityError":
+            remedy = f"A template of a task file would reach Python. {TRUST}"
+        elif type(error).__module__.startswith("jinja2"):
+            remedy = "A template of a task names what its documents do not have, or is no template."
+        elif isinstance(error, OSError):
+            offline = (
+                "HF_HUB_OFFLINE is set: only what is here can be read.\n" if os.environ.get("HF_HUB_OFFLINE") else ""
+            )
+            remedy = f"{offline}A relative data file is looked for in the current folder, then beside the task file."
+        raise DataError(f"lm-eval stopped: {type(error).__name__}: {first_line(error)[:300]}", remedy=remedy) from error
