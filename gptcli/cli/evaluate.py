@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from gptcli.cli.console import Console
     from gptcli.evaluation.corpus import Corpus
     from gptcli.evaluation.evaluate import Evaluation
-    from gptcli.evaluation.harness import Asked
     from gptcli.evaluation.loss import LossResult
     from gptcli.evaluation.overlap import Overlap
+    from gptcli.evaluation.task_files import Asked
     from gptcli.recipe.load import LoadedRecipe
 
 Arguments = Annotated[
@@ -185,7 +185,7 @@ def sort_arguments(arguments: list[str]) -> tuple[list[str], str | None, list[st
 
 def asked_tasks(names: list[str] | None, loaded: LoadedRecipe | None) -> list[Asked]:
     """The tasks of a command line (with commas), else of a recipe; each once."""
-    from gptcli.evaluation.harness import Asked
+    from gptcli.evaluation.task_files import Asked
 
     if names:
         given = [Asked(name.strip()) for part in names for name in part.split(",") if name.strip()]

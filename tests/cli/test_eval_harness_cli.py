@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import REPOSITORY, Cli
-from tests.tiny import save_model
+from tests.tiny import make_model, save_model
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'gptcli[eval]'"
@@ -126,6 +128,18 @@ def test_tasks_stand_beside_the_loss_and_hostile_files_are_refused(here: Path, r
     refused = run_cli("eval", "./model", "--tasks", "hostile/choice.yaml", cwd=here)
     assert refused.code == 2 and "choice.yaml:8" in refused.err and "--trust-tasks" in refused.err
     assert not (here / "RAN").exists()
+
+
+@installed
+def test_an_accuracy_of_a_model_with_nan_logits_is_no_number(here: Path, run_cli: Cli) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    model.save_pretrained(shutil.copytree(here / "model", here / "nan"))
+    arguments = ["--tasks", "tasks/choice.yaml", "--limit", "2", "--json"]
+    done = run_cli("eval", "./nan", *arguments, cwd=here, HF_HOME=str(here / "hub"))
+    assert done.code == 5 and "not a finite number" in done.err
+    assert done.json()["harness"]["results"]["tiny_choice"]["acc,none"] is None
 
 
 def test_without_lm_eval_the_install_command_is_named(here: Path, run_cli: Cli, tmp_path: Path) -> None:
