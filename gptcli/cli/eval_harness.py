@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from gptcli.cli.console import Console
-    from gptcli.evaluation.harness import Asked
+    from gptcli.evaluation.task_files import Asked
     from gptcli.recipe.load import LoadedRecipe
 
 TaskNames = Annotated[
@@ -27,7 +27,7 @@ TrustTasks = Annotated[bool, typer.Option("--trust-tasks", help="Run the Python 
 
 def asked_tasks(names: list[str] | None, loaded: LoadedRecipe | None) -> list[Asked]:
     """The tasks of a command line (with commas), else of a recipe; each once."""
-    from gptcli.evaluation.harness import Asked
+    from gptcli.evaluation.task_files import Asked
 
     if names:
         given = [Asked(name.strip()) for part in names for name in part.split(",") if name.strip()]

@@ -8,14 +8,13 @@ it is trusted, and its templates are rendered in Jinja's sandbox. The tasks that
 from __future__ import annotations
 
 import difflib
-import glob
 import json
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,30 +22,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from gptcli.device import best_device
 from gptcli.errors import DataError, GptcliError, MissingError, UsageError, first_line, not_installed
+from gptcli.evaluation.task_files import TRUST, Asked, read_task
 from gptcli.model.load import Precision, load_model, load_tokenizer, memory_errors
 from gptcli.reporting import one_line
 from gptcli.runs.metrics import finite
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from gptcli.reporting import Reporter
-
-SUFFIXES = (".yaml", ".yml")
-# Keys of a task file with which transformers, evaluate or lm-eval fetch or load code.
-RUNS_CODE = ("class", "custom_generate", "hf_evaluate", "trust_remote_code")
-TRUST = "If you trust where it comes from: --trust-tasks."
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A task's name or the path of a task YAML, and where it was written."""
-
-    name: str
-    where: str | None = None
-
-    @property
-    def is_file(self) -> bool:
-        """Whether it is a path."""
-        return self.name.endswith(SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -89,8 +73,9 @@ def find_tasks(asked: Sequence[Asked], model: str, *, trusted: bool, reporter: R
     """
     _import()
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import TaskIndex
 
-    configs = {each: _read(each, trusted) for each in asked if each.is_file}
+    configs = {each: read_task(each, trusted) for each in asked if each.is_file}
     files_only = len(configs) == len(asked) and not any("group" in config for config in configs.values())
     if not files_only:
         reporter.say("reading the names of lm-eval's own tasks: some seconds")
@@ -105,8 +90,13 @@ def find_tasks(asked: Sequence[Asked], model: str, *, trusted: bool, reporter: R
             if other := names.get(name):
                 raise UsageError(f"{other} and {each.name} both hold a task {name!r}", where=each.where)
             names[name] = each.name
-            # A group is read by lm-eval itself, which knows its members by their names.
-            specs.append(each.name if "group" in config else config)
+            if "group" in config:
+                for member in config["task"] if isinstance(config.get("task"), list) else []:
+                    if isinstance(member, str):
+                        _named(Asked(member, str(each.name)), manager)
+                # Only by its name does lm-eval tell what a group says of itself from what it says of its members.
+                manager.task_index[name] = TaskIndex.entry_from_config(config)
+            specs.append(name if "group" in config else config)
         else:
             specs += [found for found in _named(each, manager) if found not in specs]
     return Tasks(specs, manager, sandboxed=bool(configs) and not trusted)
@@ -133,6 +123,7 @@ def run_tasks(folder: Path, tasks: Tasks, options: HarnessOptions, reporter: Rep
             if tasks.sandboxed:
                 stack.enter_context(_sandbox())
             stack.enter_context(_typed_errors())
+            bad = stack.enter_context(_watched(model))
             harness = HFLM(
                 pretrained=model,
                 tokenizer=tokenizer,
@@ -150,6 +141,9 @@ def run_tasks(folder: Path, tasks: Tasks, options: HarnessOptions, reporter: Rep
                 **({} if options.seed is None else dict.fromkeys(seeds, options.seed)),
             )
     plain: dict[str, Any] = finite(json.loads(json.dumps(results, default=handle_non_serializable)))
+    if bad():  # an accuracy would be a number all the same
+        for values in plain["results"].values():
+            values.update({key: None for key in values if "," in key})
     return plain
 
 
@@ -204,95 +198,21 @@ def _named(asked: Asked, manager: Any) -> list[str]:
     raise UsageError(f"there is no task {one_line(asked.name)}", where=asked.where, remedy=remedy)
 
 
-def _read(asked: Asked, trusted: bool) -> dict[str, Any]:
-    """What a task file says, with the files that it includes and its data files found; checked for code before."""
-    import yaml
-    from lm_eval.tasks._yaml_loader import load_yaml
+@contextmanager
+def _watched(model: PreTrainedModel) -> Iterator[Callable[[], bool]]:
+    """Inside, the logits of a model are watched; yields what tells whether any was NaN."""
+    import torch
 
-    path = Path(asked.name).expanduser()
-    if not path.is_file():
-        raise DataError(f"there is no task file {one_line(asked.name)}", where=asked.where)
+    bad = torch.zeros((), dtype=torch.bool, device=model.device)
+
+    def look(_module: object, _inputs: object, output: Any) -> None:
+        bad.logical_or_(output.logits.isnan().any())
+
+    hook = model.register_forward_hook(look)
     try:
-        if not trusted:
-            _check_tags(path.resolve(), set())
-        config: dict[str, Any] = load_yaml(path, resolve_func=trusted)
-    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise DataError(f"the task file cannot be read: {first_line(error)}", where=str(path)) from error
-    except (ImportError, AttributeError) as error:  # of a !function
-        raise DataError(f"a function of the task file is not there: {first_line(error)}", where=str(path)) from error
-    if not ({"task", "group"} & config.keys()):
-        raise DataError("the file holds neither a task nor a group", where=str(path))
-    if not trusted:
-        _check_keys(config, path)
-    if isinstance(config.get("dataset_kwargs"), dict):
-        config["dataset_kwargs"] = _found(config["dataset_kwargs"], path.resolve().parent)
-    return config
-
-
-def _check_tags(path: Path, seen: set[Path]) -> None:
-    """Raise `UsageError` when a task file, or one that it includes, names Python; nothing of it is imported."""
-    import yaml
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    if path in seen:
-        return
-    seen.add(path)
-    # The parser that lm-eval reads it with, so that both see the same.
-    with path.open("rb") as file:
-        root: Any = yaml.compose(file, Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.FullLoader)
-    waiting, met = [root] if root is not None else [], set()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in met:
-            continue
-        met.add(id(node))
-        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-            place = f"{path}:{node.start_mark.line + 1}"
-            raise UsageError(f"the task file runs Python code ({one_line(node.tag)})", where=place, remedy=TRUST)
-        if isinstance(node, yaml.MappingNode):
-            waiting += [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-    included = load_yaml(path, resolve_func=False, recursive=False).get("include") or []
-    for each in included if isinstance(included, list) else [included]:
-        _check_tags((path.parent / str(each)).resolve(), seen)
-
-
-def _check_keys(value: Any, path: Path) -> None:
-    """Raise `UsageError` for what would fetch or load code in plain words: see `RUNS_CODE`, and metrics of the Hub."""
-    from lm_eval.api import metrics
-    from lm_eval.api.registry import METRIC_REGISTRY
-
-    del metrics  # imported for what it registers
-    if isinstance(value, list):
-        for item in value:
-            _check_keys(item, path)
-    if not isinstance(value, dict):
-        return
-    for key, item in value.items():
-        if key in RUNS_CODE and item:
-            raise UsageError(f"the task file runs code: {key}", where=str(path), remedy=TRUST)
-        if key == "metric" and isinstance(item, str) and item not in METRIC_REGISTRY:
-            what = f"lm-eval has no metric {one_line(item)}, and would run code of that name from the Hub"
-            raise UsageError(what, where=str(path), remedy=TRUST)
-        _check_keys(item, path)
-
-
-def _found(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Arguments of a data set with its files found: in the current folder, as lm-eval has it, else beside the task."""
-
-    def found(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: found(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [found(item) for item in value]
-        if not isinstance(value, str) or "://" in value or os.path.isabs(value) or glob.glob(value, recursive=True):
-            return value
-        beside = os.path.join(glob.escape(str(folder)), value)
-        matches = glob.glob(beside, recursive=True)
-        return os.path.join(folder, value) if matches else value
-
-    return {key: found(value) if key in ("data_files", "data_dir") else value for key, value in arguments.items()}
+        yield lambda: bool(bad)
+    finally:
+        hook.remove()
 
 
 @contextmanager
@@ -365,8 +285,14 @@ def _typed_errors() -> Iterator[None]:
     except Exception as error:
         if "out of memory" in str(error):
             raise
-        offline = "HF_HUB_OFFLINE is set: only what is here can be read.\n" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise DataError(
-            f"lm-eval stopped: {type(error).__name__}: {first_line(error)[:300]}",
-            remedy=f"{offline}A relative data file is looked for in the current folder, then beside the task file.",
-        ) from error
+        remedy = None
+        if type(error).__name__ == "SecurityError":
+            remedy = f"A template of a task file would reach Python. {TRUST}"
+        elif type(error).__module__.startswith("jinja2"):
+            remedy = "A template of a task names what its documents do not have, or is no template."
+        elif isinstance(error, OSError):
+            offline = (
+                "HF_HUB_OFFLINE is set: only what is here can be read.\n" if os.environ.get("HF_HUB_OFFLINE") else ""
+            )
+            remedy = f"{offline}A relative data file is looked for in the current folder, then beside the task file."
+        raise DataError(f"lm-eval stopped: {type(error).__name__}: {first_line(error)[:300]}", remedy=remedy) from error

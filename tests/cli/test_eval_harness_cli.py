@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import REPOSITORY, Cli
-from tests.tiny import save_model
+from tests.tiny import make_model, save_model
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'gptcli[eval]'"
@@ -55,6 +57,13 @@ generation_kwargs: {until: ["\n"], max_gen_toks: 4, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 
+MEMBER = CHOICE.replace("\n", "\n    ").replace("    task: tiny_choice", "  - task: {name}", 1)
+GROUP = (
+    "group: pair\ntask:"
+    + "".join(MEMBER.rstrip().replace("{name}", name) for name in ("one", "two"))
+    + "\naggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\n"
+)
+
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -72,7 +81,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data.mkdir(parents=True)
     (data / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (data / "texts.jsonl").write_text("".join(json.dumps({"text": words(60)}) + "\n" for _ in range(3)))
-    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("generate", GENERATE)):
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("generate", GENERATE), ("group", GROUP)):
         (folder / "tasks" / f"{name}.yaml").write_text(text)
     save_model(folder / "model")
     (folder / "text.txt").write_text("the cat sat on the mat")
@@ -94,13 +103,16 @@ def test_results_are_those_of_lm_evals_own_command(here: Path, run_cli: Cli, env
     )
     assert done.returncode == 0, done.stderr
     theirs: dict[str, Any] = json.loads(next(here.glob("own_*.json")).read_text())
+    names.append("group.yaml")
     (here / "r.yaml").write_text(
         f"eval: {{tasks: {[f'tasks/{name}' for name in names]}, num_fewshot: 2}}".replace("'", '"')
     )
     ours = run_cli("eval", "./model", "r.yaml", "--json", cwd=here, HF_HOME=str(here / "hub")).json()["harness"]
-    assert ours["results"] == theirs["results"]
-    assert set(ours["results"]) == {"tiny_choice", "tiny_rolling", "tiny_generate"}
-    assert (ours["n-shot"], ours["n-samples"]) == (theirs["n-shot"], theirs["n-samples"])
+    assert set(theirs["results"]) == {"tiny_choice", "tiny_rolling", "tiny_generate"}
+    for part in ("results", "n-shot", "n-samples"):
+        assert {name: ours[part][name] for name in theirs["results"]} == theirs[part]
+    one, two = (ours["results"][f"pair::{name}"]["acc,none"] for name in ("one", "two"))
+    assert ours["results"]["pair"]["acc,none"] == pytest.approx((one + two) / 2)
 
 
 @installed
@@ -116,6 +128,18 @@ def test_tasks_stand_beside_the_loss_and_hostile_files_are_refused(here: Path, r
     refused = run_cli("eval", "./model", "--tasks", "hostile/choice.yaml", cwd=here)
     assert refused.code == 2 and "choice.yaml:8" in refused.err and "--trust-tasks" in refused.err
     assert not (here / "RAN").exists()
+
+
+@installed
+def test_an_accuracy_of_a_model_with_nan_logits_is_no_number(here: Path, run_cli: Cli) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    model.save_pretrained(shutil.copytree(here / "model", here / "nan"))
+    arguments = ["--tasks", "tasks/choice.yaml", "--limit", "2", "--json"]
+    done = run_cli("eval", "./nan", *arguments, cwd=here, HF_HOME=str(here / "hub"))
+    assert done.code == 5 and "not a finite number" in done.err
+    assert done.json()["harness"]["results"]["tiny_choice"]["acc,none"] is None
 
 
 def test_without_lm_eval_the_install_command_is_named(here: Path, run_cli: Cli, tmp_path: Path) -> None:

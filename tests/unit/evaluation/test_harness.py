@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from gptcli.errors import DataError, UsageError
-from gptcli.evaluation.harness import Asked, _named, _sandbox, find_tasks
+from gptcli.evaluation.harness import _named, _sandbox, find_tasks
+from gptcli.evaluation.task_files import Asked
 from gptcli.reporting import Silent
 
 pytestmark = pytest.mark.skipif(
