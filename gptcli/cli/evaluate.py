@@ -13,10 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptcli.cli.console import Console
-    from gptcli.evaluation.corpus import Corpus
-    from gptcli.evaluation.evaluate import Evaluation, Options
+    from gptcli.evaluation.evaluate import Evaluation
     from gptcli.evaluation.loss import LossResult
-    from gptcli.evaluation.tasks import TaskResult
     from gptcli.recipe.load import LoadedRecipe
 
 Arguments = Annotated[
@@ -83,6 +81,7 @@ def evaluate(
             out.print_json(proof)
         return
     folders = _folders(models, recipe)
+    from gptcli.cli.evaluation_tasks import measure_tasks, print_tasks
     from gptcli.evaluation import corpus
     from gptcli.evaluation.evaluate import Options, run_recipe
     from gptcli.evaluation.evaluate import evaluate as score
@@ -99,7 +98,7 @@ def evaluate(
             remedy="Give files (gptcli eval MODEL --data FILE) or a recipe (gptcli eval MODEL RECIPE).",
         )
     options = Options(sequence_length, stride, precision)  # type: ignore[arg-type]
-    tasks = _tasks(folders, chosen, loaded, options, predictions, out)
+    tasks = measure_tasks(folders, chosen, loaded, out, precision=options.precision, predictions=predictions)
     wanted = not tasks or (loaded is not None and "perplexity" in loaded.recipe.eval.metrics)
     results = [score(folder, chosen, options, out, loaded) for folder in folders] if wanted else []
     if json:
@@ -111,8 +110,6 @@ def evaluate(
         if results:
             _print(results, out)
         if tasks:
-            from gptcli.cli.task_table import print_tasks
-
             print_tasks(tasks, out)
     if bad := [result.model for result in results if not math.isfinite(result.result.loss)]:
         raise DivergedError(
@@ -172,35 +169,6 @@ def _folders(models: list[str], recipe: str | None) -> list[Path]:
         return [resolve_model(model) for model in models]
     named = None if recipe is None or recipe.endswith((".yaml", ".yml")) else RunFolder(runs_root() / recipe).weights()
     return [named or resolve_model(None)]
-
-
-def _tasks(
-    folders: list[Path],
-    chosen: Corpus,
-    loaded: LoadedRecipe | None,
-    options: Options,
-    predictions: str,
-    out: Console,
-) -> list[TaskResult]:
-    """What the models make of the recipe's tasks; nothing where it has none."""
-    from pathlib import Path
-
-    from gptcli.errors import UsageError
-    from gptcli.evaluation.tasks import run_tasks, task_metrics
-
-    if loaded is None or not task_metrics(loaded):
-        if predictions:
-            raise UsageError(
-                "--predictions writes the answers to tasks, and there are none",
-                remedy="Name metrics in a recipe: eval.metrics",
-            )
-        return []
-    if predictions and len(folders) > 1:
-        raise UsageError("--predictions is a file of one model's answers", remedy="Name one model.")
-    file = Path(predictions) if predictions else None
-    if file is not None and file.is_dir():
-        raise UsageError(f"--predictions {predictions} is a folder", remedy="Name a file.")
-    return [run_tasks(folder, chosen, loaded, out, precision=options.precision, predictions=file) for folder in folders]
 
 
 def _print(results: list[Evaluation], out: Console) -> None:
