@@ -76,6 +76,7 @@ def evaluate(
     """Measure loss, perplexity, bits per byte and a recipe's tasks: one or several models, files or held-out data."""
     del debug
     from gptcli.cli.console import console
+    from gptcli.cli.evaluation_tasks import measure_tasks
     from gptcli.errors import UsageError
 
     options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown)
@@ -101,7 +102,16 @@ def evaluate(
     folders = model_folders(models, recipe)
     loaded, chosen = what_to_score(folders, loaded, overrides, options, texts=not tasks)
     asked = of_harness.asked_tasks(tasks, loaded)
-    answered = [] if chosen is None else _tasks(folders, chosen, loaded, options, predictions, out)
+    answered = []
+    if chosen is not None:
+        answered = measure_tasks(
+            folders,
+            chosen,
+            loaded,
+            out,
+            precision=precision,  # type: ignore[arg-type]
+            predictions=predictions,
+        )
     scored = chosen is not None and (
         not answered or (loaded is not None and "perplexity" in loaded.recipe.eval.metrics)
     )
@@ -237,7 +247,7 @@ def tell(
         DivergedError: what was measured is not a finite number; after all is told.
     """
     from gptcli.cli.evaluation_table import print_results, write_markdown
-    from gptcli.cli.task_table import print_tasks
+    from gptcli.cli.evaluation_tasks import print_tasks
     from gptcli.errors import DivergedError
 
     if out.json_output:
@@ -338,30 +348,3 @@ def model_folders(models: list[str], recipe: str | None) -> list[Path]:
         return [resolve_model(model) for model in models]
     named = None if recipe is None or recipe.endswith((".yaml", ".yml")) else RunFolder(runs_root() / recipe).weights()
     return [named or resolve_model(None)]
-
-
-def _tasks(
-    folders: list[Path],
-    chosen: Corpus,
-    loaded: LoadedRecipe | None,
-    options: Options,
-    predictions: Path | None,
-    out: Console,
-) -> list[TaskResult]:
-    """What the models make of the recipe's tasks; nothing where it has none."""
-    from gptcli.errors import UsageError
-    from gptcli.evaluation.tasks import run_tasks, task_metrics
-
-    if loaded is None or not task_metrics(loaded):
-        if predictions is not None:
-            raise UsageError(
-                "--predictions writes the answers to tasks, and there are none",
-                remedy="Name metrics in a recipe: eval.metrics",
-            )
-        return []
-    if predictions is not None and len(folders) > 1:
-        raise UsageError("--predictions is a file of one model's answers", remedy="Name one model.")
-    if predictions is not None and predictions.is_dir():
-        raise UsageError(f"--predictions {predictions} is a folder", remedy="Name a file.")
-    precision: Any = options.precision
-    return [run_tasks(folder, chosen, loaded, out, precision=precision, predictions=predictions) for folder in folders]

@@ -128,7 +128,7 @@ def normalized(text: str) -> str:
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1 where the prediction is one of the references once both are `normalized`, else 0."""
-    return float(normalized(prediction) in [normalized(reference) for reference in references])
+    return float(normalized(prediction) in _answers(references))
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
@@ -136,7 +136,12 @@ def token_f1(prediction: str, references: Sequence[str]) -> float:
 
     Where one of the two has no words ("no answer"), it is 1 if the other has none either, else 0 (SQuAD 2.0).
     """
-    return max(_shared_words(normalized(prediction).split(), normalized(each).split()) for each in references)
+    return max(_shared_words(normalized(prediction).split(), each.split()) for each in _answers(references))
+
+
+def _answers(references: Sequence[str]) -> list[str]:
+    """The references as they are compared: those of which something is left, else the empty one, "no answer"."""
+    return [text for text in map(normalized, references) if text] or [""]
 
 
 def _shared_words(ours: list[str], theirs: list[str]) -> float:

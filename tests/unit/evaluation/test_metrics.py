@@ -101,6 +101,7 @@ def test_error_rates_are_jiwers() -> None:
         ("cat", [""], 0, 0),
         ("", [""], 1, 1),
         ("the", ["a"], 1, 1),  # nothing is left of both
+        ("", ["", "cat"], 0, 0),  # there is an answer
         ("U.S.A.", ["usa"], 1, 1),
         ("theatre", ["atre"], 0, 0),
     ],

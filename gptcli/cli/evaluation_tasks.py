@@ -1,12 +1,48 @@
-"""The tables of `gptcli eval` for tasks: a line a metric, a column a model, and what was taken for what."""
+"""The tasks of `gptcli eval`, and their tables: a line a metric, a column a model, and what was taken for what."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gptcli.cli.console import Console
+    from gptcli.evaluation.corpus import Corpus
     from gptcli.evaluation.tasks import TaskResult
+    from gptcli.model.load import Precision
+    from gptcli.recipe.load import LoadedRecipe
+
+
+def measure_tasks(
+    folders: list[Path],
+    chosen: Corpus,
+    loaded: LoadedRecipe | None,
+    out: Console,
+    *,
+    precision: Precision,
+    predictions: Path | None,
+) -> list[TaskResult]:
+    """What the models make of the recipe's tasks; nothing where it has none.
+
+    Raises:
+        UsageError: `predictions`, a file, where there is no task, or several models.
+    """
+    from gptcli.errors import UsageError
+    from gptcli.evaluation.tasks import run_tasks, task_metrics
+
+    if loaded is None or not task_metrics(loaded):
+        if predictions is not None:
+            raise UsageError(
+                "--predictions writes the answers to tasks, and there are none",
+                remedy="Name metrics in a recipe: eval.metrics",
+            )
+        return []
+    if predictions is not None and len(folders) > 1:
+        raise UsageError("--predictions is a file of one model's answers", remedy="Name one model.")
+    if predictions is not None and predictions.is_dir():
+        raise UsageError(f"--predictions {predictions} is a folder", remedy="Name a file.")
+    return [run_tasks(folder, chosen, loaded, out, precision=precision, predictions=predictions) for folder in folders]
 
 
 def print_tasks(results: list[TaskResult], out: Console) -> None:
