@@ -3,8 +3,7 @@
     python benchmarks/peers_generate.py WAY FOLDER TOKENS [NANOGPT]
 
 WAY is one of ours, bare (a plain loop of forward passes with transformers' cache), transformers (`generate`), nanogpt;
-ours-file, padded (`generate` on batches in file order),
-continuous (what transformers' `generate_batch` does). Prints JSON: seconds, tokens.
+ours-file, padded (`generate` on batches in file order). Prints JSON: seconds, tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ def main() -> None:
             "transformers": transformers_one,
             "ours-file": ours_file,
             "padded": padded,
-            "continuous": continuous,
         }[way](Path(folder), int(tokens))
     print(json.dumps({"seconds": made[0], "tokens": made[1]}))
 
@@ -196,35 +194,6 @@ def padded(folder: Path, tokens: int) -> tuple[float, int]:
             )
             texts = tokenizer.batch_decode(out[:, longest:])
             made += sum(most for (_, most), text in zip(batch, texts, strict=True) if text)
-        return made
-
-    return timed(run, tokens)
-
-
-def continuous(folder: Path, tokens: int) -> tuple[float, int]:
-    """transformers' continuous batching, with each answer's own length, as `generate_batch` runs it."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
-    model, _ = loaded(folder)
-    config = GenerationConfig(**{**drawn(), "eos_token_id": -1}, max_new_tokens=LONG[1])
-    longest = LONG[0] + LONG[1]
-    paged = ContinuousBatchingConfig(
-        page_size=32, num_blocks=ROWS * (longest // 32 + 1), max_batch_tokens=512, max_requests_per_batch=ROWS
-    )
-
-    def run(count: int) -> int:
-        made = 0
-        with model.continuous_batching_context_manager(
-            generation_config=config, continuous_batching_config=paged, block=True, timeout=30
-        ) as manager:
-            ends = {manager.add_request(ids, max_new_tokens=most) for ids, most in work()[:count]}
-            while ends:
-                result = manager.get_result(timeout=1)
-                if result is not None and result.is_finished():
-                    ends.discard(result.request_id)
-                    made += len(result.generated_tokens)
-                elif not manager.is_running():
-                    raise SystemExit("continuous batching ended too early")
         return made
 
     return timed(run, tokens)
