@@ -44,7 +44,8 @@ CHANGED_GROUP := test_a_checkpoint_goes_on_under_another_strategy_and_number_of_
 
 ## Every fault at full length: a kill at each operation of a save, twenty kills of one run instead of three.
 faults: $(STAMP)
-	$(PYTEST) tests/distributed/test_equal.py::$(CHANGED_GROUP) tests/faults tests/resume --all-faults
+	$(PYTEST) tests/distributed/test_equal.py::$(CHANGED_GROUP) tests/faults tests/resume \
+		tests/unit/train/test_backoff.py tests/unit/train/test_fitting.py --all-faults
 
 ## Every strategy on two and four processes against one, launchers, and two hosts joined by a cable.
 distributed: $(STAMP)

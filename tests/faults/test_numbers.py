@@ -120,6 +120,7 @@ def test_a_nan_stops_before_the_update_and_is_never_saved(project: Path, run_cli
     assert json.loads((run / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow_fault
 def test_skipped_steps_leave_weights_and_optimizer_and_keep_their_place(project: Path, run_cli: Cli) -> None:
     poisoned = poisoned_steps(project)
     done = pretrain(run_cli, project, "name=skips", "train.non_finite=skip")
@@ -201,6 +202,7 @@ SPIKY = (
 )
 
 
+@pytest.mark.slow_fault
 def test_a_spike_is_said_and_counted(tmp_path: Path, run_cli: Cli) -> None:
     done = run_cli("pretrain", "tiny.yaml", *SPIKY, cwd=noisy(tmp_path), COLUMNS="1000")
     assert done.code == 0, done.err

@@ -113,6 +113,7 @@ print(json.dumps({"found": found, "margin": (peaks[1] - peaks[0]) // 2}))
 """
 
 
+@pytest.mark.slow_fault
 def test_under_a_limit_the_answer_is_the_size_below_it(tmp_path: Path, environment: dict[str, str]) -> None:
     if sys.platform != "linux":
         pytest.skip("only Linux holds a process to RLIMIT_AS and tells the size of its address space")
