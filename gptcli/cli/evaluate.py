@@ -147,11 +147,11 @@ class Options:
     def check(self) -> None:
         """Raise `UsageError` for a value that is none."""
         from gptcli.errors import UsageError
+        from gptcli.model.load import check_precision
 
         if self.documents not in ("file", "line", "blank-line"):
             raise UsageError(f"--documents {self.documents} is not one of file, line, blank-line")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise UsageError(f"--precision {self.precision} is not one of auto, fp32, bf16")
+        check_precision(self.precision)
         if self.markdown is not None and (self.markdown.is_dir() or not self.markdown.parent.is_dir()):
             raise UsageError(
                 f"--markdown {self.markdown}: no file can be there", remedy="Name one in a folder that is."

@@ -120,14 +120,14 @@ def _check_options(
 ) -> None:
     """Raise `UsageError` for options that do not go together."""
     from gptcli.errors import UsageError
+    from gptcli.model.load import check_precision
     from gptcli.runs.folder import HUB_ID
 
     if output is None and gguf is None and push is None:
         raise UsageError(
             "nothing to write", remedy="Give --output FOLDER, --gguf FILE or --push OWNER/NAME, or several of them."
         )
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UsageError(f"--precision {precision} is not one of auto, fp32, bf16")
+    check_precision(precision)
     if gguf_converter is not None and gguf is None:
         raise UsageError("--gguf-converter without --gguf FILE")
     if push is not None and not HUB_ID.fullmatch(push):

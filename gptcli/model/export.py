@@ -16,6 +16,7 @@ from gptcli import __version__
 from gptcli.errors import CheckpointError, UsageError, writing
 from gptcli.files import committed_folder, system_errors, write_atomic
 from gptcli.model.adapters import base_of
+from gptcli.model.card import card_head
 from gptcli.model.folder import is_adapter
 from gptcli.model.load import load_config, load_model, load_tokenizer, memory_errors, model_home, quiet
 from gptcli.model.quantize import Quantized, check_can_save, model_bytes, quantize
@@ -177,25 +178,12 @@ def _card(source: Path, done: Exported, model: PreTrainedModel) -> str:
         how.append("an adapter merged into its base")
     if done.quantized is not None:
         how.append(f"the matrices of linear layers in {done.quantized.kind} (torchao)")
-    paragraph = ", ".join(how) + ".\n"
+    paragraph = ", ".join(how) + "."
     own = source / "README.md"
     if own.is_file() and not is_adapter(source):
-        return own.read_text(encoding="utf-8", errors="replace").rstrip() + f"\n\n## Export\n\n{paragraph}"
+        return own.read_text(encoding="utf-8", errors="replace").rstrip() + f"\n\n## Export\n\n{paragraph}\n"
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     rows = [("type", model.config.model_type), ("parameters", f"{done.parameters:,}")]
     if isinstance(context, int):
         rows.append(("context", f"{context:,} tokens"))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gptcli]
----
-
-# {done.folder.name}
-
-{paragraph}
-| | |
-| --- | --- |
-{table}
-"""
+    return card_head(done.folder.name, paragraph, rows)

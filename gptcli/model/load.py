@@ -277,7 +277,7 @@ def _check_hub_weights(name: str, config: PreTrainedConfig, revision: str | None
 def check_precision(precision: str) -> None:
     """Raise `UsageError` for what is no precision of weights."""
     if precision not in ("auto", "fp32", "bf16"):
-        raise UsageError(f"precision {precision!r} is not one of auto, fp32, bf16")
+        raise UsageError(f"--precision {precision} is not one of auto, fp32, bf16")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gptcli import __version__
 from gptcli.errors import CheckpointError
 from gptcli.launch import is_main_process
+from gptcli.model.card import card_head
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
@@ -80,21 +81,8 @@ def model_card(loaded: LoadedRecipe, plan: Plan, result: dict[str, Any]) -> str:
         ("validation loss (nats a token)", _figure(validation.get("loss"))),
         ("validation bits per byte", _figure(validation.get("bits_per_byte"))),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gptcli]
----
-
-# {recipe.name}
-
-A causal language model, trained with gptcli {__version__}.
-
-| | |
-| --- | --- |
-{table}
-
+    head = card_head(recipe.name, f"A causal language model, trained with gptcli {__version__}.", rows)
+    return f"""{head}
 Trained on:
 
 {sources}
