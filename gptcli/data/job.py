@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gptcli.data import sources
 from gptcli.data.contents import content_hashes
 from gptcli.data.hub import HubSet
+from gptcli.data.infill import Infill
 from gptcli.data.pieces import Chain, Piece, Stream, divide
 from gptcli.data.readers import shown
 from gptcli.data.split import SIDES, Split, split_of
@@ -57,6 +58,7 @@ class Job:
     split: Split
     spec: dict[str, Any]
     validation_where: str
+    infill: Infill | None = None
 
     @property
     def parts(self) -> list[Part]:
@@ -125,7 +127,23 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
         "on_bad_row": data.on_bad_row,
         "deduplicate": data.deduplicate,
     }
-    return Job(data, train, validation, split_of(data.validation), spec, loaded.where("data.validation"))
+    infill = _infill(loaded)
+    if infill is not None:
+        spec["fim"] = vars(infill)
+    return Job(data, train, validation, split_of(data.validation), spec, loaded.where("data.validation"), infill)
+
+
+def _infill(loaded: LoadedRecipe) -> Infill | None:
+    train, data = loaded.recipe.train, loaded.recipe.data
+    if train.objective != "fim":
+        return None
+    if data is not None and data.format != "text":
+        raise RecipeError(
+            f"train.objective: fim cuts texts, and data.format is {data.format}",
+            where=loaded.where("train.objective"),
+            remedy="Use format: text, or objective: causal.",
+        )
+    return Infill(train.fim.rate, train.fim.spm_rate, loaded.recipe.seed)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from gptcli.data import report as reports
 from gptcli.data.chat_template import find_template, with_template
 from gptcli.data.fast import Unequal, distrust
 from gptcli.data.finish import finish
+from gptcli.data.infill import infill_ids
 from gptcli.data.job import Job, find_job
 from gptcli.data.pieces import Piece
 from gptcli.data.readers import shown
@@ -192,7 +193,11 @@ def encode_pieces(
     check_tokens(job, tokenizer)
     repeated = repeated_marks(loaded, job, reporter, tokenizer) if job.data.deduplicate == "exact" else None
     chains = job.chains[share[0] - 1 :: share[1]]
-    task = Task(work, job.split, repeated, tokenizer, encoder.slow_because is None, loaded.recipe.tokenize.shard_tokens)
+    shard_tokens = loaded.recipe.tokenize.shard_tokens
+    infill = None if job.infill is None else (job.infill, infill_ids(tokenizer, where=loaded.where("train.objective")))
+    task = Task(
+        work, job.split, repeated, tokenizer, encoder.slow_because is None, shard_tokens=shard_tokens, infill=infill
+    )
     if encoder.slow_because is not None:
         reporter.say(f"encoding with tokenizers, some 20 times slower than the fast encoder: {encoder.slow_because}")
     try:

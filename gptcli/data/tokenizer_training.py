@@ -14,6 +14,7 @@ import numpy as np
 
 from gptcli.data.encode import safe_cuts, tokenizer_threads, utf8_size
 from gptcli.data.finish import check_sides
+from gptcli.data.infill import TOKENS
 from gptcli.data.job import MEGA, Job
 from gptcli.data.split import SAMPLE_BUCKETS, SAMPLE_BYTES, bucket_column, sample_buckets
 from gptcli.data.stages import repeated_marks, run_stage, surveyed, waiting
@@ -37,7 +38,7 @@ def trained_tokenizer(
 ) -> tuple[Path, bool]:
     """(folder of the tokenizer that a recipe asks to train, whether it was trained now and not found in the cache).
 
-    The special tokens of a named `template` are among its own.
+    The special tokens of a named `template` are among its own, and those of objective fim.
     """
     if spec.algorithm == "bytes":
         folder = cache_root() / "tokenizers" / fingerprint([FORMAT, "bytes"])
@@ -51,7 +52,9 @@ def trained_tokenizer(
             where=loaded.where("tokenizer.train"),
             remedy="Name the tokenizer that made them: tokenizer: {from: ...}",
         )
-    specials = list(dict.fromkeys([*(spec.special_tokens or ()), *(template.special_tokens if template else ())]))
+    for_infill = TOKENS if job.infill is not None else ()
+    for_chat = template.special_tokens if template else ()
+    specials = list(dict.fromkeys([*(spec.special_tokens or ()), *for_chat, *for_infill]))
     # The recipe's own special tokens are counted where it is read; a template's are known only here.
     if spec.vocab_size < (least := 256 + len({END_OF_TEXT, PAD, *specials})):
         raise RecipeError(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gptcli.data.counts import Counts
 from gptcli.data.encode import Encoded, Encoder, batches, make_encoder, utf8_size
+from gptcli.data.infill import Infill, infilled
 from gptcli.data.pieces import Piece
 from gptcli.data.sources import Document, Tally, read_documents
 from gptcli.data.split import DIGEST_BYTES, SIDES, Split, digest_of, sample_bucket
@@ -45,6 +46,7 @@ class Task:
         fast: whether the fast encoder may be used.
         shard_tokens: tokens of a shard, at most.
         buckets: how many buckets a tokenizer's sample takes (see `gptcli.data.split`).
+        infill: which training texts are cut for objective fim, and the ids of the three tokens; None: none.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class Task:
     fast: bool = True
     shard_tokens: int = 0
     buckets: int = 0
+    infill: tuple[Infill, tuple[int, ...]] | None = None
 
     @property
     def encoder(self) -> tuple[Path, bool]:
@@ -169,7 +172,10 @@ def _add_texts(piece: Piece, task: Task, sides: list[_Side], batch: list[Documen
         kept = [(text, at) for part, at in zip(parts, batch, strict=True) if (text := part[number])]
         if kept:
             chosen = [text for text, _ in kept]
-            side.add(chosen, encoder(chosen), [at for _, at in kept])
+            cut = task.infill is not None and not number
+            side.add(
+                chosen, infilled(encoder, chosen, *task.infill) if cut else encoder(chosen), [at for _, at in kept]
+            )
 
 
 def _add_tokens(piece: Piece, task: Task, sides: list[_Side], batch: list[TokenDocument], raws: list[bytes]) -> None:

@@ -60,7 +60,7 @@ TABLE: tuple[Row, ...] = (
     Row("data.overlong", ("split",)),
     Row("model.preset", ("1m", "10m", "30m", "124m", "350m", "774m", "1.5b")),
     Row("model.rope_scaling", feature="a longer context by rope_scaling"),
-    Row("train.objective", ("causal",)),
+    Row("train.objective", ("causal", "fim")),
     Row("train.label_smoothing", (0.0,)),
     Row("train.neftune_noise_alpha", feature="NEFTune"),
     Row("train.profile", feature="a profile"),

@@ -88,10 +88,21 @@ class Profile(Section):
     steps: Count = Field(default=5, description="How many steps are traced.")
 
 
+class Fim(Section):
+    """Fill in the middle (Bavarian et al. 2022): which documents are cut in three, their middle written last."""
+
+    rate: Ratio = Field(default=0.5, description="The share of the training documents that are cut.")
+    spm_rate: Ratio = Field(default=0.5, description="Of these, the share whose suffix stands before the prefix.")
+
+
 class Train(Section):
     """How the model is trained. The commands that train need one of `max_tokens`, `max_steps`, `epochs`."""
 
-    objective: Literal["causal", "fim", "masked"] = Field(default="causal", description="What is predicted.")
+    objective: Literal["causal", "fim", "masked"] = Field(
+        default="causal",
+        description="causal: the next token; fim: of documents that may be cut, their middle written last.",
+    )
+    fim: Fim = Field(default_factory=Fim.model_construct, description="objective fim: what is cut.")
     max_tokens: Count | None = Field(default=None, description="Length of the run in input tokens.")
     max_steps: Count | None = Field(default=None, description="Length of the run in optimizer steps.")
     epochs: Positive | None = Field(default=None, description="Length of the run in passes over the data.")
