@@ -172,10 +172,11 @@ def _add_texts(piece: Piece, task: Task, sides: list[_Side], batch: list[Documen
         kept = [(text, at) for part, at in zip(parts, batch, strict=True) if (text := part[number])]
         if kept:
             chosen = [text for text, _ in kept]
-            cut = task.infill is not None and not number
-            side.add(
-                chosen, infilled(encoder, chosen, *task.infill) if cut else encoder(chosen), [at for _, at in kept]
-            )
+            if task.infill is not None and not number:
+                encoded = infilled(encoder, chosen, *task.infill)
+            else:
+                encoded = encoder(chosen)
+            side.add(chosen, encoded, [at for _, at in kept])
 
 
 def _add_tokens(piece: Piece, task: Task, sides: list[_Side], batch: list[TokenDocument], raws: list[bytes]) -> None:
