@@ -87,6 +87,26 @@ class Stream:
             parts.append(shards[index][max(begin - start, 0) : end - start])
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
+    def gather(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The tokens at positions, each by itself: int64 of their shape [n]."""
+        return self._gathered(self.shards, positions).astype(np.int64)
+
+    def gather_supervised(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of the tokens at positions [n] are supervised."""
+        if self.supervised is None:
+            return np.ones(len(positions), dtype=bool)
+        return self._gathered(self.supervised, positions).astype(bool)
+
+    def _gathered(self, parts: tuple[NDArray[Any], ...], positions: NDArray[np.int64]) -> NDArray[Any]:
+        if len(parts) == 1:
+            return parts[0][positions]  # type: ignore[no-any-return]
+        homes = np.searchsorted(self.starts, positions, side="right") - 1
+        result = np.empty(len(positions), dtype=parts[0].dtype)
+        for home in np.unique(homes).tolist():
+            chosen = homes == home
+            result[chosen] = parts[home][positions[chosen] - self.starts[home]]
+        return result
+
     def rows(self, begins: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """Rows of `length` tokens that begin at `begins`: int64 of shape [len(begins), length]."""
         result = np.empty((len(begins), length), dtype=np.int64)

@@ -49,10 +49,9 @@ def global_batch(loaded: LoadedRecipe, length: int, decisions: list[Decision]) -
         RecipeError: `global_batch_tokens` are less than a row.
     """
     train = loaded.recipe.train
+    batch = train.rows_of_step(length)
     if train.global_batch_tokens is None:
-        assert train.global_batch_size is not None  # the schema has one of the two
-        return train.global_batch_size
-    batch = train.global_batch_tokens // length
+        return batch
     if batch < 1:
         raise RecipeError(
             f"train.global_batch_tokens: {train.global_batch_tokens:,} tokens are less than one row of {length:,}",

@@ -26,6 +26,7 @@ COMPILE_STEPS = 500
 BLOCKS = "blocks"
 BLOCKS_LONGEST = 512
 FLASH_2, FLASH_3, FLEX = "flash_attention_2", "flash_attention_3", "flex_attention"
+FLASH = (FLASH_2, FLASH_3)
 # The installed package behind each, as `Hardware.packages` names it, and how to get it.
 PACKAGES = {
     FLASH_2: ("flash_attn", "pip install flash-attn --no-build-isolation"),
@@ -168,7 +169,7 @@ def check_modes(loaded: LoadedRecipe, plan: Plan, hardware: Hardware, usable: Se
     """
     for key, value in (("train.precision", plan.precision), ("train.attention", plan.attention)):
         found = lacks(value, hardware)
-        if found is None and value in (FLASH_2, FLASH_3):
+        if found is None and value in FLASH:
             found = _misfit(value, plan.precision, usable)
         if found is None and value == FLEX and usable and FLEX not in usable:
             found = f"this model cannot use {value}", ""

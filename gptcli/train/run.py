@@ -205,7 +205,7 @@ def _fitted(assembly: Assembly, model: PreTrainedModel, reporter: Reporter) -> A
 def _build_trainer(
     assembly: Assembly, model: PreTrainedModel, stop: Any, reporter: Reporter, progress: Any
 ) -> CausalTrainer:
-    from gptcli.data.dataset import TrainingRows
+    from gptcli.data.packed import training_rows
     from gptcli.model.load import load_tokenizer, quiet
     from gptcli.train.arguments import training_arguments
     from gptcli.train.callbacks import Schedule
@@ -230,12 +230,8 @@ def _build_trainer(
             args=arguments,
             recipe=recipe,
             plan=plan,
-            rows=TrainingRows(
-                assembly.prepared.train,
-                sequence_length=plan.sequence_length,
-                seed=recipe.seed,
-                shuffle=recipe.data.shuffle,
-                weights=recipe.data.weights,
+            rows=training_rows(
+                assembly.prepared.train, assembly.prepared.index, recipe, plan.global_batch_size
             ),
             validation=assembly.prepared.validation,
             tokenizer=tokenizer,
