@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from gptcli.recipe.schema import Recipe
 
 IGNORED = -100
+# Rows of which the padding is taken for that of all.
+LOOKED_AT = 1 << 17
 
 
 class PackedRows:
@@ -202,7 +204,7 @@ def row_proportions(
     return Proportions.of(rows, weights)
 
 
-def padding(rows: PackedRows, batch: int, limit: int = SUMMED) -> float:
+def padding(rows: PackedRows, batch: int, limit: int = LOOKED_AT) -> float:
     """The share of what a pass works on that is filling, with so many rows in each; of at most `limit` rows."""
     count = min(rows.rows_per_epoch, max(1, limit // batch) * batch)
     lengths = rows.lengths(np.arange(count, dtype=np.int64))

@@ -6,7 +6,7 @@ a second run makes nothing. 12 bytes a row and 12 a piece, memory-mapped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,23 @@ def row_index(
         with committed_folder(folder) as work:
             _write(shards, packing, tokenizer, work)
         return _opened(folder, packing, verify=False), False
+
+
+def check_held_out(shards: Shards, packing: Packing, tokenizer: Path) -> None:
+    """Raise `DataError` where validation data has a document too long for `data.overlong`, or nothing to score."""
+    labels = 0
+    for number, stream in enumerate(shards.streams):
+        try:
+            for window in windows(stream, shards.document_offsets(number), replace(packing, packing="none")):
+                labels += int(window.labels.sum(dtype=np.int64))
+        except Overlong as error:
+            raise _overlong(shards, number, error, packing, tokenizer) from None
+    if not labels:
+        raise DataError(
+            f"nothing in the {shards.documents:,} documents of the validation data is to be learnt, so none is scored",
+            where=shards.streams[0].name,
+            remedy="Give other data.validation, or none: data.validation: 0.",
+        )
 
 
 def _write(shards: Shards, packing: Packing, tokenizer: Path, work: Path) -> None:

@@ -23,7 +23,7 @@ from gptcli.data.job import Job, find_job
 from gptcli.data.packed import PackedRows, packing_of
 from gptcli.data.pieces import Piece
 from gptcli.data.readers import shown
-from gptcli.data.row_index import RowIndex, row_index
+from gptcli.data.row_index import RowIndex, check_held_out, row_index
 from gptcli.data.shards import Shards
 from gptcli.data.stages import FORMAT, repeated_marks, run_stage, survey_folder, waiting
 from gptcli.data.tokenizer import load_fast, tokenizer_fingerprint
@@ -254,14 +254,21 @@ def work_folder(folder: Path) -> Path:
 
 
 def _opened(
-    loaded: LoadedRecipe, job: Job, tokenizer: Path, folder: Path, reporter: Reporter, *, reused: bool, verify: bool | None
+    loaded: LoadedRecipe,
+    job: Job,
+    tokenizer: Path,
+    folder: Path,
+    reporter: Reporter,
+    *,
+    reused: bool,
+    verify: bool | None,
 ) -> Prepared:
     if verify is None and not reused:
         verify = False  # written a moment ago
     train = Shards.open(folder / "train", verify=verify)
     validation = Shards.open(folder / "validation", verify=verify) if job.data.validation != 0 else None
     recipe, length, where = loaded.recipe, job.data.sequence_length, loaded.where("data.sequence_length")
-    index, found = _rows(loaded, train, tokenizer, reporter)
+    index, found = _rows(loaded, train, validation, tokenizer, reporter)
     batch = max(1, recipe.train.rows_of_step(length))
     packed = None if index is None else PackedRows.of(train, index, recipe, batch, where=where)
     of_tokenizer = tokenizer_fingerprint(tokenizer)
@@ -274,7 +281,7 @@ def _opened(
 
 
 def _rows(
-    loaded: LoadedRecipe, train: Shards, tokenizer: Path, reporter: Reporter
+    loaded: LoadedRecipe, train: Shards, validation: Shards | None, tokenizer: Path, reporter: Reporter
 ) -> tuple[RowIndex | None, bool]:
     """(the index of rows of whole documents, whether it was there); None where rows are of one stream."""
     how = packing_of(loaded.recipe)
@@ -286,6 +293,8 @@ def _rows(
                 remedy="Set data.packing to isolated or none, or finetune.train_on: all.",
             )
         return None, True
+    if validation is not None and validation.has_supervision:
+        check_held_out(validation, how, tokenizer)
     return row_index(train, how, tokenizer, waiting(reporter), reporter.warn)
 
 

@@ -60,7 +60,9 @@ def mixes(model: PreTrainedModel, *, flat: bool = False) -> str | None:
         except (TypeError, ValueError, RuntimeError) as error:
             return first_line(error)
         alone = [
-            module_outputs(model, {"input_ids": part[None], "position_ids": torch.arange(len(part), device=device)[None]})
+            module_outputs(
+                model, {"input_ids": part[None], "position_ids": torch.arange(len(part), device=device)[None]}
+            )
             for row, sizes in zip(ids, _ROWS, strict=True)
             for part in row.split(list(sizes))
         ]

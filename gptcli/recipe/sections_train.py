@@ -193,7 +193,7 @@ class Train(Section):
     )
 
     def rows_of_step(self, length: int) -> int:
-        """Rows of a step over all processes, of `length` tokens each; 0 where `global_batch_tokens` are less than one."""
+        """Rows of `length` tokens a step, over all processes; 0 where `global_batch_tokens` are less than one."""
         if self.global_batch_tokens is not None:
             return self.global_batch_tokens // length
         assert self.global_batch_size is not None  # the schema has one of the two

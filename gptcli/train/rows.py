@@ -111,7 +111,9 @@ def inputs_and_labels(batch: torch.Tensor, device: torch.device, *, flat: bool =
         ids = batch[:, :-1]
         return {"input_ids": torch.zeros_like(ids) if filler else ids, "labels": batch[:, 1:]}
     ids, labels, *positions = batch.unbind(1)
-    found = {"input_ids": ids, "labels": labels} | {"position_ids": each for each in positions}
+    found = {"input_ids": ids, "labels": labels}
+    if positions:
+        found["position_ids"] = positions[0]
     if filler:
         found |= {name: torch.zeros_like(ids) for name in found if name != "labels"}
     return {name: values.reshape(1, -1) for name, values in found.items()} if flat else found

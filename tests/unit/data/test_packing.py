@@ -182,11 +182,14 @@ def test_a_document_longer_than_a_row_is_treated_as_asked(overlong: str) -> None
         return
     begins, lengths, left_out = pieces(offsets, LENGTH, overlong)
     assert left_out["without_label"] == 1
-    assert list(zip(begins.tolist(), lengths.tolist(), strict=True)) == {
-        "split": [(0, 5), (5, 17), (21, 17), (37, 3), (41, 17), (58, 17), (74, 2)],
-        "truncate": [(0, 5), (5, 17), (41, 17), (58, 17)],
-        "drop": [(0, 5), (41, 17)],
-    }[overlong]
+    assert (
+        list(zip(begins.tolist(), lengths.tolist(), strict=True))
+        == {
+            "split": [(0, 5), (5, 17), (21, 17), (37, 3), (41, 17), (58, 17), (74, 2)],
+            "truncate": [(0, 5), (5, 17), (41, 17), (58, 17)],
+            "drop": [(0, 5), (41, 17)],
+        }[overlong]
+    )
     counts = {"split": (0, 0), "truncate": (2, 0), "drop": (0, 2)}[overlong]
     assert (left_out["truncated"], left_out["dropped"]) == counts
 
