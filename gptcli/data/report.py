@@ -9,6 +9,7 @@ from gptcli.data.counts import Counts, Notable
 from gptcli.data.dataset import proportions
 from gptcli.data.packed import padding
 from gptcli.data.row_index import left_out_text
+from gptcli.data.writer import SUPERVISED
 
 if TYPE_CHECKING:
     from gptcli.data.packed import PackedRows
@@ -139,8 +140,6 @@ def _row_lines(report: dict[str, Any]) -> list[str]:
             f"rows of at most {length} tokens: {rows:,}, a document each, {mean:,.1f} tokens on average "
             f"({share} padding where a step is one batch)"
         ]
-    if report["labels"] != report["row_tokens"]:
-        lines.append(f"labels: {report['labels']:,} of {report['row_tokens']:,} tokens are learnt")
     if left_out := left_out_text(report["left_out"]):
         lines.append(f"data.overlong: {left_out}")
     return lines
@@ -173,11 +172,20 @@ def _numbers(manifest: dict[str, Any], counts: Counts) -> dict[str, Any]:
         "documents": manifest["documents"],
         "bytes": manifest["bytes"],
         "tokens": tokens,
+        **_supervision(manifest),
         "bytes_per_token": round(manifest["bytes"] / tokens, 4) if tokens else None,
         "document_tokens": counts.quantiles(),
         "with_nul": counts.with_nul,
         "specials_in_text": counts.specials_in_text,
     }
+
+
+def _supervision(manifest: dict[str, Any]) -> dict[str, Any]:
+    """How many tokens are trained on, where the data says it, and their share of all."""
+    if SUPERVISED not in manifest:
+        return {}
+    count, tokens = manifest[SUPERVISED], manifest["tokens"]
+    return {"supervised_tokens": count, "supervised_share": round(count / tokens, 4) if tokens else None}
 
 
 def _notable(kept: list[Notable], unit: str, place: Callable[[Sequence[Any]], str]) -> list[dict[str, Any]]:
@@ -187,6 +195,12 @@ def _notable(kept: list[Notable], unit: str, place: Callable[[Sequence[Any]], st
 
 def _side_line(name: str, numbers: dict[str, Any]) -> str:
     ratio = f", {numbers['bytes_per_token']:.2f} bytes a token" if numbers["tokens"] else ""
+    supervised = ""
+    if numbers.get("supervised_share") is not None:
+        share = 100 * numbers["supervised_share"]
+        supervised = f" ({numbers['supervised_tokens']:,} supervised, {share:.1f}%)"
+    what = "rows" if "supervised_tokens" in numbers else "documents"
     return (
-        f"{name}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens, {numbers['bytes']:,} bytes{ratio}"
+        f"{name}: {numbers['documents']:,} {what}, {numbers['tokens']:,} tokens{supervised}, "
+        f"{numbers['bytes']:,} bytes{ratio}"
     )

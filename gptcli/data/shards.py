@@ -37,7 +37,7 @@ def write_manifest(folder: Path, sources: list[dict[str, Any]], dtype: np.dtype[
 
     Sources that count their `supervised` tokens have shards with that part: all of them, or none.
     """
-    supervised = all(SUPERVISED in source for source in sources)
+    supervised = bool(sources) and all(SUPERVISED in source for source in sources)
     counted = ("documents", "bytes", "tokens", *([SUPERVISED] if supervised else []))
     totals = {key: sum(source[key] for source in sources) for key in counted}
     manifest = {

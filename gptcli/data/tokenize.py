@@ -30,6 +30,7 @@ from gptcli.data.tokenizer import load_fast, tokenizer_fingerprint
 from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.data.tokenizer_training import trained_tokenizer
 from gptcli.data.tokens import TokensInput
+from gptcli.data.turns import open_templater
 from gptcli.data.work import RESULT, Task, encode, encoder_of
 from gptcli.errors import DataError, RecipeError
 from gptcli.files import cache_root, committed_folder, fingerprint, locked, read_json, remove_uncommitted
@@ -192,6 +193,9 @@ def encode_pieces(
     encoder = encoder_of(tokenizer, True)
     if encoder.specials.eos is None:
         raise DataError("the tokenizer names no token that ends a text", where=str(tokenizer))
+    if job.data.format == "chat":
+        section = "tokenizer" if loaded.recipe.tokenizer is not None else "model.from"
+        open_templater(tokenizer, where=loaded.where(section))
     work = work_folder(folder)
     check_tokens(job, tokenizer)
     repeated = repeated_marks(loaded, job, reporter, tokenizer) if job.data.deduplicate == "exact" else None
