@@ -1,8 +1,7 @@
 """Row k of the run, by arithmetic on the memory-mapped shards: the same on any number of processes.
 
-Row r of a source reads its tokens [r*T, r*T + T + 1); a row never crosses sources, and `mixing` says whose row k is.
-Epoch e of a source is a permutation of its N rows keyed by (seed, source, e), so nothing of the order is stored: its
-k-th row of the run is row (k mod N) of its epoch (k div N).
+Row r of a source reads its tokens [r*T, r*T + T + 1); a row never crosses sources, `mixing` says whose row k is, and
+`order` which row of it. Rows of whole documents are in `packed`.
 """
 
 from __future__ import annotations
@@ -12,13 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gptcli.data.mixing import Mixture, Proportions
-from gptcli.data.permutation import permute
+from gptcli.data.mixing import Proportions
+from gptcli.data.order import Order
 from gptcli.data.shards import Shards
 from gptcli.errors import DataError
-
-BLOCK = 8192
-BLOCKS_KEPT = 4
 
 
 class TrainingRows:
@@ -35,6 +31,8 @@ class TrainingRows:
         DataError: no source has tokens for one row, or one with a weight has none.
     """
 
+    isolated = False  # a row is one text
+
     def __init__(
         self,
         shards: Shards,
@@ -46,17 +44,14 @@ class TrainingRows:
     ) -> None:
         self.shards = shards
         self.sequence_length = sequence_length
-        self.seed = seed
-        self.shuffle = shuffle
         sources = [(stream.name, len(stream)) for stream in shards.streams]
         self.proportions = proportions(sources, sequence_length, weights)
         self.rows_per_epoch = sum(self.proportions.rows)
-        self._mixture = Mixture(self.proportions.parts)
-        self._blocks: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._order = Order(self.proportions, seed=seed, shuffle=shuffle)
 
     def batch(self, ks: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows `ks` of the run: int64 of shape [len(ks), sequence_length + 1]."""
-        sources, rows = self._places(np.asarray(ks, dtype=np.int64))
+        sources, rows = self._order.places(np.asarray(ks, dtype=np.int64))
         begins = rows * self.sequence_length
         if len(self.shards.streams) == 1:
             return self.shards.streams[0].rows(begins, self.sequence_length + 1)
@@ -68,47 +63,21 @@ class TrainingRows:
 
     def row_id(self, k: int) -> str:
         """What row k is: the source, the tokens of its stream and the source's epoch."""
-        number = np.array([k], dtype=np.int64)
-        source, row = (int(values[0]) for values in self._places(number))
-        epoch = int(self._mixture.locate(number)[1][0]) // self.proportions.rows[source]
-        begin = row * self.sequence_length
+        source, row = (int(values[0]) for values in self._order.places(np.array([k], dtype=np.int64)))
+        begin, epoch = row * self.sequence_length, self._order.epoch(k)
         return f"{self.shards.streams[source].name} tokens {begin}-{begin + self.sequence_length} (epoch {epoch})"
+
+    def tokens_at(self, rows: int) -> int:
+        """Inputs in the first `rows` rows of the run."""
+        return rows * self.sequence_length
+
+    def labels_at(self, rows: int) -> int:
+        """Labels in the first `rows` rows of the run."""
+        return rows * self.sequence_length
 
     def source_epochs(self, rows: int) -> list[float]:
         """How often each source was gone through after so many rows of the run, to within one row of the source."""
         return self.proportions.epochs(rows)
-
-    def _places(self, ks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each of the rows `ks`, and which row of that source it is."""
-        homes = ks // BLOCK
-        blocks = np.unique(homes).tolist()
-        if len(blocks) > BLOCKS_KEPT:
-            return self._located(ks)
-        sources, rows = np.empty_like(ks), np.empty_like(ks)
-        for block in blocks:
-            chosen = homes == block
-            inside = ks[chosen] - block * BLOCK
-            sources[chosen], rows[chosen] = (values[inside] for values in self._block(block))
-        return sources, rows
-
-    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        # Batches ask for neighbours, and permuting 8,192 numbers costs hardly more than permuting 64.
-        if block not in self._blocks:
-            if len(self._blocks) >= BLOCKS_KEPT:
-                self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[block] = self._located(np.arange(block * BLOCK, (block + 1) * BLOCK, dtype=np.int64))
-        return self._blocks[block]
-
-    def _located(self, ks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        sources, before = self._mixture.locate(ks)
-        rows = np.empty_like(before)
-        for source in np.unique(sources).tolist():
-            chosen = np.flatnonzero(sources == source)
-            size = self.proportions.rows[source]
-            epochs, positions = np.divmod(before[chosen], size)
-            # Seeds of recipes are below 2^32, so each (seed, source) has a key; that of the first source is the seed.
-            rows[chosen] = permute(positions, epochs, size, self.seed + (source << 32)) if self.shuffle else positions
-        return sources, rows
 
 
 def proportions(

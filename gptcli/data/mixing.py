@@ -93,6 +93,19 @@ class Mixture:
             before += periods * np.array(self.parts, dtype=np.int64)[sources]
         return sources, before
 
+    def counts(self, rows: int) -> list[int]:
+        """How many of the first `rows` rows of the run are each source's."""
+        periods, slots = divmod(rows, self.period) if self.period < ENDLESS else (0, rows)
+        block, rest = divmod(slots, BLOCK)
+        while rest and len(self._blocks) <= block:
+            self._extend()
+        while len(self._begins) <= block:
+            self._extend()
+        found = self._begins[block].copy()
+        if rest:
+            found += np.bincount(self._blocks[block][:rest], minlength=len(self.parts))
+        return [periods * part + int(count) for part, count in zip(self.parts, found, strict=True)]
+
     def _ranks(self, block: int) -> NDArray[np.int64]:
         """How many rows of its source come before each row of a block, in this period."""
         if block not in self._ranked:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptcli.data.counts import Counts, Notable
 from gptcli.data.dataset import proportions
+from gptcli.data.packed import padding
+from gptcli.data.row_index import left_out_text
+from gptcli.data.writer import SUPERVISED
+
+if TYPE_CHECKING:
+    from gptcli.data.packed import PackedRows
 
 
 def make_report(
@@ -26,32 +32,67 @@ def make_report(
 
 
 def with_rows(
-    report: dict[str, Any], sequence_length: int, weights: Sequence[float] | None = None, *, where: str | None = None
+    report: dict[str, Any],
+    sequence_length: int,
+    weights: Sequence[float] | None = None,
+    *,
+    where: str | None = None,
+    packed: PackedRows | None = None,
+    batch: int = 1,
 ) -> dict[str, Any]:
-    """The report with what depends on `sequence_length` and on the sources' `weights`.
+    """The report with what depends on `sequence_length`, on packing and on the sources' `weights`.
 
-    Adds the rows, the tokens at the sources' ends that fill none, and to each source of train its `weight` (its share
-    of the rows) and its `epochs` (how often it is gone through in one epoch of the data).
+    Adds the rows, the tokens at the sources' ends that fill none, the share of padding, what was left out of rows of
+    documents, and to each source of train its `weight` (its share of the rows) and its `epochs` (how often it is gone
+    through in one epoch of the data).
 
-    Raises `DataError` (at `where`) when no source has tokens for one row, or one with a weight has none.
+    Args:
+        report: what is stored.
+        sequence_length: inputs of a row.
+        weights: of the sources.
+        where: the place of the length, for errors.
+        packed: the rows, where they are of whole documents.
+        batch: rows of a step; those of `none` are filled up to the longest of so many.
+
+    Raises:
+        DataError: no source has tokens for one row, or one with a weight has none.
     """
     sources = report["train"]["sources"]
-    sizes = [(source["name"], source["tokens"]) for source in sources]
-    mixed = proportions(sizes, sequence_length, weights, where=where)
-    total = sum(mixed.rows)
-    used = sum(count * sequence_length + 1 for count in mixed.rows if count)
+    about: dict[str, Any]
+    if packed is None:
+        mixed = proportions(
+            [(source["name"], source["tokens"]) for source in sources], sequence_length, weights, where=where
+        )
+        used = sum(count * sequence_length + 1 for count in mixed.rows if count)
+        about = {
+            "packing": "concat",
+            "row_tokens": sum(mixed.rows) * sequence_length,
+            "labels": sum(mixed.rows) * sequence_length,
+            "unused_tail_tokens": report["train"]["tokens"] - used,
+            "padding": 0.0,  # rows of one stream are full
+            "left_out": {},
+        }
+    else:
+        mixed = packed.proportions
+        about = {
+            "packing": packed.index.packing.packing,
+            "row_tokens": packed.index.tokens,
+            "labels": packed.index.labels,
+            "unused_tail_tokens": 0,
+            "padding": round(padding(packed, batch), 6),
+            "left_out": packed.index.left_out,
+        }
     told = [
         {**source, "weight": share, "epochs": round(epochs, 4)}
-        for source, share, epochs in zip(sources, mixed.shares, mixed.epochs(total), strict=True)
+        for source, share, epochs in zip(sources, mixed.shares, mixed.epochs(sum(mixed.rows)), strict=True)
     ]
     return {
         **report,
         "train": {**report["train"], "sources": told},
         "sequence_length": sequence_length,
-        "rows": total,
+        "rows": sum(mixed.rows),
         "rows_by_source": list(mixed.rows),
-        "unused_tail_tokens": report["train"]["tokens"] - used,
-        "padding": 0.0,  # rows of one stream are full
+        **about,
     }
 
 
@@ -66,11 +107,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines.append(_side_line("validation", validation) if validation else "validation: none is held out")
     lengths = report["train"]["document_tokens"]
     lines.append("document lengths in tokens: " + ", ".join(f"{name} {value:,}" for name, value in lengths.items()))
-    tail = report["unused_tail_tokens"]
-    lines.append(
-        f"rows of {report['sequence_length']:,} tokens: {report['rows']:,} "
-        f"({tail:,} tokens at the end of a source fill none)"
-    )
+    lines += _row_lines(report)
     if report["dropped"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
         lines.append(f"dropped: {reasons}; first: {report['dropped_examples'][0]}")
@@ -87,6 +124,24 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     ):
         if count := report["train"][key]:
             lines.append(f"note: {count:,} {text} (kept)")
+    return lines
+
+
+def _row_lines(report: dict[str, Any]) -> list[str]:
+    length, rows, share = f"{report['sequence_length']:,}", report["rows"], f"{100 * report['padding']:.2g}%"
+    if report["packing"] == "concat":
+        tail = report["unused_tail_tokens"]
+        return [f"rows of {length} tokens: {rows:,} ({tail:,} tokens at the end of a source fill none)"]
+    if report["packing"] == "isolated":
+        lines = [f"rows of {length} tokens: {rows:,}, several documents in each ({share} of them padding)"]
+    else:
+        mean = report["row_tokens"] / rows
+        lines = [
+            f"rows of at most {length} tokens: {rows:,}, a document each, {mean:,.1f} tokens on average "
+            f"({share} padding where a step is one batch)"
+        ]
+    if left_out := left_out_text(report["left_out"]):
+        lines.append(f"data.overlong: {left_out}")
     return lines
 
 
@@ -117,11 +172,20 @@ def _numbers(manifest: dict[str, Any], counts: Counts) -> dict[str, Any]:
         "documents": manifest["documents"],
         "bytes": manifest["bytes"],
         "tokens": tokens,
+        **_supervision(manifest),
         "bytes_per_token": round(manifest["bytes"] / tokens, 4) if tokens else None,
         "document_tokens": counts.quantiles(),
         "with_nul": counts.with_nul,
         "specials_in_text": counts.specials_in_text,
     }
+
+
+def _supervision(manifest: dict[str, Any]) -> dict[str, Any]:
+    """How many tokens are trained on, where the data says it, and their share of all."""
+    if SUPERVISED not in manifest:
+        return {}
+    count, tokens = manifest[SUPERVISED], manifest["tokens"]
+    return {"supervised_tokens": count, "supervised_share": round(count / tokens, 4) if tokens else None}
 
 
 def _notable(kept: list[Notable], unit: str, place: Callable[[Sequence[Any]], str]) -> list[dict[str, Any]]:
@@ -131,6 +195,12 @@ def _notable(kept: list[Notable], unit: str, place: Callable[[Sequence[Any]], st
 
 def _side_line(name: str, numbers: dict[str, Any]) -> str:
     ratio = f", {numbers['bytes_per_token']:.2f} bytes a token" if numbers["tokens"] else ""
+    supervised = ""
+    if numbers.get("supervised_share") is not None:
+        share = 100 * numbers["supervised_share"]
+        supervised = f" ({numbers['supervised_tokens']:,} supervised, {share:.1f}%)"
+    what = "rows" if "supervised_tokens" in numbers else "documents"
     return (
-        f"{name}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens, {numbers['bytes']:,} bytes{ratio}"
+        f"{name}: {numbers['documents']:,} {what}, {numbers['tokens']:,} tokens{supervised}, "
+        f"{numbers['bytes']:,} bytes{ratio}"
     )

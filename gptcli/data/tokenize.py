@@ -21,14 +21,17 @@ from gptcli.data.fast import Unequal, distrust
 from gptcli.data.finish import finish
 from gptcli.data.infill import infill_ids
 from gptcli.data.job import Job, find_job
+from gptcli.data.packed import PackedRows, packing_of
 from gptcli.data.pieces import Piece
 from gptcli.data.readers import shown
+from gptcli.data.row_index import RowIndex, check_held_out, row_index
 from gptcli.data.shards import Shards
 from gptcli.data.stages import FORMAT, repeated_marks, run_stage, survey_folder, waiting
 from gptcli.data.tokenizer import load_fast, tokenizer_fingerprint
 from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.data.tokenizer_training import trained_tokenizer
 from gptcli.data.tokens import TokensInput
+from gptcli.data.turns import open_templater
 from gptcli.data.work import RESULT, Task, encode, encoder_of
 from gptcli.errors import DataError, RecipeError
 from gptcli.files import cache_root, committed_folder, fingerprint, locked, read_json, remove_uncommitted
@@ -50,6 +53,7 @@ class Prepared:
         fingerprint: a hash of the tokens of both sides and of the tokenizer, independent of paths.
         report: the data report (see `gptcli.data.report`), JSON-able.
         reused: whether everything was found in the cache.
+        index: the rows, where they are of whole documents (`data.packing`: isolated or none).
     """
 
     tokenizer: Path
@@ -59,6 +63,7 @@ class Prepared:
     fingerprint: str
     report: dict[str, Any]
     reused: bool
+    index: RowIndex | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def _prepared(loaded: LoadedRecipe, reporter: Reporter, found: _Found, verify: b
                 encode_pieces(loaded, job, tokenizer, folder, reporter)
                 commit(job, tokenizer, folder)
             remove_unfinished(job, tokenizer, folder)
-    return _opened(loaded, job, tokenizer, folder, reused=reused and not found.trained, verify=verify)
+    return _opened(loaded, job, tokenizer, folder, reporter, reused=reused and not found.trained, verify=verify)
 
 
 def prepare_share(loaded: LoadedRecipe, reporter: Reporter, share: tuple[int, int]) -> dict[str, Any]:
@@ -189,6 +194,9 @@ def encode_pieces(
     encoder = encoder_of(tokenizer, True)
     if encoder.specials.eos is None:
         raise DataError("the tokenizer names no token that ends a text", where=str(tokenizer))
+    if job.data.format == "chat":
+        section = "tokenizer" if loaded.recipe.tokenizer is not None else "model.from"
+        open_templater(tokenizer, where=loaded.where(section))
     work = work_folder(folder)
     check_tokens(job, tokenizer)
     repeated = repeated_marks(loaded, job, reporter, tokenizer) if job.data.deduplicate == "exact" else None
@@ -255,18 +263,48 @@ def work_folder(folder: Path) -> Path:
 
 
 def _opened(
-    loaded: LoadedRecipe, job: Job, tokenizer: Path, folder: Path, *, reused: bool, verify: bool | None
+    loaded: LoadedRecipe,
+    job: Job,
+    tokenizer: Path,
+    folder: Path,
+    reporter: Reporter,
+    *,
+    reused: bool,
+    verify: bool | None,
 ) -> Prepared:
     if verify is None and not reused:
         verify = False  # written a moment ago
     train = Shards.open(folder / "train", verify=verify)
     validation = Shards.open(folder / "validation", verify=verify) if job.data.validation != 0 else None
-    length, where = job.data.sequence_length, loaded.where("data.sequence_length")
+    recipe, length, where = loaded.recipe, job.data.sequence_length, loaded.where("data.sequence_length")
+    index, found = _rows(loaded, train, validation, tokenizer, reporter)
+    batch = max(1, recipe.train.rows_of_step(length))
+    packed = None if index is None else PackedRows.of(train, index, recipe, batch, where=where)
     of_tokenizer = tokenizer_fingerprint(tokenizer)
     result = fingerprint([of_tokenizer, train.fingerprint, validation.fingerprint if validation else None])
-    report = reports.with_rows(_stored_report(folder), length, job.data.weights, where=where)
+    report = reports.with_rows(
+        _stored_report(folder), length, job.data.weights, where=where, packed=packed, batch=batch
+    )
     report["fingerprint"] = result
-    return Prepared(tokenizer, of_tokenizer, train, validation, result, report, reused)
+    return Prepared(tokenizer, of_tokenizer, train, validation, result, report, reused and found, index)
+
+
+def _rows(
+    loaded: LoadedRecipe, train: Shards, validation: Shards | None, tokenizer: Path, reporter: Reporter
+) -> tuple[RowIndex | None, bool]:
+    """(the index of rows of whole documents, whether it was there); None where rows are of one stream."""
+    how = packing_of(loaded.recipe)
+    if how is None:
+        if train.has_supervision and loaded.recipe.finetune.train_on != "all":
+            raise RecipeError(
+                "data.packing: concat learns every token, and finetune.train_on: completion does not",
+                where=loaded.where("data.packing"),
+                remedy="Set data.packing to isolated or none, or finetune.train_on: all.",
+            )
+        return None, True
+    if validation is not None and validation.has_supervision:
+        check_held_out(validation, how, tokenizer)
+    return row_index(train, how, tokenizer, waiting(reporter), reporter.warn)
 
 
 def _stored_report(folder: Path) -> dict[str, Any]:

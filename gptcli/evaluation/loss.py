@@ -74,11 +74,15 @@ class LossResult:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of one document: `ids[:-1]` are the inputs, `ids[1:]` the targets, of which the last `scored` count."""
+    """A stretch of one document: `ids[:-1]` are the inputs, `ids[1:]` the targets, of which the last `scored` count.
+
+    With `wanted` (bool, one a target) those that count are where it is True, `scored` of them.
+    """
 
     document: int
     ids: NDArray[np.int64]
     scored: int
+    wanted: NDArray[np.bool_] | None = None
 
     @property
     def length(self) -> int:
@@ -111,11 +115,34 @@ def document_loss(
         UsageError: `sequence_length` or `stride` make no sense.
         DataError: a token id is outside the model's vocabulary.
     """
+    stream = _windows(documents, prefix_id, sequence_length, stride, _vocabulary(model))
+    return loss_of(
+        model,
+        stream,
+        pad_id=prefix_id,
+        batch_tokens=batch_tokens,
+        part=part,
+        on_progress=on_progress,
+        per_document=per_document,
+    )
+
+
+def loss_of(
+    model: PreTrainedModel,
+    stream: Iterable[tuple[int | None, Iterable[Window]]],
+    *,
+    pad_id: int,
+    batch_tokens: int = 8192,
+    part: tuple[int, int] = (0, 1),
+    on_progress: Callable[[int], None] | None = None,
+    per_document: array[float] | None = None,
+) -> LossResult:
+    """The loss over windows, which come with the bytes of each document; all else as for `document_loss`."""
     tally = _Tally(per_document)
-    windows = tally.count(_windows(documents, prefix_id, sequence_length, stride, _vocabulary(model)))
+    windows = tally.count(stream)
     nats, tokens = 0.0, 0
     with scoring(model):
-        for batch, sums in score_windows(model, windows, pad_id=prefix_id, batch_tokens=batch_tokens, part=part):
+        for batch, sums in score_windows(model, windows, pad_id=pad_id, batch_tokens=batch_tokens, part=part):
             nats += math.fsum(sums)
             tokens += sum(window.scored for window in batch)
             if per_document is not None:
@@ -293,7 +320,10 @@ def padded(batch: list[Window], pad_id: int) -> tuple[torch.Tensor, torch.Tensor
     for row, window in enumerate(batch):
         inputs[row, : window.length] = window.ids[:-1]
         targets[row, : window.length] = window.ids[1:]
-        wanted[row, window.length - window.scored : window.length] = True
+        if window.wanted is not None:
+            wanted[row, : window.length] = window.wanted
+        else:
+            wanted[row, window.length - window.scored : window.length] = True
     return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(wanted)
 
 

@@ -21,6 +21,7 @@ from gptcli.errors import RecipeError, first_line
 from gptcli.launch import rank
 from gptcli.model.kernels import attend_in_place_of_sdpa
 from gptcli.model.load import evaluating
+from gptcli.model.outputs import first_apart, module_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,11 +111,11 @@ def check(model: PreTrainedModel, cut: Cut, length: int) -> None:
     ids = (torch.arange(max(tried, least), device=device) * 7919 % min(997, text.vocab_size))[None]
     half = model.dtype != torch.float32 or torch.is_autocast_enabled(device.type)
     with torch.no_grad(), evaluating(model):
-        expected = {name: cut.of_row(output) for name, output in _outputs(model, {"input_ids": ids}).items()}
+        expected = {name: cut.of_row(output) for name, output in module_outputs(model, {"input_ids": ids}).items()}
         try:
             with attending(cut):
-                found = _outputs(model, cut.inputs({"input_ids": ids}))
-            why = _first_apart(found, expected, 0.1 if half else 1e-3)
+                found = module_outputs(model, cut.inputs({"input_ids": ids}))
+            why = first_apart(found, expected, 0.1 if half else 1e-3)
         except (TypeError, ValueError, RuntimeError) as error:
             why = first_line(error)
     # The same on all processes of a row, so that none goes on alone.
@@ -125,36 +126,6 @@ def check(model: PreTrainedModel, cut: Cut, length: int) -> None:
             f"launch.parallel.cp: {type(model).__name__} cannot take divided rows ({why or 'as others found'})",
             remedy=_INSTEAD,
         )
-
-
-def _outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What each module makes of a batch, by its name, in their order: where that is a tensor [batch, time, ...]."""
-    shape, outputs, hooks = inputs["input_ids"].shape, {}, []
-
-    def keep(name: str, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(first, torch.Tensor) and first.ndim > 2 and first.shape[:2] == shape:
-            outputs[name] = first.detach().clone()
-
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_hook(lambda _, __, output, name=name: keep(name, output)))
-    try:
-        keep("the logits", model(**inputs).logits)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return outputs
-
-
-def _first_apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], most: float) -> str | None:
-    """The first module whose output is another, relative to its size."""
-    for name, wanted in expected.items():
-        output = found.get(name)
-        if output is None or output.shape != wanted.shape:
-            return f"{name} gives another shape"
-        if not (output.float() - wanted.float()).norm() <= most * wanted.float().norm():
-            return f"{name} gives something else"
-    return None
 
 
 def _attend(

@@ -35,38 +35,21 @@ class Row:
     mapping_only: bool = False
 
 
-def _source_rows(place: str) -> tuple[Row, ...]:
-    return (
-        Row(f"{place}.*.map", feature="mapping a column's values"),
-        Row(f"{place}.*.path", feature="a source of parallel line files", mapping_only=True),
-    )
-
-
 TABLE: tuple[Row, ...] = (
-    *_source_rows("data.train"),
-    *_source_rows("data.validation"),
     Row("eval.data.*.tokens", feature="evaluation on tokens made before"),
-    Row("data.format", ("text",)),
-    Row("data.prompt", feature="a prompt template"),
-    Row("data.completion", feature="a completion template"),
+    Row("data.format", ("text", "prompt", "chat")),
     Row("data.preference", feature="preference data"),
-    Row("data.messages", feature="chat data"),
     Row("data.images", feature="training on images"),
     Row("data.audios", feature="training on sounds"),
     Row("data.videos", feature="training on videos"),
     Row("data.allow_urls", (False,)),
     Row("data.cache_features", (False,)),
-    Row("data.packing", ("concat",)),
-    Row("data.overlong", ("split",)),
     Row("model.preset", ("1m", "10m", "30m", "124m", "350m", "774m", "1.5b")),
     Row("model.rope_scaling", feature="a longer context by rope_scaling"),
     Row("train.objective", ("causal", "fim")),
-    Row("train.label_smoothing", (0.0,)),
-    Row("train.neftune_noise_alpha", feature="NEFTune"),
     Row("train.profile", feature="a profile"),
     Row("train.best_metric", ("validation.loss", "validation.bits_per_byte")),
     Row("finetune.method", ("sft",)),
-    Row("finetune.train_on", ("completion",)),
     Row("finetune.adapter", ("none",)),
     Row("finetune.adapter_from", feature="continuing an adapter"),
     Row("finetune.lora", feature="an adapter"),

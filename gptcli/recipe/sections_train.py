@@ -203,6 +203,13 @@ class Train(Section):
         description="Any other field of transformers.TrainingArguments; one that a key of the recipe sets is refused.",
     )
 
+    def rows_of_step(self, length: int) -> int:
+        """Rows of `length` tokens a step, over all processes; 0 where `global_batch_tokens` are less than one."""
+        if self.global_batch_tokens is not None:
+            return self.global_batch_tokens // length
+        assert self.global_batch_size is not None  # the schema has one of the two
+        return self.global_batch_size
+
     @model_validator(mode="before")
     @classmethod
     def _tokens_replace_rows(cls, value: Any) -> Any:

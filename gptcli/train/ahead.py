@@ -1,8 +1,9 @@
 """A Trainer that lets the host run ahead of a GPU: within a step nothing waits for the device.
 
 What transformers 5.23 does in a step was read for that. A batch is one tensor in pinned memory and one copy that the
-host does not wait for (it was two, each a wait, since slices are no contiguous memory); labels are counted from its
-shape; rows are not searched for documents (`model.kernels`); norms and losses stay on the device until a log line.
+host does not wait for (it was two, each a wait, since slices are no contiguous memory); labels are counted on the host;
+rows of one stream are not searched for documents (`model.kernels`); norms and losses stay on the device until a log
+line.
 The one wait that is left is that of fp16's loss scaling, which has to know whether a gradient overflowed.
 """
 
@@ -14,22 +15,24 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from gptcli.model import context_parallel
+from gptcli.model import context_parallel, isolation
 from gptcli.model.kernels import settle_attention
 from gptcli.train import float8, group
 from gptcli.train.backoff import BackOffTrainer
+from gptcli.train.modes import FLASH
 from gptcli.train.rows import MicroBatches, RunRows, inputs_and_labels, label_count, whole
 from gptcli.train.sharding import part_again
 
 
 class AheadTrainer(BackOffTrainer):
-    """A Trainer whose batches are tensors [n, T + 1] of token ids; fp8 by accelerate's own way.
+    """A Trainer whose batches are tensors (see `train.rows`); fp8 by accelerate's own way.
 
     A subclass sets the run's rows before it trains.
     """
 
     _run_rows: RunRows
     _cut: context_parallel.Cut | None = None
+    _flat = False
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with warnings.catch_warnings():
@@ -41,6 +44,10 @@ class AheadTrainer(BackOffTrainer):
         settle_attention(model, self._plan.attention)
         if self._plan.context_parallel > 1:
             self._cut = self._divided_rows(model)
+        if self._run_rows.isolated:
+            self._flat = self._plan.attention in FLASH
+            with self.compute_loss_context_manager():
+                isolation.check(model, flat=self._flat)
         self._compiler.settle(self._prepare_inputs(self._run_rows.first(self._plan.micro_batch_size)))
         part_again(model)
         return prepared
@@ -80,18 +87,18 @@ class AheadTrainer(BackOffTrainer):
             torch.cuda.synchronize(self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list[torch.Tensor], device: torch.device) -> Any:
-        """The labels of an optimizer step, over all processes."""
+        """The labels that count of an optimizer step, over all processes."""
         count = sum(label_count(batch) for batch in batch_samples)
         if self.args.world_size == 1:
-            return count
-        every = self.accelerator.gather(torch.tensor(count, device=device)).sum()
+            return max(1, count)
+        every = self.accelerator.gather(torch.tensor(count, device=device)).sum().clamp(min=1)
         return every * self._plan.processes // self.args.world_size
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The model's inputs and the labels, two views of the batch that is on the device already."""
         if not isinstance(inputs, torch.Tensor):
             return super()._prepare_inputs(inputs)
-        return inputs_and_labels(inputs, self.args.device)
+        return inputs_and_labels(inputs, self.args.device, flat=self._flat)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)

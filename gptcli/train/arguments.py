@@ -104,6 +104,7 @@ def training_arguments(loaded: LoadedRecipe, plan: Plan, run: Path, device_kind:
         "adam_beta2": train.betas[1],
         "adam_epsilon": train.adam_epsilon,
         "max_grad_norm": train.max_grad_norm,
+        "neftune_noise_alpha": train.neftune_noise_alpha,
         "bf16": plan.precision == "bf16",
         "fp16": plan.precision == "fp16",
         "activation_checkpointing": train.activation_checkpointing,

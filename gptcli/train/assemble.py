@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.data.dataset import proportions
+from gptcli.data.packed import PackedRows, Rows, padding, training_rows
 from gptcli.data.report import mixing_text
 from gptcli.data.tokenize import Prepared, prepare
 from gptcli.device import best_device, c_compiler, capability, device_name, total_memory
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
-    from gptcli.data.mixing import Proportions
     from gptcli.model.build import Counts
 
 
@@ -40,6 +39,7 @@ class Assembly:
 
     loaded: LoadedRecipe
     prepared: Prepared
+    rows: Rows
     config: PreTrainedConfig
     counts: Counts
     plan: Plan
@@ -74,12 +74,16 @@ def assemble(
     from gptcli.model.kernels import usable_attention
 
     prepared = prepare(loaded, reporter, verify=verify)
-    rows = sum(_proportions(loaded, prepared).rows)
+    _check_metric(loaded, prepared)
+    rows = training_rows(prepared.train, prepared.index, loaded.recipe, _batch(loaded))
     config = model_config(loaded, prepared, reporter)
     device = torch.device("cpu") if hardware is not None and hardware.kind == "cpu" else best_device()
     counts = count_parameters(config)
     hardware, usable = hardware or look_at(device), usable_attention(config)
-    planned = partial(make_plan, counts=counts, rows_per_epoch=rows, decided=decided, usable=usable)
+    about: dict[str, Any] = {"rows_per_epoch": rows.rows_per_epoch}
+    if isinstance(rows, PackedRows):
+        about |= {"tokens_per_epoch": rows.index.tokens, "padding": partial(padding, rows)}
+    planned = partial(make_plan, counts=counts, decided=decided, usable=usable, **about)
     plan = planned(loaded, hardware=hardware)
     if hardware.here and loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
         batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}
@@ -101,7 +105,7 @@ def assemble(
         "prepared": prepared.train.folder.parent.name,
         "tokenizer": prepared.tokenizer_fingerprint,
     }
-    return Assembly(loaded, prepared, config, counts, plan, uncompiled, device, run, fingerprints)
+    return Assembly(loaded, prepared, rows, config, counts, plan, uncompiled, device, run, fingerprints)
 
 
 def look_at(device: torch.device) -> Hardware:
@@ -168,7 +172,7 @@ def describe(assembly: Assembly) -> list[str]:
         parts += f", {plan.strategy}"
     lines = [
         f"model: {kind}, {plan.parameters / 1e6:.2f} M parameters",
-        f"train: {plan.steps:,} steps of {batch} ({parts}), {plan.total_tokens:,} tokens{epochs}",
+        f"train: {plan.steps:,} steps of {batch} ({parts}), {plan.total_tokens:,} tokens{epochs}{padding_text(plan)}",
         *_mixing_lines(assembly),
         f"device: {device_name(assembly.device)}, {plan.precision}",
     ]
@@ -197,15 +201,31 @@ def _mixing_lines(assembly: Assembly) -> list[str]:
     streams = assembly.prepared.train.streams
     if len(streams) == 1:
         return []
-    mixed = _proportions(assembly.loaded, assembly.prepared)
+    mixed = assembly.rows.proportions
     pairs = zip(streams, mixed.shares, mixed.epochs(assembly.plan.total_rows), strict=True)
     return [f"mixing: {stream.name}: {mixing_text(share, epochs)}" for stream, share, epochs in pairs]
 
 
-def _proportions(loaded: LoadedRecipe, prepared: Prepared) -> Proportions:
-    assert loaded.recipe.data is not None
-    sources = [(stream.name, len(stream)) for stream in prepared.train.streams]
-    return proportions(sources, _length(loaded), loaded.recipe.data.weights)
+def _check_metric(loaded: LoadedRecipe, prepared: Prepared) -> None:
+    train, held_out = loaded.recipe.train, prepared.validation
+    if train.best_metric == "validation.loss" or train.early_stopping_patience is None or held_out is None:
+        return
+    if held_out.has_supervision and prepared.index is not None:
+        raise RecipeError(
+            f"train.best_metric: {train.best_metric} is not known where a part of each text is learnt",
+            where=loaded.where("train.best_metric"),
+            remedy="Set train.best_metric: validation.loss.",
+        )
+
+
+def _batch(loaded: LoadedRecipe) -> int:
+    """Rows of a step; what is too little for one is refused by the plan."""
+    return max(1, loaded.recipe.train.rows_of_step(_length(loaded)))
+
+
+def padding_text(plan: Plan) -> str:
+    """What to say of the padding of a plan's rows."""
+    return f", {100 * plan.padding:.2g}% padding" if plan.padding else ""
 
 
 def _config_of(loaded: LoadedRecipe, prepared: Prepared) -> PreTrainedConfig:

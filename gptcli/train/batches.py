@@ -21,8 +21,32 @@ CPU_MICRO_BATCH_TOKENS = 8 * 1024
 # tokens and w = 1024 within 1% of the most that it can be, and a pass of 64K tokens through 124 M parameters is 5e13
 # FLOPs, a tenth of a second on an H100, beside which launching some thousand kernels is little.
 GPU_MICRO_BATCH_TOKENS = 64 * 1024
+# Where rows are of many lengths, a micro-batch of the longest may hold so many times that.
+CPU_LONGEST = 4
 MICRO_BATCH = "train.micro_batch_size"
 _LENGTH_KEYS = ("max_tokens", "max_steps", "epochs")
+
+
+def check_rows(loaded: LoadedRecipe) -> None:
+    """Refuse what rows of whole documents do not go with.
+
+    Raises:
+        RecipeError: rows that are divided over processes, or compiling for rows of many lengths.
+    """
+    recipe = loaded.recipe
+    packing = recipe.data.packing if recipe.data else "concat"
+    if packing != "concat" and recipe.launch.parallel.cp > 1:
+        raise RecipeError(
+            f"launch.parallel.cp: {recipe.launch.parallel.cp} divides rows of one text, and data.packing is {packing}",
+            where=loaded.where("launch.parallel.cp"),
+            remedy="Set launch.parallel.cp: 1, or data.packing: concat for format text.",
+        )
+    if packing == "none" and recipe.train.compile is True:
+        raise RecipeError(
+            "train.compile: true compiles for one length of rows, and data.packing: none has many",
+            where=loaded.where("train.compile"),
+            remedy="Set data.packing: isolated, or leave train.compile to auto.",
+        )
 
 
 def data_parallel(loaded: LoadedRecipe, hardware: Hardware) -> int:
@@ -49,10 +73,9 @@ def global_batch(loaded: LoadedRecipe, length: int, decisions: list[Decision]) -
         RecipeError: `global_batch_tokens` are less than a row.
     """
     train = loaded.recipe.train
+    batch = train.rows_of_step(length)
     if train.global_batch_tokens is None:
-        assert train.global_batch_size is not None  # the schema has one of the two
-        return train.global_batch_size
-    batch = train.global_batch_tokens // length
+        return batch
     if batch < 1:
         raise RecipeError(
             f"train.global_batch_tokens: {train.global_batch_tokens:,} tokens are less than one row of {length:,}",
@@ -95,6 +118,7 @@ def micro_batch(
     decisions: list[Decision],
     *,
     whole: bool = True,
+    usual: int | None = None,
 ) -> tuple[int, bool]:
     """Rows of a micro-batch, and whether a dry step is to find them.
 
@@ -106,6 +130,7 @@ def micro_batch(
         fits: whether so many rows are estimated to fit a GPU.
         decided, decisions: see `make_plan`.
         whole: whether a process holds the whole model, which one process can try on its device then.
+        usual: tokens that rows have on average, where they are of any length up to `length`.
 
     Raises:
         RecipeError: the recipe's own micro-batch does not divide the share.
@@ -125,9 +150,13 @@ def micro_batch(
     if isinstance(given, int):
         return given, False
     if hardware.kind == "cpu":
-        micro = next((size for size in sizes if size * length >= CPU_MICRO_BATCH_TOKENS), share)
+        size = usual or length
+        micro = next((rows for rows in sizes if rows * size >= CPU_MICRO_BATCH_TOKENS), share)
         reason = f"CPU: the smallest that holds {CPU_MICRO_BATCH_TOKENS // 1024}K tokens"
-        reason += "" if micro * length >= CPU_MICRO_BATCH_TOKENS else ", at most the global batch"
+        reason += "" if micro * size >= CPU_MICRO_BATCH_TOKENS else ", at most the global batch"
+        if micro * length > (most := CPU_LONGEST * max(CPU_MICRO_BATCH_TOKENS, length)) and usual:
+            micro = max(rows for rows in sizes if rows * length <= most)
+            reason = f"CPU: the largest whose longest rows have at most {most // 1024}K tokens"
         decisions.append(Decision(MICRO_BATCH, str(micro), reason))
         return micro, False
     micro = max((rows for rows in sizes if rows * length <= GPU_MICRO_BATCH_TOKENS and fits(rows)), default=1)
@@ -151,7 +180,8 @@ def steps_and_rows(
         return train.max_steps, train.max_steps * batch
     if train.max_tokens is not None:
         steps = math.ceil(train.max_tokens / (batch * length))
-        reason = f"{train.max_tokens:,} tokens / ({batch} rows x {length})"
+        full = "" if loaded.recipe.data is None or loaded.recipe.data.packing == "concat" else ", padding counted"
+        reason = f"{train.max_tokens:,} tokens / ({batch} rows x {length}{full})"
         decisions.append(Decision("train.max_steps", f"{steps:,}", reason))
         return steps, steps * batch
     if train.epochs is not None:

@@ -11,7 +11,7 @@ from gptcli.device import CARDS, Card, best_device, card_named, device_name, pea
 from gptcli.errors import UsageError
 from gptcli.reporting import Reporter, mebibytes
 from gptcli.runs.folder import RunFolder
-from gptcli.train.assemble import assemble, look_at
+from gptcli.train.assemble import assemble, look_at, padding_text
 from gptcli.train.decisions import Hardware
 from gptcli.train.memory import SHARINGS, memory_estimate
 from gptcli.train.modes import AMPERE, PACKAGES
@@ -77,7 +77,7 @@ class Estimate:
             ["steps", f"{plan.steps:,} (warm-up {plan.warmup_steps:,}, decay {plan.decay_steps:,})"],
             ["a step", size],
             ["at once", self._parts()],
-            ["tokens", f"{plan.total_tokens:,} ({epochs} epochs)"],
+            ["tokens", f"{plan.total_tokens:,} ({epochs} epochs{padding_text(plan)})"],
             ["FLOPs", f"{plan.total_flops:.3g} ({plan.flops_per_token:,} a token)"],
         ]
         many = "" if plan.world_size == 1 else f"{plan.world_size} x "

@@ -40,7 +40,7 @@ def result_of(assembly: Assembly, trainer: CausalTrainer, step: int, wall_second
         "status": "done",
         "step": step,
         **({"best_step": best} if best else {}),
-        "tokens": assembly.plan.tokens_at(step),
+        "tokens": trainer.tokens_at(step),
         "loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
         "validation": validation and {key: validation[key] for key in ("loss", "bits_per_byte")},
         "tokens_per_second": trainer.meter.tokens_per_second,

@@ -116,7 +116,7 @@ def _pass(model: PreTrainedModel, plan: Plan, train: Train, rows: int) -> None:
     vocabulary = int(model.config.get_text_config().vocab_size)
     block = loss_block(rows * length, vocabulary, logit_bytes=plan.logit_bytes)
     ids = (torch.arange(rows * length, device=device) % vocabulary).view(rows, length)
-    loss = TrainingLoss(model, block=block, z_loss=train.z_loss)
+    loss = TrainingLoss(model, block=block, z_loss=train.z_loss, smoothing=train.label_smoothing)
     half = torch.float16 if plan.precision == "fp16" else torch.bfloat16
     with torch.autocast(device.type, dtype=half, enabled=plan.precision != "fp32"):
         objective = loss(model, {"input_ids": ids}, ids)[2]

@@ -26,6 +26,7 @@ from gptcli.train import liger
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from gptcli.recipe.schema import Train
     from gptcli.reporting import Reporter
     from gptcli.train.plan import Plan
 
@@ -33,9 +34,9 @@ IGNORED = -100
 PROBE_TOKENS = 8
 # Values that a CPU works on at once, for each thread: in fp32 they fit in its cache.
 CACHED = 1 << 18
-# logits [n, vocabulary], bias, targets [n], z_loss, dtype -> [nats, objective], the gradient and the bias's.
+# logits [n, vocabulary], bias, targets [n], z_loss, dtype, smoothing -> [nats, objective], the gradient and the bias's.
 Slopes = Callable[
-    [torch.Tensor, torch.Tensor | None, torch.Tensor, float, torch.dtype],
+    [torch.Tensor, torch.Tensor | None, torch.Tensor, float, torch.dtype, float],
     tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
 ]
 
@@ -61,6 +62,17 @@ def summed_squares(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (normalisers.square() * labels.ne(IGNORED)).sum()
 
 
+def summed_gaps(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A label's logit above the mean of all logits, summed over the labels that are not -100; shapes as `summed_loss`.
+
+    `smoothing` times it is what label smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7) adds to the cross
+    entropy, since the normaliser is that of all tokens: the loss of torch's `cross_entropy(label_smoothing=...)`.
+    """
+    logits = logits.float()
+    own = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return ((own - logits.mean(-1)) * labels.ne(IGNORED)).sum()
+
+
 class TrainingLoss:
     """The loss of a model, with whole logits or in blocks.
 
@@ -68,6 +80,7 @@ class TrainingLoss:
         model: the model itself, without wrappers.
         block: positions whose logits are there at once; None: all.
         z_loss: weight of `summed_squares`.
+        smoothing: that of `summed_gaps`.
         kernel: blocks, or liger for its fused kernel (see `liger.py`) where that gives the same loss.
         compiled: whether the arithmetic between a block's products is one compiled kernel.
 
@@ -83,13 +96,14 @@ class TrainingLoss:
         *,
         block: int | None,
         z_loss: float,
+        smoothing: float = 0.0,
         kernel: str = "blocks",
         compiled: bool = False,
     ) -> None:
         head = output_head(model)
         self._head = head if type(head) is torch.nn.Linear else None
         self._block = block
-        self._z_loss = z_loss
+        self._z_loss, self._smoothing = z_loss, smoothing
         self._labels = threading.local()
         self._taking_lock = threading.Lock()
         self._takers = 0
@@ -116,9 +130,12 @@ class TrainingLoss:
             return outputs, nats.detach(), objective
         outputs = model(**inputs)
         nats = summed_loss(outputs.logits, labels)
+        objective = nats
         if self._z_loss:
-            return outputs, nats.detach(), nats + self._z_loss * summed_squares(outputs.logits, labels)
-        return outputs, nats.detach(), nats
+            objective = objective + self._z_loss * summed_squares(outputs.logits, labels)
+        if self._smoothing:
+            objective = objective + self._smoothing * summed_gaps(outputs.logits, labels)
+        return outputs, nats.detach(), objective
 
     @contextmanager
     def _taking(self, labels: torch.Tensor) -> Iterator[None]:
@@ -149,8 +166,9 @@ class TrainingLoss:
         rows = hidden.flatten(0, -2).to(dtype)
         if self.kernel == "liger":
             return liger.losses(rows, head.weight, head.bias, self._labels.flat, self._z_loss)
+        extras = self._z_loss, self._smoothing
         values: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            rows, head.weight, head.bias, self._labels.flat, self._block, self._z_loss, self._slopes
+            rows, head.weight, head.bias, self._labels.flat, self._block, extras, self._slopes
         )
         return values
 
@@ -168,9 +186,16 @@ class TrainingLoss:
         return found.shape == (2,) and torch.allclose(found[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def build_loss(model: PreTrainedModel, plan: Plan, z_loss: float, reporter: Reporter) -> TrainingLoss:
+def build_loss(model: PreTrainedModel, plan: Plan, train: Train, reporter: Reporter) -> TrainingLoss:
     """The loss that a plan has for a model, or the next best one that is exact, which is said."""
-    loss = TrainingLoss(model, block=plan.loss_block, z_loss=z_loss, kernel=plan.block_kernel, compiled=plan.compile)
+    loss = TrainingLoss(
+        model,
+        block=plan.loss_block,
+        z_loss=train.z_loss,
+        smoothing=train.label_smoothing,
+        kernel=plan.block_kernel,
+        compiled=plan.compile,
+    )
     if plan.loss_block is not None and not loss.in_blocks:
         reporter.say("loss: this model does more than multiply in its head: the logits of a micro-batch are whole")
     elif loss.in_blocks and loss.kernel != plan.block_kernel:
@@ -179,7 +204,12 @@ def build_loss(model: PreTrainedModel, plan: Plan, z_loss: float, reporter: Repo
 
 
 def block_slopes(
-    logits: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, z_loss: float, dtype: torch.dtype
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    z_loss: float,
+    dtype: torch.dtype,
+    smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """[nats, objective] of a block, the objective's gradient by its logits in `dtype`, and by the bias in fp32.
 
@@ -189,6 +219,7 @@ def block_slopes(
         targets: [n], -100 where there is none.
         z_loss: weight of `summed_squares`.
         dtype: of the gradient.
+        smoothing: weight of `summed_gaps`.
     """
     logits = logits.float()
     if bias is not None:
@@ -196,33 +227,45 @@ def block_slopes(
     known = targets.ne(IGNORED)
     picked = targets.clamp(min=0)[:, None]
     own = logits.gather(1, picked)[:, 0]
+    gaps = (own - logits.mean(-1)) * known if smoothing else None
     # One exponential for the loss and its gradient, in the logits' own memory: logsumexp would be one more, and a copy.
     largest = logits.amax(-1, keepdim=True)
     slopes = logits.sub_(largest).exp_()
     total = slopes.sum(-1)
     normalisers = total.log() + largest[:, 0]
     nats = ((normalisers - own) * known).sum()
-    sums = torch.stack([nats, nats + z_loss * (normalisers.square() * known).sum()])
-    # The gradient of the objective: softmax * (1 + 2 z normaliser), less one at the label.
+    objective = nats + z_loss * (normalisers.square() * known).sum()
+    # The gradient of the objective: softmax * (1 + 2 z normaliser), less one at the label; of one that is smoothed
+    # less its share there, and the rest at all.
     slopes *= (known * (1 + 2 * z_loss * normalisers) / total)[:, None]
+    if gaps is not None:
+        objective = objective + smoothing * gaps.sum()
+        slopes -= (known * (smoothing / slopes.shape[1]))[:, None]
+    sums, share = torch.stack([nats, objective]), 1.0 - smoothing
     if torch.compiler.is_compiling():
         # Pointwise, so that the compiler makes one pass of all of it; a scatter would be passes of its own.
-        slopes = slopes - (torch.arange(slopes.shape[1], device=slopes.device).eq(picked) & known[:, None]).float()
+        here = torch.arange(slopes.shape[1], device=slopes.device).eq(picked) & known[:, None]
+        slopes = slopes - share * here.float()
     else:
-        slopes.scatter_add_(1, picked, -known[:, None].float())
+        slopes.scatter_add_(1, picked, -share * known[:, None].float())
     return sums, slopes.to(dtype), None if bias is None else slopes.sum(0)
 
 
 def slopes_in_pieces(
-    logits: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, z_loss: float, dtype: torch.dtype
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    z_loss: float,
+    dtype: torch.dtype,
+    smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`block_slopes` as it is fast without a compiler: on a CPU by rows that fit in its cache, in the logits' place."""
     if logits.device.type != "cpu" or logits.dtype != dtype:
-        return block_slopes(logits, bias, targets, z_loss, dtype)
+        return block_slopes(logits, bias, targets, z_loss, dtype, smoothing)
     size = _cached_rows(logits)
     sums, for_bias = torch.zeros(2), None if bias is None else torch.zeros(len(bias))
     for rows, wanted in zip(torch.split(logits, size), torch.split(targets, size), strict=True):
-        values, slopes, bias_slopes = block_slopes(rows, bias, wanted, z_loss, torch.float32)
+        values, slopes, bias_slopes = block_slopes(rows, bias, wanted, z_loss, torch.float32, smoothing)
         sums += values
         if for_bias is not None and bias_slopes is not None:
             for_bias += bias_slopes
@@ -243,12 +286,20 @@ def _add(total: torch.Tensor, part: torch.Tensor) -> None:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """[nats, nats + z_loss * squares] of hidden [n, width], weight [vocabulary, width], bias and labels [n]."""
+    """[nats, objective] of hidden [n, width], weight [vocabulary, width], bias and labels [n]."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Any, weight: Any, bias: Any, labels: Any, block: int, z_loss: float, slopes_of: Slopes
+        ctx: Any,
+        hidden: Any,
+        weight: Any,
+        bias: Any,
+        labels: Any,
+        block: int,
+        extras: tuple[float, float],
+        slopes_of: Slopes,
     ) -> torch.Tensor:
+        z_loss, smoothing = extras
         with torch.autocast(hidden.device.type, enabled=False):
             wanted = ctx.needs_input_grad[:3]
             matrix = weight.to(hidden.dtype)
@@ -264,7 +315,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # A last block of another size is not worth compiling for.
                 make = slopes_of if len(rows) == block else slopes_in_pieces
                 made = torch.mm(rows, matrix.mT, out=logits[: len(rows)])
-                values, slopes, bias_slopes = make(made, bias, targets, z_loss, hidden.dtype)
+                values, slopes, bias_slopes = make(made, bias, targets, z_loss, hidden.dtype, smoothing)
                 sums += values
                 if for_bias is not None and bias_slopes is not None:
                     for_bias += bias_slopes

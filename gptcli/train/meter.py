@@ -17,6 +17,7 @@ from gptcli.reporting import mebibytes
 
 if TYPE_CHECKING:
     from gptcli.train.plan import Plan
+    from gptcli.train.rows import RunRows
 
 MEMORY_SECONDS = 2.0
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -27,6 +28,7 @@ class Meter:
 
     Args:
         plan: the run's plan.
+        rows: the run's rows: what a step holds of tokens (speed) and of labels (loss).
         device: where the run trains.
 
     Attributes:
@@ -34,13 +36,14 @@ class Meter:
         peak_bytes: the highest memory that was seen.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, rows: RunRows, device: torch.device) -> None:
         self._plan = plan
+        self._rows = rows
         self._device = device
         self._peak_flops = peak_flops(device, plan.precision)
         self._nats = self._nats_before = torch.zeros((), dtype=torch.float64)
-        self._logged_tokens = self._start_tokens = 0
-        self._left_out = 0  # tokens of steps that were skipped since the last line
+        self._logged_tokens = self._start_tokens = self._logged_labels = 0
+        self._left_out = 0  # labels of steps that were skipped since the last line
         self._began = time.perf_counter()
         self._step_began = self._step_seconds = self._all_seconds = 0.0
         self._rate: float | None = None
@@ -80,14 +83,14 @@ class Meter:
 
     def step_loss(self, step: int, reduce: Reduce) -> torch.Tensor:
         """The mean loss of a step whose micro-batches are all counted; `reduce` as for `line`."""
-        return reduce(self._nats - self._nats_before.to(self._nats.device)) / self._tokens_of(step)
+        return reduce(self._nats - self._nats_before.to(self._nats.device)) / self._labels_of(step)
 
     def leave_out(self, step: int) -> None:
         """The next line's loss is not of this step: it was skipped."""
-        self._left_out += self._tokens_of(step)
+        self._left_out += self._labels_of(step)
 
-    def _tokens_of(self, step: int) -> int:
-        return self._plan.tokens_at(step) - self._plan.tokens_at(step - 1)
+    def _labels_of(self, step: int) -> int:
+        return self._rows.labels_at(step) - self._rows.labels_at(step - 1)
 
     def line(self, step: int, *, rate: float, norm: Any, reduce: Reduce) -> Any:
         """The line of metrics.jsonl of a step, and a fresh start for the next one.
@@ -99,8 +102,8 @@ class Meter:
             reduce: sums a tensor over all processes.
         """
         plan = self._plan
-        tokens = plan.tokens_at(step)
-        counted = tokens - self._logged_tokens - self._left_out
+        tokens, labels = self._rows.tokens_at(step), self._rows.labels_at(step)
+        counted = labels - self._logged_labels - self._left_out
         timed = tokens - max(self._logged_tokens, self._start_tokens)
         self.loss = float(reduce(self._nats)) / counted if counted else None
         self._rate = timed / max(self._step_seconds, 1e-9)
@@ -109,7 +112,7 @@ class Meter:
         self._all_seconds += self._step_seconds
         memory = self._memory()
         self._nats = self._nats_before = torch.zeros_like(self._nats)
-        self._logged_tokens, self._left_out, self._step_seconds = tokens, 0, 0.0
+        self._logged_tokens, self._logged_labels, self._left_out, self._step_seconds = tokens, labels, 0, 0.0
         return {
             "step": step,
             "tokens": tokens,
@@ -142,14 +145,16 @@ class Meter:
 
     def state(self, reduce: Reduce) -> dict[str, Any]:
         """What the next line needs, for a checkpoint's manifest; `reduce` as for `line`."""
-        return {"nats": float(reduce(self._nats)), "logged_tokens": self._logged_tokens, "left_out": self._left_out}
+        logged = {"logged_tokens": self._logged_tokens, "logged_labels": self._logged_labels}
+        return {"nats": float(reduce(self._nats)), **logged, "left_out": self._left_out}
 
     def start_at(self, step: int, state: dict[str, Any], *, first: bool) -> None:
         """Go on from a checkpoint of `step`; what all processes have counted is the first one's to hold."""
         nats = float(state["nats"]) if first else 0.0
         self._nats = self._nats_before = torch.tensor(nats, dtype=torch.float64)
         self._logged_tokens, self._left_out = int(state["logged_tokens"]), int(state["left_out"])
-        self._start_tokens = self._plan.tokens_at(step)
+        self._logged_labels = int(state.get("logged_labels", self._logged_tokens))  # as many, before there were masks
+        self._start_tokens = self._rows.tokens_at(step)
 
     def _memory(self) -> int:
         # Linux takes ten milliseconds to add it up, which is a quarter of a small model's step.

@@ -26,6 +26,7 @@ COMPILE_STEPS = 500
 BLOCKS = "blocks"
 BLOCKS_LONGEST = 512
 FLASH_2, FLASH_3, FLEX = "flash_attention_2", "flash_attention_3", "flex_attention"
+FLASH = (FLASH_2, FLASH_3)
 # The installed package behind each, as `Hardware.packages` names it, and how to get it.
 PACKAGES = {
     FLASH_2: ("flash_attn", "pip install flash-attn --no-build-isolation"),
@@ -120,13 +121,15 @@ def auto_attention(
     return "sdpa", "torch's fused kernel, causal without a mask"
 
 
-def block_kernel(hardware: Hardware, *, compiled: bool) -> str:
+def block_kernel(hardware: Hardware, *, compiled: bool, smoothed: bool = False) -> str:
     """What makes a loss whose logits are not whole: our blocks, or Liger's kernel where it is installed on a GPU.
 
     Compiled blocks are fused as Liger's kernel is, keep the head's gradient in fp32, and do not stall: Liger's counts
-    the labels with `.item()` in every call (liger_kernel/ops/fused_linear_cross_entropy.py, 0.8.5).
+    the labels with `.item()` in every call (liger_kernel/ops/fused_linear_cross_entropy.py, 0.8.5). With smoothed
+    labels it does not tell the cross entropy itself.
     """
-    return "liger" if hardware.kind == "cuda" and "liger_kernel" in hardware.packages and not compiled else "blocks"
+    liger = hardware.kind == "cuda" and "liger_kernel" in hardware.packages
+    return "liger" if liger and not compiled and not smoothed else "blocks"
 
 
 def lacks(value: str, hardware: Hardware) -> tuple[str, str] | None:
@@ -168,7 +171,7 @@ def check_modes(loaded: LoadedRecipe, plan: Plan, hardware: Hardware, usable: Se
     """
     for key, value in (("train.precision", plan.precision), ("train.attention", plan.attention)):
         found = lacks(value, hardware)
-        if found is None and value in (FLASH_2, FLASH_3):
+        if found is None and value in FLASH:
             found = _misfit(value, plan.precision, usable)
         if found is None and value == FLEX and usable and FLEX not in usable:
             found = f"this model cannot use {value}", ""

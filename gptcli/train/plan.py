@@ -5,14 +5,16 @@ Training reads a `Plan`, `gptcli plan` prints it, and no second place computes t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from gptcli.reporting import mebibytes
 from gptcli.train import modes
 from gptcli.train.batches import (
     GPU_MICRO_BATCH_TOKENS,
+    check_rows,
     count_of_steps,
     data_parallel,
     divisors,
@@ -50,6 +52,8 @@ class Plan:
         world_size: all of them, on all machines.
         strategy: ddp, fsdp or deepspeed; `sharing`: what of the model its processes divide (see `memory.Step`).
         dry_step: the micro-batch is an estimate, which a dry step on the device is to put right before training.
+        total_tokens: inputs without padding; of rows of documents what so many have on average.
+        padding: the share of what is worked on that is filling.
         memory: at the fullest moment of a step on one device, by use (see `memory_estimate`).
     """
 
@@ -69,6 +73,7 @@ class Plan:
     total_rows: int
     total_tokens: int
     rows_per_epoch: int | None
+    padding: float
     epochs: float | None
     warmup_steps: int
     decay_steps: int
@@ -107,10 +112,6 @@ class Plan:
         """Each decided value by its key, as a checkpoint records it."""
         return {decision.key: decision.value for decision in self.decisions}
 
-    def tokens_at(self, step: int) -> int:
-        """Input tokens consumed after `step` steps."""
-        return min(step * self.global_batch_size, self.total_rows) * self.sequence_length
-
 
 def make_plan(
     loaded: LoadedRecipe,
@@ -118,6 +119,8 @@ def make_plan(
     hardware: Hardware,
     *,
     rows_per_epoch: int | None,
+    tokens_per_epoch: int | None = None,
+    padding: Callable[[int], float] | None = None,
     decided: Mapping[str, str] | None = None,
     usable: Set[str] = frozenset(),
 ) -> Plan:
@@ -129,25 +132,30 @@ def make_plan(
         hardware: the device and the number of processes.
         rows_per_epoch: rows of `sequence_length` in the training data; None when the data was not read (then
             `train.epochs` cannot be planned).
+        tokens_per_epoch: inputs of these rows; None: `sequence_length` each.
+        padding: the share of filling with so many rows at once; None: there is none.
         decided: what `auto` stood for in the checkpoint that the run goes on from: used again, so that a resume on
             another machine does not change the arithmetic.
         usable: the attention implementations that the model's code can use.
 
     Raises:
-        RecipeError: no length of training, or batches that do not divide.
+        RecipeError: no length of training, batches that do not divide, or what rows of documents do not go with.
     """
     recipe = loaded.recipe
     train, data, parallel = recipe.train, recipe.data, recipe.launch.parallel
     assert data is not None
     length = data.sequence_length
     decisions: list[Decision] = []
+    check_rows(loaded)
     processes = data_parallel(loaded, hardware)
     batch = global_batch(loaded, length, decisions)
     share = share_of_batch(loaded, length, batch, processes)
     steps, total_rows = steps_and_rows(loaded, length, batch, rows_per_epoch, decisions)
     warmup = count_of_steps("train.warmup", train.warmup, steps, decisions)
     decay = count_of_steps("train.decay", train.decay, steps, decisions) if train.lr_scheduler == "wsd" else 0
-    cut, packing = parallel.cp > 1, data.packing or "concat"
+    cut, packing = parallel.cp > 1, data.packing
+    row_tokens = Fraction(tokens_per_epoch, rows_per_epoch) if tokens_per_epoch and rows_per_epoch else Fraction(length)
+    usual = max(1, round(row_tokens)) if packing == "none" else length
     # Rows that are divided now may not have been when the run began.
     known = {key: value for key, value in (decided or {}).items() if not cut or key not in modes.OF_ROWS}
     choice = Choices(known, decisions)
@@ -156,7 +164,7 @@ def make_plan(
     if tf32 and precision == "fp32":
         reason = "fp32 products rounded to 10 bits of mantissa on this GPU; train.trainer_args={tf32: false}: not"
         decisions.append(Decision("tf32", "on", reason))
-    misfit = "rows are divided over processes" if cut else ""
+    misfit = "rows are divided over processes" if cut else "rows have many lengths" if packing == "none" else ""
     if recipe.launch.strategy == "deepspeed":
         misfit = "not known to work with DeepSpeed"
     compiled = (
@@ -215,14 +223,17 @@ def make_plan(
         decided or {},
         decisions,
         whole=sharing == "ddp" and parallel.tp == 1,
+        usual=usual,
     )
-    halves = not compiled and _halves(hardware, micro, 6 * counts.matrix * micro * length, decided or {}, decisions)
-    block_kernel = modes.block_kernel(hardware, compiled=compiled)
+    halves = not compiled and _halves(hardware, micro, 6 * counts.matrix * micro * usual, decided or {}, decisions)
+    block_kernel = modes.block_kernel(hardware, compiled=compiled, smoothed=train.label_smoothing > 0)
     # A head that is divided gives whole logits: our blocks multiply with its matrix themselves.
     block = None
     if parallel.tp == 1:
         block = _loss(micro * length // parallel.cp, counts, halves, logit_bytes, block_kernel, decisions)
-    flops_per_token = 6 * counts.matrix + 12 * counts.layers * counts.width * length
+    flops_per_token = 6 * counts.matrix + 12 * counts.layers * counts.width * usual
+    filling = padding(micro) if padding is not None else 0.0
+    tokens = round(total_rows * row_tokens)
     checkpoint = 4 * counts.total + optimizer_bytes(counts, train.optimizer)
     plan = Plan(
         kind=hardware.kind,
@@ -239,8 +250,9 @@ def make_plan(
         dry_step=dry_step,
         steps=steps,
         total_rows=total_rows,
-        total_tokens=total_rows * length,
+        total_tokens=tokens,
         rows_per_epoch=rows_per_epoch,
+        padding=round(filling, 6),
         epochs=total_rows / rows_per_epoch if rows_per_epoch else None,
         warmup_steps=warmup,
         decay_steps=decay,
@@ -258,7 +270,7 @@ def make_plan(
         parameters=counts.total,
         matrix_parameters=counts.matrix,
         flops_per_token=flops_per_token,
-        total_flops=flops_per_token * total_rows * length,
+        total_flops=round(flops_per_token * tokens / (1 - filling)),
         memory={},
         memory_bytes=0,
         checkpoint_bytes=checkpoint,

@@ -1,5 +1,7 @@
 """The rows of a run as the data set that transformers' Trainer reads: one tensor a batch, until it is on the device.
 
+A batch of one stream's rows is [n, T + 1]: T inputs and their next tokens. One of rows of documents is [n, 3, T]: input
+ids, labels (-100 where there is none) and positions in the documents; without positions where a row is one document.
 Which rows a process takes is arithmetic on their numbers: nobody sends rows, and nobody reads another's.
 """
 
@@ -15,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from gptcli.train.loss import IGNORED
 
 if TYPE_CHECKING:
-    from gptcli.data.dataset import TrainingRows
+    from gptcli.data.packed import Rows
     from gptcli.train.plan import Plan
 
 # Stands for a row that does not count: in a last, smaller step a process may have none, and still has to take part.
@@ -25,18 +27,31 @@ FILLER = -1
 class RunRows(Dataset[torch.Tensor]):
     """The rows of the whole run in order, as the Trainer's data set: item k is row k of the run."""
 
-    def __init__(self, rows: TrainingRows, total: int) -> None:
+    def __init__(self, rows: Rows, plan: Plan) -> None:
         self._rows = rows
-        self._total = total
+        self._batch, self._total = plan.global_batch_size, plan.total_rows
 
     def __len__(self) -> int:
         return self._total
 
+    @property
+    def isolated(self) -> bool:
+        """Whether a row holds documents that are not to see each other."""
+        return self._rows.isolated
+
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        """A batch [len(indices), sequence_length + 1] of token ids in one vectorised copy; of -100 for the filler."""
+        """A batch as this module describes it, made by vectorised copies; the filler is all -100."""
         if indices == [FILLER]:
-            return torch.full((1, self._rows.sequence_length + 1), IGNORED)
+            return torch.full((1, *self._rows.batch(np.zeros(1, dtype=np.int64)).shape[1:]), IGNORED)
         return torch.from_numpy(self._rows.batch(np.asarray(indices, dtype=np.int64)))
+
+    def tokens_at(self, step: int) -> int:
+        """Inputs, without padding, of the first `step` steps."""
+        return self._rows.tokens_at(min(step * self._batch, self._total))
+
+    def labels_at(self, step: int) -> int:
+        """Labels that count of the first `step` steps."""
+        return self._rows.labels_at(min(step * self._batch, self._total))
 
     def first(self, count: int) -> torch.Tensor:
         """The first rows of the run, at most `count` of them, for a trial."""
@@ -85,18 +100,31 @@ def whole(batch: Any) -> Any:
     return batch
 
 
-def inputs_and_labels(batch: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch [n, T + 1] of the host as T inputs and the T next tokens on a device; labels are not shifted again."""
+def inputs_and_labels(batch: torch.Tensor, device: torch.device, *, flat: bool = False) -> dict[str, torch.Tensor]:
+    """A batch of the host as inputs and labels on a device, [n, T] each; labels are not shifted again.
+
+    `flat`: all rows of documents as one, [1, n * T], since positions tell them apart.
+    """
     filler = _is_filler(batch)
     batch = batch.to(device, non_blocking=True)
-    ids = batch[:, :-1]
-    return {"input_ids": torch.zeros_like(ids) if filler else ids, "labels": batch[:, 1:]}
+    if batch.ndim == 2:
+        ids = batch[:, :-1]
+        return {"input_ids": torch.zeros_like(ids) if filler else ids, "labels": batch[:, 1:]}
+    ids, labels, *positions = batch.unbind(1)
+    found = {"input_ids": ids, "labels": labels}
+    if positions:
+        found["position_ids"] = positions[0]
+    if filler:
+        found |= {name: torch.zeros_like(ids) for name in found if name != "labels"}
+    return {name: values.reshape(1, -1) for name, values in found.items()} if flat else found
 
 
 def label_count(batch: torch.Tensor) -> int:
-    """The labels of a batch [n, T + 1] on the host."""
+    """The labels that count of a batch on the host."""
+    if batch.ndim == 3:
+        return int(batch[:, 1].ne(IGNORED).sum())
     return 0 if _is_filler(batch) else batch.shape[0] * (batch.shape[1] - 1)
 
 
 def _is_filler(batch: torch.Tensor) -> bool:
-    return len(batch) == 1 and int(batch[0, 0]) == IGNORED
+    return len(batch) == 1 and int(batch.flatten()[0]) == IGNORED

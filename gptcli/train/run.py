@@ -205,7 +205,6 @@ def _fitted(assembly: Assembly, model: PreTrainedModel, reporter: Reporter) -> A
 def _build_trainer(
     assembly: Assembly, model: PreTrainedModel, stop: Any, reporter: Reporter, progress: Any
 ) -> CausalTrainer:
-    from gptcli.data.dataset import TrainingRows
     from gptcli.model.load import load_tokenizer, quiet
     from gptcli.train.arguments import training_arguments
     from gptcli.train.callbacks import Schedule
@@ -230,13 +229,7 @@ def _build_trainer(
             args=arguments,
             recipe=recipe,
             plan=plan,
-            rows=TrainingRows(
-                assembly.prepared.train,
-                sequence_length=plan.sequence_length,
-                seed=recipe.seed,
-                shuffle=recipe.data.shuffle,
-                weights=recipe.data.weights,
-            ),
+            rows=assembly.rows,
             validation=assembly.prepared.validation,
             tokenizer=tokenizer,
             run=assembly.run,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from gptcli.train.validation import validation_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from gptcli.data.dataset import TrainingRows
+    from gptcli.data.packed import Rows
     from gptcli.data.shards import Shards
     from gptcli.recipe.schema import Recipe
     from gptcli.reporting import Progress, Reporter
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class CausalTrainer(AheadTrainer):
-    """Train a causal language model on packed rows.
+    """Train a causal language model.
 
     Args:
         model: the model, in fp32.
@@ -76,7 +77,7 @@ class CausalTrainer(AheadTrainer):
         args: TrainingArguments,
         recipe: Recipe,
         plan: Plan,
-        rows: TrainingRows,
+        rows: Rows,
         validation: Shards | None,
         tokenizer: PreTrainedTokenizerBase,
         run: RunFolder,
@@ -100,13 +101,13 @@ class CausalTrainer(AheadTrainer):
         self._reporter = reporter
         self._progress = progress
         self._use_cache = getattr(model.config, "use_cache", None)
-        self._meter = Meter(plan, args.device)
         self._sampled_at = 0
         self._halve_due = plan.halves
         self.validation_result: LossResult | None = None
         patience = recipe.train.early_stopping_patience
         self.best = None if patience is None else Best(patience)
-        self._run_rows = RunRows(rows, plan.total_rows)
+        self._run_rows = RunRows(rows, plan)
+        self._meter = Meter(plan, self._run_rows, args.device)
         self._zero = zero
         super().__init__(
             model=model,
@@ -121,7 +122,7 @@ class CausalTrainer(AheadTrainer):
         # The number of predicted tokens is counted for every model: the loss is ours, labels are already shifted.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
-        self._loss = build_loss(self.plain_model, plan, recipe.train.z_loss, reporter)
+        self._loss = build_loss(self.plain_model, plan, recipe.train, reporter)
         self._compiler = Compiler(self.plain_model, self._loss, plan, reporter)
         self._scaled = follow_scaler(self, str(run.path), reporter)
         # torch's fused AdamW leaves weights and state alone where a flag on the device tells it to.
@@ -322,7 +323,7 @@ class CausalTrainer(AheadTrainer):
         facts = {
             **self._facts,
             "decided": self._plan.decided,
-            "tokens": self._plan.tokens_at(step),
+            "tokens": self.tokens_at(step),
             "steps": self._plan.steps,
             "unlogged": self._meter.state(self._summed),
             "guard": self._guard.state(),
@@ -378,7 +379,7 @@ class CausalTrainer(AheadTrainer):
         self._meter.begin()
         if start is None and self.args.world_size > 1:
             random_state.separate(self.args.seed, 0, self.random_part)
-        with self.lean(), one_stream_rows():
+        with self.lean(), nullcontext() if self._rows.isolated else one_stream_rows():
             self.train(resume_from_checkpoint=None if start is None else str(start))
 
     def start_at(self, manifest: dict[str, Any]) -> None:
@@ -387,6 +388,10 @@ class CausalTrainer(AheadTrainer):
         self._guard.start_at(manifest["guard"])
         if self.best is not None:
             self.best.start_at(manifest["best"])
+
+    def tokens_at(self, step: int) -> int:
+        """Input tokens, without padding, of so many steps."""
+        return self._run_rows.tokens_at(step)
 
     @property
     def meter(self) -> Meter:

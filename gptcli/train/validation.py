@@ -1,4 +1,7 @@
-"""The validation loss of a run: the loss of `gptcli eval` over the documents that were held out."""
+"""The validation loss of a run: the loss of `gptcli eval` over the documents that were held out.
+
+Where only a part of a document is learnt, only that is scored (see `evaluation.supervised`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gptcli.evaluation.loss import LossResult, document_loss
+from gptcli.data.packed import packing_of
+from gptcli.evaluation.loss import LossResult, document_loss, loss_of
+from gptcli.evaluation.supervised import supervised_windows
 from gptcli.launch import world_size
 from gptcli.train import group
 
@@ -33,24 +38,28 @@ def validation_loss(
     Args:
         model: the model.
         shards: the documents.
-        recipe: says how they are cut into windows.
+        recipe: says how they are cut into windows, and what of them is learnt.
         precision: that of training.
         parts: the run's processes, or groups of them, that share the windows.
     """
     assert recipe.data is not None
-    documents = islice(shards.evaluation_documents(), recipe.eval.limit)
+    limit, packing = recipe.eval.limit, packing_of(recipe)
     prefix = shards.specials.eos if shards.specials.bos is None else shards.specials.bos
     assert prefix is not None  # tokenizing refuses a tokenizer without an end token
     half = _TYPES.get(precision) if model.device.type == "cuda" else None
     with _without_wrapper(model), torch.autocast(model.device.type, dtype=half, enabled=half is not None):
-        own = document_loss(
-            model,
-            documents,
-            prefix_id=prefix,
-            sequence_length=recipe.data.sequence_length,
-            stride=recipe.eval.stride,
-            part=group.part(parts),
-        )
+        if shards.has_supervision and packing is not None:
+            windows = islice(supervised_windows(shards, packing), limit)
+            own = loss_of(model, windows, pad_id=prefix, part=group.part(parts))
+        else:
+            own = document_loss(
+                model,
+                islice(shards.evaluation_documents(), limit),
+                prefix_id=prefix,
+                sequence_length=recipe.data.sequence_length,
+                stride=recipe.eval.stride,
+                part=group.part(parts),
+            )
     share = parts / world_size()  # below 1: several processes work on the same rows
     nats, tokens = group.total([own.nats * share, own.tokens * share])
     return replace(own, nats=nats, tokens=round(tokens))
