@@ -19,6 +19,7 @@ from gptcli.evaluation.loss import LossResult
 from gptcli.model.kernels import one_stream_rows
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, group, optim, optimizer_state, random_state, sharding, weights
+from gptcli.train.adapter_base import base_in
 from gptcli.train.ahead import AheadTrainer
 from gptcli.train.backoff import Replan
 from gptcli.train.base import TRAINER_STATE_NAME, restoring
@@ -365,8 +366,9 @@ class CausalTrainer(AheadTrainer):
 
     def collect(self, writers: Sequence[int], optimizer: Any = None) -> Write | None:
         """`weights.collect` of the model."""
+        base = base_in(self._recipe, self._facts["fingerprints"])
         return weights.collect(
-            self.plain_model, writers, use_cache=self._use_cache, optimizer=optimizer, zero=self._zero
+            self.plain_model, writers, use_cache=self._use_cache, optimizer=optimizer, zero=self._zero, base=base
         )
 
     def save_tokenizer(self, folder: Path) -> None:
