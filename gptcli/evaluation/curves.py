@@ -76,8 +76,9 @@ def calibration(confidence: NDArray[Any], right: NDArray[Any]) -> Calibration:
     """Bin predictions [n] by their probability; those without a finite one are left out."""
     known = np.isfinite(confidence)
     sure = confidence[known].astype(np.float64)
-    # The probabilities are float32, and so are the ends of bins here: 0.1 lies in the first one.
-    bins = np.searchsorted(np.arange(1, BINS, dtype=np.float32) / np.float32(BINS), confidence[known], side="left")
+    # Probabilities come as float32, of which 0.1 lies in the first bin: the ends of bins are such numbers, too.
+    ends = np.arange(1, BINS, dtype=np.float32) / np.float32(BINS)
+    bins = np.searchsorted(ends, sure.astype(np.float32), side="left")
     counts = np.bincount(bins, minlength=BINS)
     return Calibration(counts, np.bincount(bins, sure, BINS), np.bincount(bins[right[known]], minlength=BINS))
 

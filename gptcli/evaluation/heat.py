@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from gptcli.evaluation.surprise import Change, Piece
 from gptcli.reporting import one_line, visible
-from gptcli.runs.html import table
+from gptcli.runs.html import steady, table
 
 # Where the colours of nats begin (probabilities of 90%, 61%, 37%, 14%, 5%, 1.8%, 0.25%, 0.03%), and of a difference.
 NATS = (0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -104,17 +104,10 @@ def _span(style: str, text: str, title: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """A text as it can be looked at: what acts on the text around it, or is nothing to see alone, as its code."""
-    alone = all(unicodedata.category(character) in ("Cf", "Cc") for character in text) and text.strip() != ""
-    return "".join(_code(each) if alone or _acts(each) else each for each in visible(text))
-
-
-def _acts(character: str) -> bool:
-    return "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
-
-
-def _code(character: str) -> str:
-    return character if unicodedata.category(character) != "Cf" else f"[U+{ord(character):04X}]"
+    """A text as it can be looked at: what turns the text around it, or is nothing to see by itself, as its code."""
+    if text and all(unicodedata.category(character) == "Cf" for character in text):
+        return "".join(f"[U+{ord(character):04X}]" for character in text)
+    return steady(visible(text))
 
 
 def _quoted(text: str) -> str:

@@ -22,8 +22,9 @@ from gptcli.evaluation.surprise import changes, pieces
 from gptcli.evaluation.tables import SOURCES, change, figures, source_rows
 from gptcli.evaluation.tasks import TaskResult
 from gptcli.files import write_atomic
+from gptcli.reporting import one_line
 from gptcli.runs.chart import Axis, Line, svg
-from gptcli.runs.html import document, legend, plain, table
+from gptcli.runs.html import document, legend, plain, steady, table
 
 STYLES = ("main", "second", "third", "fourth", "fifth", "sixth")
 WIDTH, HEIGHT = 460, 300
@@ -67,7 +68,7 @@ def page(
     if results:
         sections.append(_surprise(results))
     style = resources.files("gptcli.evaluation").joinpath("page.css").read_text(encoding="utf-8")
-    return document(title.encode("utf-8", "backslashreplace").decode(), sections, style)
+    return document(steady(one_line(title)), sections, style)
 
 
 def _header(title: str, models: list[str], results: Sequence[Evaluation], tasks: Sequence[TaskResult]) -> str:
@@ -153,7 +154,7 @@ def _positions(results: Sequence[Evaluation]) -> str:
         Line(
             [(math.sqrt(begin * end), loss) for begin, end, _, loss in rows],
             STYLES[number % len(STYLES)],
-            each.model,
+            steady(one_line(each.model)),
             dots=True,
             tips=[f"{loss:.4f} nats, {count:,} tokens" for _, _, count, loss in rows],
         )
@@ -192,7 +193,7 @@ def _calibration(named: Sequence[tuple[str, Calibration]], label: str, what: str
         Line(
             [(sure, right) for _, _, _, sure, right in rows],
             STYLES[number % len(STYLES)],
-            name,
+            steady(one_line(name)),
             dots=True,
             tips=[f"{right:.1%} right of {count:,} {what}" for _, _, count, _, right in rows],
         )

@@ -12,6 +12,8 @@ from importlib import resources
 from gptcli import __version__
 from gptcli.reporting import one_line
 
+_TURNS = {code: f"[U+{code:04X}]" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
 
 def document(title: str, sections: Iterable[str], style: str = "") -> str:
     """A page of sections (those that are empty are left out); `style` is added to the style sheet of all pages."""
@@ -37,9 +39,14 @@ def document(title: str, sections: Iterable[str], style: str = "") -> str:
 """
 
 
+def steady(text: str) -> str:
+    """The text with the characters that turn the direction of writing, of what follows too, as their codes."""
+    return text.translate(_TURNS)
+
+
 def plain(text: str) -> str:
     """A text of others as HTML on one line: escaped, control characters as pictures."""
-    return escape(one_line(text))
+    return escape(steady(one_line(text)))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "") -> str:
