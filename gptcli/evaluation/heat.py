@@ -45,8 +45,8 @@ def change_legend() -> str:
     """What the colours of a difference are."""
     steps = range(len(DIFFERENCES), 0, -1)
     fewer = [(f"d{step}", f"-{DIFFERENCES[step - 1]:g}") for step in steps]
-    more = [(f"h{step}", f"+{DIFFERENCES[step - 1]:g}") for step in reversed(steps)]
-    return _legend([*fewer, ("h0", "0"), *more], "nats more or fewer")
+    more = [(f"u{step}", f"+{DIFFERENCES[step - 1]:g}") for step in reversed(steps)]
+    return _legend([*fewer, ("u0", "0"), *more], "nats fewer or more, from")
 
 
 def hardest(documents: Sequence[Sequence[Piece]]) -> str:
@@ -95,7 +95,7 @@ def _change(change: Change) -> str:
         return _span("bad", change.text, "no finite loss")
     step = bisect_right(DIFFERENCES, abs(difference))
     title = f"{change.before:.2f} → {change.after:.2f} nats: {difference:+.2f}"
-    return _span(f"{'d' if difference < 0 and step else 'h'}{step}", change.text, title)
+    return _span(f"{'d' if difference < 0 else 'u'}{step}", change.text, title)
 
 
 def _span(style: str, text: str, title: str) -> str:
