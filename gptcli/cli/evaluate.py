@@ -45,6 +45,10 @@ SequenceLength = Annotated[
 Markdown = Annotated[
     Path | None, typer.Option("--markdown", metavar="FILE", help="Write the results as a Markdown table, too.")
 ]
+Html = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write the results as one HTML page with pictures, too."),
+]
 Predictions = Annotated[
     Path | None,
     typer.Option("--predictions", metavar="FILE", help="Tasks: write each row's answer and scores, as JSON lines."),
@@ -62,6 +66,7 @@ def evaluate(
     sequence_length: SequenceLength = None,
     precision: Precision = "auto",
     markdown: Markdown = None,
+    html: Html = None,
     predictions: Predictions = None,
     tasks: of_harness.TaskNames = None,
     num_fewshot: of_harness.NumFewshot = None,
@@ -79,10 +84,14 @@ def evaluate(
     from gptcli.cli.evaluation_tasks import measure_tasks
     from gptcli.errors import UsageError
 
-    options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown)
+    options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown, html)
     options.check()
     out = console(json=json, quiet=quiet)
     models, recipe, overrides = sort_arguments(arguments or [])
+    if html is not None and (smoke or check_overlap is not None):
+        raise UsageError(
+            "--html is a page of what a model was measured at, which --smoke and --check-overlap do not do"
+        )
     if check_overlap is not None:
         if models or smoke:
             what = models[0] if models else "--smoke"
@@ -128,7 +137,7 @@ def evaluate(
         sequence_length=sequence_length,
         precision=precision,
     )
-    tell(folders, results, out, tasks=answered, harness=harness, markdown=markdown)
+    tell(folders, results, out, tasks=answered, harness=harness, markdown=markdown, html=html)
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,7 @@ class Options:
     sequence_length: int | None
     precision: str
     markdown: Path | None
+    html: Path | None = None
 
     def check(self) -> None:
         """Raise `UsageError` for a value that is none."""
@@ -152,10 +162,9 @@ class Options:
         if self.documents not in ("file", "line", "blank-line"):
             raise UsageError(f"--documents {self.documents} is not one of file, line, blank-line")
         check_precision(self.precision)
-        if self.markdown is not None and (self.markdown.is_dir() or not self.markdown.parent.is_dir()):
-            raise UsageError(
-                f"--markdown {self.markdown}: no file can be there", remedy="Name one in a folder that is."
-            )
+        for name, path in (("--markdown", self.markdown), ("--html", self.html)):
+            if path is not None and (path.is_dir() or not path.parent.is_dir()):
+                raise UsageError(f"{name} {path}: no file can be there", remedy="Name one in a folder that is.")
 
 
 def what_to_score(
@@ -222,7 +231,8 @@ def score_models(
     from gptcli.evaluation.evaluate import evaluate as score
     from gptcli.generation.file_job import model_fingerprint
 
-    windows = Windows(options.sequence_length, options.stride, options.precision)  # type: ignore[arg-type]
+    how: Any = (options.sequence_length, options.stride, options.precision)
+    windows = Windows(*how, curves=options.html is not None)
     keeping = Keeping(model_fingerprint, reuse)
     results = [score(folder, chosen, windows, out, loaded, keeping) for folder in folders]
     for result in results:
@@ -240,8 +250,9 @@ def tell(
     tasks: Sequence[TaskResult] = (),
     harness: Sequence[dict[str, Any]] = (),
     markdown: Path | None = None,
+    html: Path | None = None,
 ) -> None:
-    """Print the results, of several models each beside the first, and write them as Markdown where that is asked for.
+    """Print the results, of several models each beside the first, and write them as Markdown or a page if asked to.
 
     Raises:
         DivergedError: what was measured is not a finite number; after all is told.
@@ -251,7 +262,7 @@ def tell(
     from gptcli.errors import DivergedError
 
     if out.json_output:
-        values = _values(folders, results, tasks, harness)
+        values = _values(folders, results, tasks, harness, curves=html is not None)
         out.print_json(values if len(values) > 1 else values[0])
     else:
         if results:
@@ -261,6 +272,11 @@ def tell(
         of_harness.print_measured(folders, list(harness), out)
     if markdown is not None and results:
         write_markdown(results, markdown)
+    if html is not None:
+        from gptcli.evaluation.page import write_page
+
+        write_page(html, results, tasks, [(str(folder), each) for folder, each in zip(folders, harness, strict=False)])
+        out.say(f"page: {html}")
     bad = [result.model for result in results if not math.isfinite(result.result.loss)]
     if harness:
         from gptcli.evaluation.harness import without_value
@@ -275,7 +291,12 @@ def tell(
 
 
 def _values(
-    folders: list[Path], results: list[Evaluation], tasks: Sequence[TaskResult], harness: Sequence[dict[str, Any]]
+    folders: list[Path],
+    results: list[Evaluation],
+    tasks: Sequence[TaskResult],
+    harness: Sequence[dict[str, Any]],
+    *,
+    curves: bool,
 ) -> list[dict[str, Any]]:
     """What --json prints of each model."""
     from gptcli.evaluation.compare import compare
@@ -293,6 +314,11 @@ def _values(
             value["compared"] = {"with": first.model, **compare(results[index].scores, first.scores).as_dict()}
         if harness:
             value["harness"] = harness[index]
+        if curves:
+            collected = results[index].curves if results else None
+            sureness = tasks[index].calibration if tasks else None
+            value["curves"] = {} if collected is None else collected.as_dict()
+            value["curves"] |= {} if sureness is None else {"labels": sureness.as_dict()}
     return values
 
 

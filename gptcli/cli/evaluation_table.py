@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gptcli.errors import writing
+from gptcli.evaluation.tables import SOURCES, change, figures, source_rows, with_interval
 from gptcli.files import write_atomic
 
 if TYPE_CHECKING:
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
 
     from gptcli.cli.console import Console
     from gptcli.evaluation.evaluate import Evaluation
-    from gptcli.evaluation.intervals import Ratio
-    from gptcli.evaluation.scores import Scores
 
 Table = tuple[list[str], list[list[str]]]
 FIGURES = 4  # columns of a table of several models before those that compare
@@ -57,25 +56,13 @@ def _tables(results: list[Evaluation]) -> list[tuple[str | None, Table]]:
     if len(results) > 1:
         return [(f"{first.data}: {first.result.documents:,} documents, {first.result.bytes:,} bytes", _many(results))]
     tables: list[tuple[str | None, Table]] = [(None, _one(first))]
-    sources = list(first.scores.by_source())
-    if len(sources) > 1:
-        tables.append(
-            ("by source", (["source", "loss", "95%", "bits/byte", "bytes", "documents"], [*map(_row, sources)]))
-        )
+    if len(sources := source_rows(first)) > 1:
+        tables.append(("by source", (SOURCES, sources)))
     return tables
 
 
-def _row(source: tuple[str, Scores]) -> list[str]:
-    name, scores = source
-    result, found = scores.result, scores.loss_interval
-    interval = "-" if found is None else f"{found.low:.4f} to {found.high:.4f}"
-    per_byte = _with_interval(result.bits_per_byte, None)
-    return [name, f"{result.loss:.4f}", interval, per_byte, f"{result.bytes:,}", f"{result.documents:,}"]
-
-
 def _one(evaluation: Evaluation) -> Table:
-    figures = _figures(evaluation.scores)
-    return ["model", evaluation.model], [["data", evaluation.data], *map(list, figures.items())]
+    return ["model", evaluation.model], [["data", evaluation.data], *map(list, figures(evaluation.scores).items())]
 
 
 def _many(results: list[Evaluation]) -> Table:
@@ -85,40 +72,15 @@ def _many(results: list[Evaluation]) -> Table:
     assert columns[FIGURES] == "difference"
     rows = []
     for number, evaluation in enumerate(results):
-        figures = _figures(evaluation.scores)
-        row = [evaluation.model, f"{evaluation.result.loss:.4f}", figures["perplexity"]]
-        row.append(_with_interval(evaluation.result.bits_per_byte, None))
+        perplexity = figures(evaluation.scores)["perplexity"]
+        row = [evaluation.model, f"{evaluation.result.loss:.4f}", perplexity]
+        row.append(with_interval(evaluation.result.bits_per_byte, None))
         if number == 0:
             rows.append([*row, "-", "-", "-", "the baseline"])
             continue
         found = compare(evaluation.scores, results[0].scores)
         verdict = found.verdict + ("" if found.by == "loss" else " (bits/byte)")
         p = "-" if found.found is None else f"{found.found.p:.4f}"
-        interval = "-" if found.found is None else f"{_change(found.found.low)} to {_change(found.found.high)}"
-        rows.append([*row, _change(found.difference), interval, p, verdict])
+        interval = "-" if found.found is None else f"{change(found.found.low)} to {change(found.found.high)}"
+        rows.append([*row, change(found.difference), interval, p, verdict])
     return columns, rows
-
-
-def _figures(scores: Scores) -> dict[str, str]:
-    result = scores.result
-    perplexity = result.perplexity
-    return {
-        "loss": _with_interval(result.loss, scores.loss_interval),
-        "perplexity": f"{perplexity:.4g}" if perplexity >= 1e4 else f"{perplexity:.3f}",
-        "bits/byte": _with_interval(result.bits_per_byte, scores.byte_interval),
-        "bits/character": _with_interval(scores.bits_per_character, None),
-        "tokens": f"{result.tokens:,}",
-        "bytes": "-" if result.bytes is None else f"{result.bytes:,}",
-        "characters": "-" if scores.total_characters is None else f"{scores.total_characters:,}",
-        "documents": f"{result.documents:,}",
-    }
-
-
-def _with_interval(value: float | None, found: Ratio | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if found is None else f"{value:.4f} (95%: {found.low:.4f} to {found.high:.4f})"
-
-
-def _change(value: float) -> str:
-    return f"{value:+.4f}" if not 0 < abs(value) < 1e-3 else f"{value:+.1e}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptcli.cli.arguments import Debug, Json, Quiet
-from gptcli.cli.evaluate import Data, Documents, Limit, Markdown, Precision, SequenceLength, Stride, Text
+from gptcli.cli.evaluate import Data, Documents, Html, Limit, Markdown, Precision, SequenceLength, Stride, Text
 
 if TYPE_CHECKING:
     from gptcli.cli.console import Console
@@ -113,6 +113,7 @@ def compare(
     sequence_length: SequenceLength = None,
     precision: Precision = "auto",
     markdown: Markdown = None,
+    html: Html = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -123,7 +124,7 @@ def compare(
     from gptcli.cli.evaluate import Options, load_for, model_folders, score_models, sort_arguments, tell, what_to_score
     from gptcli.errors import UsageError
 
-    options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown)
+    options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown, html)
     options.check()
     named, recipe, overrides = sort_arguments(models)
     if len(named) < 2:
@@ -135,7 +136,7 @@ def compare(
     if chosen is None:
         raise UsageError("this recipe names no texts to compare models on", remedy="Give files: --data FILE")
     results = score_models(folders, chosen, loaded, options, out, reuse=True)
-    tell(folders, results, out, markdown=markdown)
+    tell(folders, results, out, markdown=markdown, html=html)
 
 
 def _steps(summary: Summary) -> str:

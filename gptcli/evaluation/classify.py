@@ -167,13 +167,14 @@ def calibrated(scores: NDArray[np.float64], content_free: NDArray[np.float64]) -
 
     Probabilities are taken over the labels alone, and the mean of the content-free ones is what is divided by.
     """
-    mean = np.exp(_over_labels(content_free)).mean(axis=0)
+    mean = np.exp(over_labels(content_free)).mean(axis=0)
     with np.errstate(divide="ignore"):
-        ratios: NDArray[np.float64] = _over_labels(scores) - np.log(mean)
+        ratios: NDArray[np.float64] = over_labels(scores) - np.log(mean)
     return ratios
 
 
-def _over_labels(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+def over_labels(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log-probabilities over the labels alone, which sum to 1 in each row."""
     shifted = scores - scores.max(axis=1, keepdims=True)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result

@@ -72,6 +72,7 @@ class Tokens:
     Attributes:
         documents: what to score.
         prefix_id: what each begins with.
+        tokenizer: the folder of the tokenizer that they are made with.
         total_bytes: in all; 0 where that is not known.
         sizes: of the documents that were read so far.
         identity: a hash of the content of the corpus, whatever the model, and of how it is divided into documents.
@@ -80,6 +81,7 @@ class Tokens:
 
     documents: Iterator[Document]
     prefix_id: int
+    tokenizer: Path
     total_bytes: int
     sizes: Sizes
     identity: str
@@ -154,7 +156,8 @@ def tokens_for(corpus: Corpus, model: Path, revision: str | None, reporter: Repo
             documents = document_tokens(_held_out_texts(loaded, reporter, sizes), make_encoder(tokenizer))
     documents = sizes.count(islice(documents, corpus.limit))
     total = 0 if corpus.limit is not None else total
-    return Tokens(documents, _prefix(tokenizer), total, sizes, fingerprint([spec, corpus.limit]), tally)
+    identity = fingerprint([spec, corpus.limit])
+    return Tokens(documents, _prefix(tokenizer), tokenizer, total, sizes, identity, tally)
 
 
 def place_of(corpus: Corpus, number: int) -> str:

@@ -14,6 +14,7 @@ from gptcli import __version__
 from gptcli.device import best_device
 from gptcli.errors import DataError, GptcliError, UsageError
 from gptcli.evaluation.corpus import Corpus, Tokens, tokens_for
+from gptcli.evaluation.curves import Collecting, Curves, keep_curves, kept_curves
 from gptcli.evaluation.loss import LossResult, document_loss
 from gptcli.evaluation.scores import FORMAT, Scores, keep, kept
 from gptcli.files import fingerprint
@@ -39,11 +40,15 @@ KILO = 1e3
 
 @dataclass(frozen=True)
 class Options:
-    """What a command line says; None leaves it to the recipe, then to the run, then to the default."""
+    """What a command line says; None leaves it to the recipe, then to the run, then to the default.
+
+    `curves`: collect what a page of pictures needs.
+    """
 
     sequence_length: int | None = None
     stride: int | None = None
     precision: Precision = "auto"
+    curves: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,13 @@ class Keeping:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's loss on a corpus."""
+    """A model's loss on a corpus; with `curves`, where they were asked for, and the folder of its tokenizer."""
 
     model: str
     data: str
     scores: Scores
+    curves: Curves | None = None
+    tokenizer: Path | None = None
 
     @property
     def result(self) -> LossResult:
@@ -147,9 +154,13 @@ def evaluate(
         settings = [length, stride or length, options.precision, device.type, code]
         key = fingerprint([FORMAT, keeping.fingerprint(folder), tokens.identity, settings])
         if keeping.reuse and (found := kept(key)) is not None:
-            reporter.say(f"{folder} on {corpus.name}: as kept of an earlier evaluation")
-            return Evaluation(str(folder), corpus.name, found)
+            curves = kept_curves(key) if options.curves else None
+            if curves is not None or not options.curves:
+                reporter.say(f"{folder} on {corpus.name}: as kept of an earlier evaluation")
+                return Evaluation(str(folder), corpus.name, found, curves, tokens.tokenizer)
+            reporter.say(f"{folder} on {corpus.name}: kept without what the pictures show, so it is scored again")
     nats = array("d")
+    watch = Collecting() if options.curves else None
     with memory_errors("Try a shorter --sequence-length, or --precision bf16."):
         model = load_model(folder, dtype=options.precision, device=device)
         moved = "" if stride in (None, length) else f", moved by {stride:,}"
@@ -158,23 +169,27 @@ def evaluate(
         with _progress(tokens, reporter) as on_progress:
             result = document_loss(
                 model,
-                tokens.documents,
+                tokens.documents if watch is None else watch.reading(tokens.documents),
                 prefix_id=tokens.prefix_id,
                 sequence_length=length,
                 stride=stride,
                 on_progress=on_progress,
                 per_document=nats,
+                watch=watch,
             )
     if not result.tokens:
         raise DataError(f"no text to score in {corpus.name}", remedy="Give a file with text: gptcli eval --data FILE")
     scores = tokens.sizes.scores(nats)
+    collected = None if watch is None else watch.curves()
     _say_left_out(tokens, scores, reporter)
     if key is not None:
         try:
             keep(key, scores, {"model": str(folder), "data": corpus.name, "sequence_length": length, "stride": stride})
+            if collected is not None:
+                keep_curves(key, collected)
         except OSError as error:
             reporter.warn(f"the documents' losses could not be kept for a comparison: {error.strerror or error}")
-    return Evaluation(str(folder), corpus.name, scores)
+    return Evaluation(str(folder), corpus.name, scores, collected, tokens.tokenizer)
 
 
 def _say_left_out(tokens: Tokens, scores: Scores, reporter: Reporter) -> None:

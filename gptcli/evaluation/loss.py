@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,18 +76,30 @@ class LossResult:
 class Window:
     """A stretch of one document: `ids[:-1]` are the inputs, `ids[1:]` the targets, of which the last `scored` count.
 
-    With `wanted` (bool, one a target) those that count are where it is True, `scored` of them.
+    With `wanted` (bool, one a target) those that count are where it is True, `scored` of them. `first` is the number,
+    from 0, of the first that counts among the tokens of the document.
     """
 
     document: int
     ids: NDArray[np.int64]
     scored: int
     wanted: NDArray[np.bool_] | None = None
+    first: int = 0
 
     @property
     def length(self) -> int:
         """The number of inputs."""
         return len(self.ids) - 1
+
+
+class Watch(Protocol):
+    """Looks closer while documents are scored: `score` in place of summing, and `take`, which gives a window's nats."""
+
+    def score(self, forward: Forward, batch: list[Window], device: torch.device, pad_id: int) -> list[Any]:
+        """Something for each window; called in several threads."""
+
+    def take(self, window: Window, scored: Any) -> float:
+        """The summed nats of what `score` made of a window; called in one thread, in the same order each time."""
 
 
 def document_loss(
@@ -101,6 +113,7 @@ def document_loss(
     part: tuple[int, int] = (0, 1),
     on_progress: Callable[[int], None] | None = None,
     per_document: array[float] | None = None,
+    watch: Watch | None = None,
 ) -> LossResult:
     """Score documents, each an array of token ids without BOS and EOS and its size in UTF-8 bytes.
 
@@ -109,7 +122,8 @@ def document_loss(
 
     The result does not depend on `batch_tokens` (the most inputs in one forward pass, at least one window). The model's
     train or eval mode is left as it was, and random state is not touched. `on_progress` gets the tokens scored so far,
-    and an empty array `per_document` the summed nats of each document (of the windows of this part).
+    and an empty array `per_document` the summed nats of each document (of the windows of this part). `watch` sees every
+    token, at the cost of some more work on each block of logits.
 
     Raises:
         UsageError: `sequence_length` or `stride` make no sense.
@@ -124,6 +138,7 @@ def document_loss(
         part=part,
         on_progress=on_progress,
         per_document=per_document,
+        watch=watch,
     )
 
 
@@ -136,13 +151,15 @@ def loss_of(
     part: tuple[int, int] = (0, 1),
     on_progress: Callable[[int], None] | None = None,
     per_document: array[float] | None = None,
+    watch: Watch | None = None,
 ) -> LossResult:
     """The loss over windows, which come with the bytes of each document; all else as for `document_loss`."""
     tally = _Tally(per_document)
     windows = tally.count(stream)
     nats, tokens = 0.0, 0
     with scoring(model):
-        for batch, sums in score_windows(model, windows, pad_id=pad_id, batch_tokens=batch_tokens, part=part):
+        batches = score_windows(model, windows, pad_id=pad_id, batch_tokens=batch_tokens, part=part, watch=watch)
+        for batch, sums in batches:
             nats += math.fsum(sums)
             tokens += sum(window.scored for window in batch)
             if per_document is not None:
@@ -198,7 +215,7 @@ def document_windows(number: int, ids: NDArray[np.int64], prefix_id: int, length
     scored = 0
     for begin in range(0, len(ids), stride):
         end = min(begin + length, len(ids))
-        yield Window(number, whole[begin : end + 1], end - scored)
+        yield Window(number, whole[begin : end + 1], end - scored, scored)
         scored = end
         if end == len(ids):
             return
@@ -221,12 +238,17 @@ def score_windows(
     pad_id: int,
     batch_tokens: int = 8192,
     part: tuple[int, int] = (0, 1),
+    watch: Watch | None = None,
 ) -> Iterator[tuple[list[Window], list[float]]]:
     """Score windows in batches of like length; yields each batch with its windows' summed nats (float64).
 
     More in `each_batch`.
     """
-    return each_batch(model, windows, _score, pad_id=pad_id, batch_tokens=batch_tokens, part=part)
+    if watch is None:
+        yield from each_batch(model, windows, _score, pad_id=pad_id, batch_tokens=batch_tokens, part=part)
+        return
+    for batch, scored in each_batch(model, windows, watch.score, pad_id=pad_id, batch_tokens=batch_tokens, part=part):
+        yield batch, [watch.take(window, each) for window, each in zip(batch, scored, strict=True)]
 
 
 def each_batch(

@@ -140,23 +140,44 @@ def keep(key: str, scores: Scores, about: dict[str, Any]) -> None:
         OSError: the cache cannot be written.
     """
     parts = {name: value for name in PARTS if (value := getattr(scores, name)) is not None}
-    header = json.dumps({**about, "format": FORMAT, "sources": scores.sources}, ensure_ascii=False)
-    buffer = io.BytesIO()
-    np.savez(buffer, about=np.frombuffer(header.encode("utf-8", "replace"), dtype=np.uint8), **parts)
-    write_atomic(_file(key), buffer.getvalue())
+    write_arrays(key, {**about, "format": FORMAT, "sources": scores.sources}, parts)
 
 
 def kept(key: str) -> Scores | None:
     """The scores that were kept under a key; None when there are none, or the file is damaged."""
+    if (found := read_arrays(key)) is None:
+        return None
+    about, arrays = found
+    parts: dict[str, Any] = {name: arrays.get(name) for name in PARTS}
     try:
-        with _file(key).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            about = json.loads(bytes(file["about"]))
-            parts: dict[str, Any] = {name: file.get(name) for name in PARTS}
         sources = tuple((str(name), int(count)) for name, count in about["sources"])
         scores = Scores(**parts, sources=sources)
         sizes = {len(part) for part in parts.values() if part is not None}
         whole = about["format"] == FORMAT and sizes == {sum(count for _, count in sources)}
         return scores if whole else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def write_arrays(key: str, about: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+    """Write arrays into the cache of evaluations, with a JSON header.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    header = json.dumps(about, ensure_ascii=False)
+    buffer = io.BytesIO()
+    np.savez(buffer, about=np.frombuffer(header.encode("utf-8", "replace"), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
+    write_atomic(_file(key), buffer.getvalue())
+
+
+def read_arrays(key: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] | None:
+    """The header and the arrays of a file of the cache; None when there is none, or it is damaged."""
+    try:
+        with _file(key).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = dict(file)
+        about = json.loads(bytes(arrays.pop("about")))
+        return (about, arrays) if isinstance(about, dict) else None
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
         return None
 

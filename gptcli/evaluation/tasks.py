@@ -17,7 +17,15 @@ import numpy as np
 from gptcli.device import best_device
 from gptcli.errors import DataError, DivergedError, UsageError, writing
 from gptcli.evaluation import metrics
-from gptcli.evaluation.classify import CONTENT_FREE, calibrated, label_ids, log_likelihoods, normalized
+from gptcli.evaluation.classify import (
+    CONTENT_FREE,
+    calibrated,
+    label_ids,
+    log_likelihoods,
+    normalized,
+    over_labels,
+)
+from gptcli.evaluation.curves import Calibration, calibration
 from gptcli.evaluation.examples import Asked, Example, read_examples
 from gptcli.files import write_atomic
 from gptcli.generation.batches import UNIT_SEQUENCES, UNIT_TOKENS, plan_units
@@ -46,12 +54,16 @@ WITH_EMPTY = ("exact_match", "f1", "quality")
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model's answers to the rows of a corpus are worth: `metrics` by name, and how many `rows` there were."""
+    """What a model's answers to the rows of a corpus are worth: `metrics` by name, and how many `rows` there were.
+
+    `calibration` is of the probabilities of labels, taken over the labels alone; None where no label is asked for.
+    """
 
     model: str
     data: str
     rows: int
     metrics: dict[str, Any]
+    calibration: Calibration | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `gptcli eval` where no loss was asked for."""
@@ -100,6 +112,7 @@ def run_tasks(
     examples = read_examples(corpus, Asked(template, section.references, _check(section, of_texts)), reporter)
     tokenizer = load_tokenizer(folder)
     found: dict[str, Any] = {}
+    sureness: Calibration | None = None
     lines: list[dict[str, Any]] = [
         {"where": each.where, "prompt": each.prompt, "references": list(each.references)} for each in examples
     ]
@@ -110,7 +123,9 @@ def run_tasks(
         prompts = _encode(model, tokenizer, examples)
         if of_labels:
             assert section.labels is not None
-            found |= _classify(model, tokenizer, template, examples, prompts, section, of_labels, lines, reporter)
+            found, sureness = _classify(
+                model, tokenizer, template, examples, prompts, section, of_labels, lines, reporter
+            )
         if of_texts:
             how = _settings(recipe)
             reporter.say(f"texts of at most {how.max_new_tokens:,} tokens, {how.how}")
@@ -120,7 +135,7 @@ def run_tasks(
         with writing(predictions, "the answers", "Nothing else was changed."):
             write_atomic(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         reporter.say(f"answers: {predictions}")
-    return TaskResult(str(folder), corpus.name, len(examples), found)
+    return TaskResult(str(folder), corpus.name, len(examples), found, sureness)
 
 
 def _check(section: Eval, of_texts: Sequence[str]) -> Any:
@@ -178,7 +193,7 @@ def _classify(
     wanted: Sequence[str],
     lines: list[dict[str, Any]],
     reporter: Reporter,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Calibration]:
     from gptcli.generation.text import encode_prompts
 
     assert section.labels is not None
@@ -202,9 +217,12 @@ def _classify(
     for line, label, row in zip(lines, chosen, scores, strict=True):
         shown = {name: float(score) if math.isfinite(score) else None for name, score in zip(names, row, strict=True)}
         line |= {"label": label, "label_scores": shown}
-    every = metrics.of_labels(chosen, [example.references[0].strip() for example in examples], names)
+    references = [example.references[0].strip() for example in examples]
+    right = np.array([label == reference for label, reference in zip(chosen, references, strict=True)])
+    sureness = calibration(np.exp(over_labels(scores).max(axis=1)), right)
+    every = metrics.of_labels(chosen, references, names)
     kept = {name: value for name, value in every.items() if name.split("_")[0] in (*wanted, "confusion")}
-    return kept | {"label_scores": section.label_scores + (" with the end of text" if ended else "")}
+    return kept | {"label_scores": section.label_scores + (" with the end of text" if ended else "")}, sureness
 
 
 def _check_finite(scores: NDArray[np.float64], example: Example) -> None:

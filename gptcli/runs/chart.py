@@ -22,12 +22,39 @@ LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 10.0, 30.0
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its points by step, its CSS class, its name in tooltips; `dots` marks every point."""
+    """One curve: its points, its CSS class, its name in tooltips; `dots` marks every point.
+
+    `tips` has what tooltips say of each point, where that is more than its value.
+    """
 
     points: Points
     style: str
     name: str = ""
     dots: bool = False
+    tips: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The horizontal axis: its ends, ticks with their texts, and what tooltips call a point; `log` for even factors."""
+
+    low: float
+    high: float
+    ticks: Sequence[tuple[float, str]]
+    name: Callable[[float], str]
+    log: bool = False
+
+    def share(self, x: float) -> float:
+        """Where a point lies between the ends, from 0 to 1."""
+        low, high, at = (math.log(each) if self.log else each for each in (self.low, self.high, x))
+        return (at - low) / (high - low)
+
+
+def steps(last_step: float, width: int) -> Axis:
+    """The axis of steps from 0 on, for a chart of a width."""
+    high = max(1.0, last_step)
+    found = [tick for tick in ticks(0.0, high, width // 90) if 0 <= tick <= high and tick == int(tick)]
+    return Axis(0.0, high, [(tick, tick_text(tick, found)) for tick in found], lambda step: f"step {step:,.0f}")
 
 
 def svg(
@@ -35,9 +62,11 @@ def svg(
     label: str,
     show: Callable[[float], str],
     *,
-    last_step: float,
     width: int,
     height: int,
+    last_step: float = 0.0,
+    axis: Axis | None = None,
+    values: tuple[float, float] | None = None,
     zero: bool = False,
 ) -> str:
     """A chart of lines over steps, from step 0 on, with axes, ticks and a tooltip for every stretch of steps.
@@ -45,20 +74,21 @@ def svg(
     Args:
         lines: what is drawn, the last one on top; tooltips tell of those with a name.
         last_step: where the axis of steps ends, so that charts side by side agree.
+        axis: another axis than that of steps.
+        values: the ends of the value axis; without it those of the lines.
         label: what the chart shows, for readers of the page's text.
         show: a value as text.
         width: of the viewBox; the page scales it.
         height: of the viewBox.
         zero: whether the value axis begins at 0.
     """
-    x_low, x_high = 0.0, max(1.0, last_step)
-    y_low, y_high = _range([y for line in lines for _, y in line.points])
+    axis = axis or steps(last_step, width)
+    y_low, y_high = values or _range([y for line in lines for _, y in line.points])
     y_ticks = ticks(0.0 if zero and y_low >= 0 else y_low, y_high, max(3, height // 60))
     y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1])
-    x_ticks = [tick for tick in ticks(x_low, x_high, width // 90) if x_low <= tick <= x_high and tick == int(tick)]
 
     def x_at(x: float) -> float:
-        return LEFT + (x - x_low) / (x_high - x_low) * (width - LEFT - RIGHT)
+        return LEFT + axis.share(x) * (width - LEFT - RIGHT)
 
     def y_at(y: float) -> float:
         return height - BOTTOM - (y - y_low) / (y_high - y_low) * (height - TOP - BOTTOM)
@@ -70,12 +100,10 @@ def svg(
         parts.append(f'<text class="tick" x="{LEFT - 8:.1f}" y="{y + 3.5:.1f}" text-anchor="end">{shown}</text>')
     base = height - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT:.1f}" y1="{base:.1f}" y2="{base:.1f}"/>')
-    for tick in x_ticks:
+    for tick, shown in axis.ticks:
         x = x_at(tick)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base:.1f}" y2="{base + 4:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{base + 17:.1f}" text-anchor="middle">{tick_text(tick, x_ticks)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 17:.1f}" text-anchor="middle">{shown}</text>')
     for line in lines:
         drawn = [(x_at(x), y_at(y)) for x, y in thin(line.points, MAX_POINTS)]
         if len(drawn) > 1:
@@ -83,7 +111,7 @@ def svg(
             parts.append(f'<polyline class="{line.style}" points="{path}"/>')
         if line.dots or len(drawn) == 1:
             parts += [f'<circle class="{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in drawn]
-    parts += _tips([line for line in lines if line.name], show, x_at, y_at, height)
+    parts += _tips([line for line in lines if line.name], show, axis.name, x_at, y_at, height)
     parts.append("</svg>")
     return "".join(parts)
 
@@ -91,6 +119,7 @@ def svg(
 def _tips(
     named: Sequence[Line],
     show: Callable[[float], str],
+    call: Callable[[float], str],
     x_at: Callable[[float], float],
     y_at: Callable[[float], float],
     height: int,
@@ -103,13 +132,18 @@ def _tips(
     middles = [x_at(step) for step in steps]
     edges = [middles[0] - 4, *((a + b) / 2 for a, b in pairwise(middles)), middles[-1] + 4]
     values = [dict(line.points) for line in named]
+    said = [dict(zip((x for x, _ in line.points), line.tips, strict=False)) for line in named]
     tips = []
     for index, step in enumerate(steps):
-        here = [(line, table[step]) for line, table in zip(named, values, strict=True) if step in table]
-        title = "\n".join([f"step {step:,.0f}", *(f"{line.name}: {show(value)}" for line, value in here)])
+        here = [
+            (line, table[step], tips.get(step))
+            for line, table, tips in zip(named, values, said, strict=True)
+            if step in table
+        ]
+        title = "\n".join([call(step), *(f"{line.name}: {tip or show(value)}" for line, value, tip in here)])
         marks = "".join(
             f'<circle class="mark {line.style}" cx="{middles[index]:.1f}" cy="{y_at(value):.1f}" r="3.4"/>'
-            for line, value in here
+            for line, value, _ in here
         )
         middle, left, right = middles[index], edges[index], edges[index + 1]
         strip = f'<rect x="{left:.1f}" width="{right - left:.1f}" y="{TOP}" height="{height - TOP - BOTTOM}"/>'

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from gptcli import __version__
 from gptcli.errors import CheckpointError, GptcliError
 from gptcli.files import write_atomic
 from gptcli.runs import metrics
 from gptcli.runs.chart import Line, smooth, svg
 from gptcli.runs.folder import RunFolder, parse_time
+from gptcli.runs.html import document, legend
 from gptcli.runs.summary import Summary, count, figure, mapping, points, size, span, summarize, text, whole
 
 MAX_SAMPLES = 24
@@ -53,26 +52,7 @@ def page(run: RunFolder) -> str:
         _recipe("Recipe with every default", run.resolved),
         _recipe("Recipe as given", run.recipe),
     ]
-    style = resources.files("gptcli.runs").joinpath("report.css").read_text(encoding="utf-8")
-    body = "\n".join(section for section in sections if section)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(summary.name)} · gptcli</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-<footer>gptcli {escape(__version__)}</footer>
-</main>
-</body>
-</html>
-"""
+    return document(summary.name, sections)
 
 
 def _header(summary: Summary, fields: Mapping[str, Any]) -> str:
@@ -129,9 +109,10 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
             ]
         if validation:
             drawn.append(Line(validation, "second", "validation loss", dots=len(validation) <= 60))
-        legend = _legend([("main", "training", bool(training)), ("second", "validation", bool(validation))])
+        entries = [("main", "training", training), ("second", "validation", validation)]
+        keys = legend((style, name) for style, name, curve in entries if curve)
         picture = svg(drawn, "Loss by step", lambda value: f"{value:.4f}", last_step=last_step, width=1040, height=320)
-        charts.append(f'<figure class="wide"><figcaption>Loss{legend}</figcaption>{picture}</figure>')
+        charts.append(f'<figure class="wide"><figcaption>Loss{keys}</figcaption>{picture}</figure>')
     small = [
         ("Validation loss", validation, "second", lambda value: f"{value:.4f}", False, True),
         ("Learning rate", points(lines, "learning_rate"), "main", lambda value: f"{value:.3g}", True, False),
@@ -144,11 +125,6 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
             picture = svg([line], f"{name} by step", show, last_step=last_step, width=512, height=210, zero=zero)
             charts.append(f"<figure><figcaption>{name}</figcaption>{picture}</figure>")
     return f'<section><h2>Curves</h2><div class="charts">{"".join(charts)}</div></section>' if charts else ""
-
-
-def _legend(entries: Iterable[tuple[str, str, bool]]) -> str:
-    keys = "".join(f'<span class="key {style}">{name}</span>' for style, name, shown in entries if shown)
-    return f'<span class="legend">{keys}</span>'
 
 
 def _read_samples(run: RunFolder) -> list[dict[str, Any]]:
