@@ -14,7 +14,7 @@ from gptcli import __version__
 from gptcli.device import best_device
 from gptcli.errors import DataError, GptcliError, UsageError
 from gptcli.evaluation.corpus import Corpus, Tokens, tokens_for
-from gptcli.evaluation.loss import LossResult, document_loss
+from gptcli.evaluation.loss import LossResult, document_loss, loss_of
 from gptcli.evaluation.scores import FORMAT, Scores, keep, kept
 from gptcli.files import fingerprint
 from gptcli.model.load import (
@@ -156,15 +156,24 @@ def evaluate(
         precision = str(model.dtype).removeprefix("torch.")
         reporter.say(f"{folder} on {corpus.name}: windows of {length:,} tokens{moved}, {precision} on {model.device}")
         with _progress(tokens, reporter) as on_progress:
-            result = document_loss(
-                model,
-                tokens.documents,
-                prefix_id=tokens.prefix_id,
-                sequence_length=length,
-                stride=stride,
-                on_progress=on_progress,
-                per_document=nats,
-            )
+            if tokens.windows is not None:
+                result = loss_of(
+                    model,
+                    tokens.windows(length),
+                    pad_id=tokens.prefix_id,
+                    on_progress=on_progress,
+                    per_document=nats,
+                )
+            else:
+                result = document_loss(
+                    model,
+                    tokens.documents,
+                    prefix_id=tokens.prefix_id,
+                    sequence_length=length,
+                    stride=stride,
+                    on_progress=on_progress,
+                    per_document=nats,
+                )
     if not result.tokens:
         raise DataError(f"no text to score in {corpus.name}", remedy="Give a file with text: gptcli eval --data FILE")
     scores = tokens.sizes.scores(nats)

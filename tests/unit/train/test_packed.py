@@ -300,6 +300,20 @@ def test_the_logged_loss_is_that_of_completions_and_tokens_are_inputs(whole: Pat
     assert found["loss"] == pytest.approx(nats / scored, abs=1e-4)
 
 
+def test_eval_scores_held_out_rows_as_training_does(whole: Path) -> None:
+    from gptcli.evaluation.corpus import from_recipe
+    from gptcli.evaluation.evaluate import Options as Windows
+    from gptcli.evaluation.evaluate import evaluate
+
+    loaded = load_recipe(str(whole / "resolved.yaml"), [])
+    found = evaluate(whole / "final", from_recipe(loaded), Windows(), Silent(), loaded).as_dict()
+    expected = lines(whole, "validation")[-1]["validation"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert (found["tokens"], found["bits_per_byte"]) == (expected["tokens"], None)
+    one = evaluate(whole / "final", from_recipe(loaded, limit=1), Windows(), Silent(), loaded).as_dict()
+    assert one["documents"] == 1
+
+
 def test_train_on_all_learns_prompts_too(whole: Path) -> None:
     folder = whole.parent.parent
     every = run(folder, "all", "finetune.train_on=all", "train.max_steps=1", "train.epochs=null")
