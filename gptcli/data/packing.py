@@ -129,9 +129,9 @@ def pieces(
         left_out[TRUNCATED] = int(too_long.sum())
         tokens = np.minimum(tokens, length + 1)
     counts = np.maximum(0, -(-(tokens - 1) // length))
-    document = np.repeat(np.arange(len(tokens)), counts)
-    inside = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
-    return begins[document] + inside, np.minimum(length + 1, tokens[document] - inside), left_out
+    home = np.repeat(np.arange(len(tokens)), counts)
+    inside = (np.arange(len(home)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
+    return begins[home] + inside, np.minimum(length + 1, tokens[home] - inside), left_out
 
 
 def count_labels(stream: Stream, begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -28,14 +28,13 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MANIFEST = "index.json"
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "pieces": np.dtype(np.int32),
     "begins": np.dtype(np.int64),
     "lengths": np.dtype(np.int32),
     "tokens": np.dtype(np.int32),
     "labels": np.dtype(np.int32),
 }
-_OF_PIECES = ("begins", "lengths")
 SHOWN_TOKENS = 16
 
 

@@ -99,7 +99,7 @@ class Stream:
 
     def _gathered(self, parts: tuple[NDArray[Any], ...], positions: NDArray[np.int64]) -> NDArray[Any]:
         if len(parts) == 1:
-            return parts[0][positions]  # type: ignore[no-any-return]
+            return parts[0][positions]
         homes = np.searchsorted(self.starts, positions, side="right") - 1
         result = np.empty(len(positions), dtype=parts[0].dtype)
         for home in np.unique(homes).tolist():

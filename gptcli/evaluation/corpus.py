@@ -7,8 +7,8 @@ is the recipe's, and are read again from their texts where it is another; both g
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +32,15 @@ from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.errors import DataError, MissingError, UsageError, not_available
 from gptcli.evaluation.loss import Document
 from gptcli.evaluation.scores import Sizes
+from gptcli.evaluation.supervised import Stream, packing_for, supervised_windows
 from gptcli.files import fingerprint
 from gptcli.recipe.load import LoadedRecipe
 from gptcli.recipe.schema import Source
 
 if TYPE_CHECKING:
+    from gptcli.data.packing import Packing
     from gptcli.data.shards import Shards
+    from gptcli.data.tokenize import Prepared
     from gptcli.reporting import Reporter
 
 # The parts of a tokenizer.json that decide a text's ids; the rest is about specials around it.
@@ -77,6 +80,7 @@ class Tokens:
         sizes: of the documents that were read so far.
         identity: a hash of the content of the corpus, whatever the model, and of how it is divided into documents.
         left_out: counts the rows without text.
+        windows: in place of `documents` what is scored of rows of which a part is learnt, given the longest window.
     """
 
     documents: Iterator[Document]
@@ -86,6 +90,7 @@ class Tokens:
     sizes: Sizes
     identity: str
     left_out: Tally
+    windows: Callable[[int], Stream] | None = None
 
 
 def from_files(paths: list[str], *, text: str = "text", documents: str = "file", limit: int | None = None) -> Corpus:
@@ -144,8 +149,8 @@ def tokens_for(corpus: Corpus, model: Path, revision: str | None, reporter: Repo
         prepared = prepare(loaded, reporter)
         if prepared.validation is None:
             raise DataError("the recipe holds nothing out", where=loaded.label)
-        if prepared.validation.has_supervision:
-            raise not_available("eval", "the loss of rows that are held out", where=loaded.where("data.format"))
+        if (packing := packing_for(prepared.validation, loaded.recipe)) is not None:
+            return _rows(prepared, packing, corpus, model, sizes, tally)
         total, spec = prepared.validation.bytes or 0, [["held out", prepared.validation.fingerprint]]
         tokenizer = prepared.tokenizer
         if _same_ids(model, tokenizer):
@@ -158,6 +163,32 @@ def tokens_for(corpus: Corpus, model: Path, revision: str | None, reporter: Repo
     total = 0 if corpus.limit is not None else total
     identity = fingerprint([spec, corpus.limit])
     return Tokens(documents, _prefix(tokenizer), tokenizer, total, sizes, identity, tally)
+
+
+def _rows(prepared: Prepared, packing: Packing, corpus: Corpus, model: Path, sizes: Sizes, tally: Tally) -> Tokens:
+    """Held-out rows of which a part is learnt: what training scores of them."""
+    shards = prepared.validation
+    assert shards is not None
+    if not _same_ids(model, prepared.tokenizer):
+        raise UsageError(
+            "the model's tokenizer is not the recipe's, and rows say by its tokens what of them is learnt",
+            where=str(model),
+            remedy="Prepare them with the model's own: tokenizer.from in the recipe.",
+        )
+
+    def windows(length: int) -> Stream:
+        stream = supervised_windows(shards, replace(packing, sequence_length=length))
+        left = corpus.limit if corpus.limit is not None else shards.documents
+        for source in shards.manifest["sources"]:
+            sizes.begin(source["name"])
+            for size, found in islice(stream, min(left, source["documents"])):
+                sizes.add_text(None)
+                sizes.add(sum(window.scored for window in found), 0)
+                yield size, found
+            left -= min(left, source["documents"])
+
+    identity = fingerprint(["held out rows", shards.fingerprint, vars(packing), corpus.limit])
+    return Tokens(iter(()), _prefix(prepared.tokenizer), 0, sizes, identity, tally, windows)
 
 
 def place_of(corpus: Corpus, number: int) -> str:

@@ -15,7 +15,7 @@ from gptcli.device import best_device
 from gptcli.errors import DataError, GptcliError, UsageError
 from gptcli.evaluation.corpus import Corpus, Tokens, tokens_for
 from gptcli.evaluation.curves import Collecting, Curves, keep_curves, kept_curves
-from gptcli.evaluation.loss import LossResult, document_loss
+from gptcli.evaluation.loss import LossResult, document_loss, loss_of
 from gptcli.evaluation.scores import FORMAT, Scores, keep, kept
 from gptcli.files import fingerprint
 from gptcli.model.load import (
@@ -160,23 +160,33 @@ def evaluate(
                 return Evaluation(str(folder), corpus.name, found, curves, tokens.tokenizer)
             reporter.say(f"{folder} on {corpus.name}: kept without what the pictures show, so it is scored again")
     nats = array("d")
-    watch = Collecting() if options.curves else None
+    # Pictures are of texts: of rows only the answers count, at places that differ.
+    watch = Collecting() if options.curves and tokens.windows is None else None
     with memory_errors("Try a shorter --sequence-length, or --precision bf16."):
         model = load_model(folder, dtype=options.precision, device=device)
         moved = "" if stride in (None, length) else f", moved by {stride:,}"
         precision = str(model.dtype).removeprefix("torch.")
         reporter.say(f"{folder} on {corpus.name}: windows of {length:,} tokens{moved}, {precision} on {model.device}")
         with _progress(tokens, reporter) as on_progress:
-            result = document_loss(
-                model,
-                tokens.documents if watch is None else watch.reading(tokens.documents),
-                prefix_id=tokens.prefix_id,
-                sequence_length=length,
-                stride=stride,
-                on_progress=on_progress,
-                per_document=nats,
-                watch=watch,
-            )
+            if tokens.windows is not None:
+                result = loss_of(
+                    model,
+                    tokens.windows(length),
+                    pad_id=tokens.prefix_id,
+                    on_progress=on_progress,
+                    per_document=nats,
+                )
+            else:
+                result = document_loss(
+                    model,
+                    tokens.documents if watch is None else watch.reading(tokens.documents),
+                    prefix_id=tokens.prefix_id,
+                    sequence_length=length,
+                    stride=stride,
+                    on_progress=on_progress,
+                    per_document=nats,
+                    watch=watch,
+                )
     if not result.tokens:
         raise DataError(f"no text to score in {corpus.name}", remedy="Give a file with text: gptcli eval --data FILE")
     scores = tokens.sizes.scores(nats)

@@ -112,11 +112,15 @@ class Sizes:
     def count(self, documents: Iterator[Document]) -> Iterator[Document]:
         """The documents, counted as they pass."""
         for ids, size in documents:
-            self.tokens += len(ids)
-            self.bytes += size or 0
-            self._lengths.append(len(ids))
-            self._bytes.append(size or 0)
+            self.add(len(ids), size or 0)
             yield ids, size
+
+    def add(self, tokens: int, size: int) -> None:
+        """Count a document of so many scored tokens and bytes; 0 bytes where they are not known."""
+        self.tokens += tokens
+        self.bytes += size
+        self._lengths.append(tokens)
+        self._bytes.append(size)
 
     def scores(self, nats: array[float]) -> Scores:
         """The sums of the documents that were scored, which are all that passed; texts may have been read beyond."""

@@ -6,22 +6,30 @@ and scored where training would learn, the end of the text or turn included. How
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gptcli.data.packed import packing_of
 from gptcli.data.packing import pieces
 from gptcli.evaluation.loss import Window
 
 if TYPE_CHECKING:
     from gptcli.data.packing import Packing
     from gptcli.data.shards import Shards
+    from gptcli.recipe.schema import Recipe
 
 READ_DOCUMENTS = 4096
+Stream = Iterator[tuple[int | None, list[Window]]]
 
 
-def supervised_windows(shards: Shards, packing: Packing) -> Iterator[tuple[int | None, Iterable[Window]]]:
+def packing_for(shards: Shards, recipe: Recipe) -> Packing | None:
+    """How held-out documents are cut whose supervised part is scored; None: all of each text is (`document_loss`)."""
+    return packing_of(recipe) if shards.has_supervision else None
+
+
+def supervised_windows(shards: Shards, packing: Packing) -> Stream:
     """What `evaluation.loss.loss_of` scores: the windows of each document, in order; memory is some documents."""
     number = 0
     for source, stream in enumerate(shards.streams):

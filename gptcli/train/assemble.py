@@ -92,7 +92,10 @@ def assemble(
     about: dict[str, Any] = {"rows_per_epoch": rows.rows_per_epoch}
     if isinstance(rows, PackedRows):
         about |= {"tokens_per_epoch": rows.index.tokens, "padding": partial(padding, rows)}
-    planned = partial(make_plan, counts=counts, decided=decided, usable=usable, **about)
+
+    def planned(recipe: LoadedRecipe, hardware: Hardware) -> Plan:
+        return make_plan(recipe, counts, hardware, decided=decided, usable=usable, **about)
+
     plan = planned(loaded, hardware=hardware)
     if hardware.here and loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
         batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gptcli.data.packed import packing_of
 from gptcli.evaluation.loss import LossResult, document_loss, loss_of
-from gptcli.evaluation.supervised import supervised_windows
+from gptcli.evaluation.supervised import packing_for, supervised_windows
 from gptcli.launch import world_size
 from gptcli.train import group
 
@@ -43,12 +42,12 @@ def validation_loss(
         parts: the run's processes, or groups of them, that share the windows.
     """
     assert recipe.data is not None
-    limit, packing = recipe.eval.limit, packing_of(recipe)
+    limit, packing = recipe.eval.limit, packing_for(shards, recipe)
     prefix = shards.specials.eos if shards.specials.bos is None else shards.specials.bos
     assert prefix is not None  # tokenizing refuses a tokenizer without an end token
     half = _TYPES.get(precision) if model.device.type == "cuda" else None
     with _without_wrapper(model), torch.autocast(model.device.type, dtype=half, enabled=half is not None):
-        if shards.has_supervision and packing is not None:
+        if packing is not None:
             windows = islice(supervised_windows(shards, packing), limit)
             own = loss_of(model, windows, pad_id=prefix, part=group.part(parts))
         else:

@@ -250,7 +250,7 @@ def test_shuffled_epochs_hold_every_row_once_and_one_row_is_the_same_in_any_batc
 def test_a_row_is_named_by_source_place_and_epoch(tmp_path: Path) -> None:
     sources = [make_documents(4, 1), make_documents(4, 2)]
     rows = TrainingRows(write_shards(tmp_path, sources, 50), sequence_length=8, seed=7, shuffle=False)
-    second = np.flatnonzero(rows._mixture.locate(np.arange(rows.rows_per_epoch))[0] == 1)
+    second = np.flatnonzero(rows._order._mixture.locate(np.arange(rows.rows_per_epoch))[0] == 1)
     assert rows.row_id(rows.rows_per_epoch + int(second[1])) == "source1 tokens 8-16 (epoch 1)"
 
 

@@ -32,14 +32,12 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "data.train.path={en: a, de: b}",
         "data.validation=[{path: {en: a, de: b}}]",
         "data.format=chat",
-        "data.packing=none",
         "data.prompt=x",
         "data.images=[image]",
         "data.allow_urls=true",
         "model.preset=vision-1m",
         "train.objective=fim",
         "train.objective=masked",
-        "train.neftune_noise_alpha=5",
         "train.profile={start: 1}",
         "train.best_metric=accuracy",
     ],
@@ -55,7 +53,6 @@ def test_what_does_not_exist_yet_is_refused_with_its_place(recipe: str, override
     "override",
     [
         "finetune.method=dpo",
-        "finetune.train_on=all",
     ],
 )
 def test_finetune_refuses_what_pretrain_does_not_look_at(recipe: str, override: str) -> None:

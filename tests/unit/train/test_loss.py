@@ -81,6 +81,32 @@ def test_blocks_give_the_loss_and_the_gradients_of_whole_logits(kind: str, block
 
 
 @pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("block", [None, 4, 33])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("kind", list(TYPES))
+def test_smoothed_labels_are_those_of_torch_and_the_loss_that_is_told_is_plain(
+    kind: str, block: int | None, z_loss: float
+) -> None:
+    model = make(kind)
+    other = copy.deepcopy(model)
+    ids, labels = rows()
+    logits = other(input_ids=ids).logits
+    objective = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=0.1
+    )
+    plain = summed_loss(logits, labels).detach()
+    wanted = gradients(other, objective + z_loss * summed_squares(logits, labels))
+    loss = TrainingLoss(model, block=block, z_loss=z_loss, smoothing=0.1)
+    assert loss.in_blocks == (block is not None)
+    _, nats, minimised = loss(model, {"input_ids": ids}, labels)
+    torch.testing.assert_close(nats, plain, rtol=1e-6, atol=1e-5)
+    if not z_loss:
+        torch.testing.assert_close(minimised.detach(), objective.detach(), rtol=1e-6, atol=1e-5)
+    for name, gradient in gradients(model, minimised).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.usefixtures("pieces")
 def test_in_bf16_blocks_are_as_close_to_fp32_as_whole_logits_are() -> None:
     ids, labels = rows()
     exact, whole, blocks = make("llama"), make("llama"), make("llama")
@@ -124,15 +150,15 @@ def test_no_logits_are_whole_when_they_would_be_large() -> None:
         assert block is not None and 4 * block * vocabulary <= LOGIT_BYTES
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (0.01, 0.0), (0.0, 0.1)])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_a_compiled_block_is_the_same_in_one_pass(z_loss: float, has_bias: bool) -> None:
+def test_a_compiled_block_is_the_same_in_one_pass(z_loss: float, smoothing: float, has_bias: bool) -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(16, VOCABULARY), rows()[1].flatten()[:16]
     bias = torch.randn(VOCABULARY) if has_bias else None
     compiled = torch.compile(block_slopes, backend="eager", dynamic=False)
-    found = compiled(logits.clone(), bias, labels, z_loss, torch.float32)
-    expected = block_slopes(logits.clone(), bias, labels, z_loss, torch.float32)
+    found = compiled(logits.clone(), bias, labels, z_loss, torch.float32, smoothing)
+    expected = block_slopes(logits.clone(), bias, labels, z_loss, torch.float32, smoothing)
     for ours, plain in zip(found, expected, strict=True):
         assert (ours is None) == (plain is None)
         if plain is not None:
