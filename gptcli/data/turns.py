@@ -190,7 +190,10 @@ def supervised(templater: Templater, messages: Sequence[Message], tools: Any = N
 def _end(templater: Templater, text: str, end: int) -> int:
     """Where a marked part ends, the token that ends the turn included."""
     ending = templater.ending
-    if ending.token is None or text[:end].rstrip().endswith(ending.token):
+    if ending.token is None:  # then all of the text that ends a turn, of which a mark may hold a part
+        rests = (_rest(text, end, each) for each in (ending.last, ending.between))
+        return end + max(rests)
+    if text[:end].rstrip().endswith(ending.token):
         return end
     found = max((each for each in (ending.last, ending.between) if text.startswith(each, end)), key=len, default=None)
     if found is not None:
@@ -198,6 +201,14 @@ def _end(templater: Templater, text: str, end: int) -> int:
     # A mark that ends before what is behind the content, such as a line end.
     match = templater.added.search(text, end)
     return match.end() if match and match[0] == ending.token and not text[end : match.start()].strip() else end
+
+
+def _rest(text: str, at: int, ending: str) -> int:
+    """How many characters of an ending follow at `at`, where its first ones may stand before that."""
+    for split in range(len(ending)):
+        if text.startswith(ending[split:], at) and text.endswith(ending[:split], 0, at):
+            return len(ending) - split
+    return 0
 
 
 def _located(templater: Templater, messages: Sequence[Message], tools: Any, trained: Sequence[int]) -> Rendered:

@@ -76,7 +76,7 @@ def test_what_the_assistant_says_is_supervised_with_the_token_that_ends_it(tmp_p
     messages = TWO if name in WITHOUT_SYSTEM else [SYSTEM, *TWO]
     assert said(folder, messages) == EXPECTED[name]
     assert said(folder, TWO[:2]) == ([EXPECTED[name][0]] if name not in ("qwen3", "plain") else said(folder, TWO[:2]))
-    # Phi's <|assistant|> takes the space of a content too; what a model is asked with ends there, and it says the space.
+    # Phi's <|assistant|> would take a content's first space; what a model is asked with ends there, so it says it.
     bare = [{**each, "content": each["content"].strip()} for each in messages]
     ours, theirs = ids_of(folder, bare)
     assert ours[: len(theirs)] == theirs, "the tokens are those of the text as a whole"
