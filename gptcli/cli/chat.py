@@ -58,11 +58,12 @@ def talk(folder: Path, settings: Settings, system: str, asked: Asked, *, quiet: 
 
 def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let the token with which the chat template ends an answer end the model's too, beside its own."""
-    token = windows.end_of_turn(tokenizer) if windows.has_template(tokenizer) else None
-    if token is not None:
+    from gptcli.data.turns import end_of_turn
+
+    if tokens := end_of_turn(tokenizer):
         own: Any = model.generation_config.eos_token_id
         named = own if isinstance(own, list) else [] if own is None else [own]
-        model.generation_config.eos_token_id = [*named, token]
+        model.generation_config.eos_token_id = [*named, *tokens]
 
 
 class _Session:

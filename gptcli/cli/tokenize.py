@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
 
 
+OPEN, CLOSE = "⟦", "⟧"  # around what is trained on
+
+
 def tokenize(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -108,7 +111,13 @@ def _preview(loaded: LoadedRecipe, count: int, out: Console, *, json: bool) -> d
                 "document": document.document,
                 "total": document.total,
                 "tokens": [
-                    {"id": number, "text": text, "special": special} for number, text, special in document.tokens
+                    {
+                        "id": number,
+                        "text": text,
+                        "special": special,
+                        **({} if trained is None else {"supervised": trained}),
+                    }
+                    for (number, text, special), trained in zip(document.tokens, _trained(document), strict=True)
                 ],
             }
             for document in documents
@@ -117,26 +126,47 @@ def _preview(loaded: LoadedRecipe, count: int, out: Console, *, json: bool) -> d
 
 
 def _show(document: Shown, out: Console) -> None:
-    """Print a document, its tokens in turn on two colours; without colours, a bar between them."""
+    """Print a document, its tokens in turn on two colours; without colours, a bar between them.
+
+    Of what is trained on the tokens are bright and the others dim; without colours, it stands in brackets.
+    """
     from rich.text import Text
 
     from gptcli.reporting import visible
 
     colours = out.rich.color_system is not None
     line = Text(overflow="fold")
-    for number, (_, text, special) in enumerate(document.tokens):
+    before: bool | None = None
+    for number, ((_, text, special), trained) in enumerate(zip(document.tokens, _trained(document), strict=True)):
         shown = text.replace("\r", "␍").replace("\t", "⇥").replace("\n", "⏎\n")
-        if not colours and number:
+        if not colours and bool(before) != bool(trained):
+            line.append(OPEN if trained else CLOSE)
+        elif not colours and number:
             line.append("|")
-        line.append(
-            visible(shown), style="bold magenta reverse" if special else ("on grey23", "on dark_blue")[number % 2]
-        )
+        before = trained
+        if trained is None:
+            style = "bold magenta reverse" if special else ("on grey23", "on dark_blue")[number % 2]
+        elif trained:
+            style = "bold black on bright_green" if special else ("bold on green4", "bold on dark_green")[number % 2]
+        else:
+            style = "dim magenta" if special else "dim"
+        line.append(visible(shown), style=style)
+    if not colours and before:
+        line.append(CLOSE)
     if (rest := document.total - len(document.tokens)) > 0:
         line.append(f" ... and {rest:,} more tokens", style="dim")
-    out.say(f"{document.document}: {document.total:,} tokens")
+    told = ""
+    if document.supervised is not None:
+        marks = "bright" if colours else f"in {OPEN} {CLOSE}"
+        told = f", {sum(document.supervised):,} of those shown are trained on ({marks})"
+    out.say(f"{document.document}: {document.total:,} tokens{told}")
     if not out.quiet:
         out.rich.print(line)
         out.rich.print()
+
+
+def _trained(document: Shown) -> list[bool | None]:
+    return [None] * len(document.tokens) if document.supervised is None else [*document.supervised]
 
 
 def _result(prepared: Prepared) -> dict[str, Any]:

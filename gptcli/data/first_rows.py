@@ -30,10 +30,10 @@ def check_columns(loaded: LoadedRecipe, parts: Sequence[tuple[Sequence[Input], R
         return
     found: dict[str, None] = {}
     for inputs, reading in parts:
-        columns = _first_columns(inputs[0], reading)
-        if columns is None:
+        first = _first_columns(inputs[0], reading)
+        if first is None:
             return
-        found |= dict.fromkeys(columns)
+        found |= dict.fromkeys(first)
     for key, columns in _wanted(formats[0]):
         for column in columns:
             if column not in found:

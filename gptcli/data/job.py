@@ -126,7 +126,7 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
         if isinstance(data.validation, int | float)
         else {"tail": getattr(data.validation, "tail", None)}
     )
-    spec = {
+    spec: dict[str, Any] = {
         "train": [part.spec for part in train],
         "validation": [part.spec for part in validation] if held_out else rule,
         "on_bad_row": data.on_bad_row,

@@ -23,7 +23,7 @@ from gptcli.data.turns import Rendered, Templater, open_templater, supervised
 
 UNSUPERVISED = "no supervised token"
 _LINE = "\n"
-_PROBES = ("ab", " ab", "Ab cd", "1", "é", "\n", "(", "字")
+_PROBES = ("ab", " ab", "Ab cd", "1", "é", "(", "字")
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,7 @@ def continues(folder: Path) -> bool:
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.rstrip]
     for lead in (_LINE, *added[:1]):
         ids = _ids(tokenizer, lead)
-        if any(
-            _ids(tokenizer, lead + text) != ids + _ids(tokenizer, text) for text in _PROBES if lead + text != "\n\n"
-        ):
+        if any(_ids(tokenizer, lead + text) != ids + _ids(tokenizer, text) for text in _PROBES):
             return False
     return True
 
@@ -151,9 +149,9 @@ def load(folder: Path) -> Tokenizer:
 
 
 @functools.lru_cache(maxsize=1)
-def templater_of(folder: Path) -> Templater:
-    """The chat template of a folder, opened once a process."""
-    return open_templater(folder)
+def templater_of(folder: Path, where: str | None = None) -> Templater:
+    """The chat template of a folder, opened once a process; `where` is for the error that there is none."""
+    return open_templater(folder, where=where)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

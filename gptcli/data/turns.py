@@ -1,4 +1,4 @@
-"""Where the assistant's turns stand in a rendered conversation, for any chat template, with `{% generation %}` or without.
+"""Where the assistant's turns stand in a rendered conversation, by any chat template, `{% generation %}` in it or not.
 
 A template is a program, so its text is only ever looked at from outside: contents are found by rendering them replaced
 by other texts. A turn begins where the prompt for it would end (`add_generation_prompt`), and ends behind the token
@@ -107,7 +107,7 @@ class Templater:
             {key: value for key, value in each.items() if key != "train" and value is not None} for each in messages
         ]
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[shown],
                 tools=tools,
                 chat_template=self._template(tools),
@@ -119,26 +119,18 @@ class Templater:
             raise
         except Exception as error:  # templates are programs of others; jinja2 passes on whatever they raise
             raise TemplateFault(f"is refused by the chat template: {first_line(error)[:200]}") from None
+        texts, spans = rendered
         return texts[0], list(spans[0]) if marks else []
 
 
 def open_templater(folder: Path, *, where: str | None = None) -> Templater:
     """The chat template of a tokenizer's folder. Raises `RecipeError` when it has none, with how to set one."""
     from transformers import PreTrainedTokenizerFast
-    from transformers.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    finally:
-        logging.set_verbosity(before)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     if not tokenizer.chat_template:
         raise RecipeError("format chat needs a chat template, and the tokenizer has none", where=where, remedy=SET_ONE)
-    tokens = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
-    added = sorted((token.content for token in tokens), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, added)) or "(?!)")
-    templater = Templater(tokenizer, pattern, tuple(token.content for token in tokens if token.rstrip))
+    templater = templater_from(tokenizer)
     try:
         _ = templater.ending
     except TemplateFault as error:
@@ -146,6 +138,28 @@ def open_templater(folder: Path, *, where: str | None = None) -> Templater:
             f"the chat template cannot be trained on: a short conversation {error}", where=where
         ) from None
     return templater
+
+
+def templater_from(tokenizer: Any) -> Templater:
+    """The chat template of a tokenizer of transformers."""
+    tokens = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
+    added = sorted((token.content for token in tokens), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, added)) or "(?!)")
+    return Templater(tokenizer, pattern, tuple(token.content for token in tokens if token.rstrip))
+
+
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """The id of the token with which a tokenizer's template ends an answer; [] without template or token.
+
+    Many tokenizers name another token as their EOS, and then a model would go on and speak for the user.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    try:
+        token = templater_from(tokenizer).ending.token
+    except TemplateFault:  # told when the template is used
+        return []
+    return [] if token is None else [int(tokenizer.convert_tokens_to_ids(token))]
 
 
 def supervised(templater: Templater, messages: Sequence[Message], tools: Any = None) -> Rendered:
@@ -176,7 +190,10 @@ def supervised(templater: Templater, messages: Sequence[Message], tools: Any = N
 def _end(templater: Templater, text: str, end: int) -> int:
     """Where a marked part ends, the token that ends the turn included."""
     ending = templater.ending
-    if ending.token is None or text[:end].rstrip().endswith(ending.token):
+    if ending.token is None:  # then all of the text that ends a turn, of which a mark may hold a part
+        rests = (_rest(text, end, each) for each in (ending.last, ending.between))
+        return end + max(rests)
+    if text[:end].rstrip().endswith(ending.token):
         return end
     found = max((each for each in (ending.last, ending.between) if text.startswith(each, end)), key=len, default=None)
     if found is not None:
@@ -184,6 +201,14 @@ def _end(templater: Templater, text: str, end: int) -> int:
     # A mark that ends before what is behind the content, such as a line end.
     match = templater.added.search(text, end)
     return match.end() if match and match[0] == ending.token and not text[end : match.start()].strip() else end
+
+
+def _rest(text: str, at: int, ending: str) -> int:
+    """How many characters of an ending follow at `at`, where its first ones may stand before that."""
+    for split in range(len(ending)):
+        if text.startswith(ending[split:], at) and text.endswith(ending[:split], 0, at):
+            return len(ending) - split
+    return 0
 
 
 def _located(templater: Templater, messages: Sequence[Message], tools: Any, trained: Sequence[int]) -> Rendered:
@@ -232,15 +257,21 @@ def _one_content(
     """Where one content stands that the template changes: between what is the same when it is another text."""
     other = templater.render(_with(messages, number, content=MARK.format(number)), tools)
     begin, end = _differs(text, other, number)
+    if messages[number]["role"] == "assistant" and not text[begin:end].strip():
+        raise _unrendered(number)
     return begin, max(begin, end)
 
 
 def _differs(text: str, other: str, number: int) -> tuple[int, int]:
     if text == other:
-        raise TemplateFault(f"has its message {number + 1} not rendered by the chat template, so it cannot be learnt")
+        raise _unrendered(number)
     begin = _common(text, other)
     most = min(len(text), len(other)) - begin
     return begin, len(text) - min(_common(text[::-1], other[::-1]), most)
+
+
+def _unrendered(number: int) -> TemplateFault:
+    return TemplateFault(f"has its message {number + 1} not rendered by the chat template, so it cannot be learnt")
 
 
 def _begin(templater: Templater, messages: Sequence[Message], tools: Any, number: int, text: str, content: int) -> int:
@@ -296,6 +327,10 @@ def _ending(templater: Templater) -> Ending:
     user, answer = {"role": "user", "content": said}, {"role": "assistant", "content": answered}
     alone = templater.render([user, answer])
     before, mark, behind = alone.partition(answered)
+    if not mark and templater.has_marks(None):  # it takes a content apart, and says where
+        marked = templater.render_marked([user, answer])
+        if marked.spans:
+            mark, before, behind = answered, marked.text[: marked.spans[0][0]], marked.text[marked.spans[-1][1] :]
     if not mark:
         raise TemplateFault("has no turn of the assistant in what the chat template renders")
     pattern = templater.added
@@ -327,6 +362,9 @@ def _between(templater: Templater, messages: list[Message], said: str, answered:
     while units and header and units[-1] == header[-1]:
         units.pop()
         header.pop()
+    if units and header and not templater.added.fullmatch(units[-1]):  # of texts, the characters that they share
+        shared = _common(units[-1][::-1], header[-1][::-1])
+        units[-1] = units[-1][: len(units[-1]) - shared]
     ended = next((at for at, unit in enumerate(units) if templater.added.fullmatch(unit)), None)
     return "".join(units[: ended + 1]) if ended is not None else "".join(units)
 

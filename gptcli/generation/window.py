@@ -91,21 +91,6 @@ def check_system(tokenizer: PreTrainedTokenizerBase, system: str, where: str = "
         raise UsageError("the model's chat template leaves the system prompt out")
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token with which the template ends an answer; None: it has none, or fails.
-
-    Many tokenizers name another token as their EOS, and then a model would go on and speak for the user.
-    """
-    mark = "answer"
-    try:
-        text = tokenizer.apply_chat_template(messages("", [Turn("question", mark)]), tokenize=False)
-        ids: Any = tokenizer(str(text).rpartition(mark)[2], add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception:  # told when the template is used
-        return None
-    added: Any = getattr(tokenizer, "added_tokens_decoder", {})
-    return int(ids[0]) if ids and ids[0] in added else None
-
-
 def window(tokenizer: PreTrainedTokenizerBase, chat: Chat, said: str, context: int | None, where: str = "") -> Window:
     """What the model sees of a chat when `said` is to be answered.
 

@@ -26,13 +26,11 @@ class Row:
         key: dotted; `*` is any item of a list.
         allowed: the values that are available (lists: each item has to be one of them).
         feature: what the key is for, in the message.
-        mapping_only: only a mapping (`path: {en: ..., de: ...}`) is refused.
     """
 
     key: str
     allowed: tuple[Any, ...] = ()
     feature: str = ""
-    mapping_only: bool = False
 
 
 TABLE: tuple[Row, ...] = (
@@ -110,7 +108,7 @@ def usable_by(loaded: LoadedRecipe) -> dict[str, str | None]:
 
 def is_available(key: str) -> bool:
     """Whether a key (dotted, `*` for items) can be used at all in this release; for the documentation."""
-    return not any(row.key == key and not row.allowed and not row.mapping_only for row in TABLE)
+    return not any(row.key == key and not row.allowed for row in TABLE)
 
 
 def unavailable_values(key: str, values: list[str]) -> list[str]:
@@ -121,8 +119,6 @@ def unavailable_values(key: str, values: list[str]) -> list[str]:
 
 def _refused(row: Row, value: Any, default: Any) -> str | None:
     """What to call the part of a written value that is refused; None: nothing is."""
-    if row.mapping_only:
-        return row.feature if isinstance(value, dict) else None
     if value == default or value in (None, [], {}) or _is_part_of(value, default):
         return None
     if not row.allowed:

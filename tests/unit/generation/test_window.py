@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from gptcli.data.chat_template import NAMED
+from gptcli.data.turns import end_of_turn
 from gptcli.errors import CheckpointError, UsageError
 from gptcli.generation.chat import Chat, Turn, messages
 from gptcli.generation.settings import Settings
 from gptcli.generation.text import complete, encode_prompt
 from gptcli.generation.window import (
     check_system,
-    end_of_turn,
     has_template,
     template_ids,
     text_so_far,
@@ -125,7 +125,7 @@ def test_a_template_that_fails_says_why(template: str, why: str) -> None:
     with pytest.raises(CheckpointError, match="chat template") as caught:
         window(tokenizer(template), Chat(Settings()), "hello", 64, "folder")
     assert why in caught.value.what and caught.value.where == "folder"
-    assert end_of_turn(tokenizer(template)) is None
+    assert end_of_turn(tokenizer(template)) == []
 
 
 def test_a_system_prompt_that_would_be_refused_or_lost_is_told() -> None:
@@ -143,8 +143,8 @@ def test_a_system_prompt_that_would_be_refused_or_lost_is_told() -> None:
 
 
 def test_the_token_that_ends_a_turn_is_found_in_the_template() -> None:
-    assert end_of_turn(CHATML) == CHATML.convert_tokens_to_ids("<|im_end|>")
-    assert end_of_turn(tokenizer(PLAIN)) is None
+    assert end_of_turn(CHATML) == [CHATML.convert_tokens_to_ids("<|im_end|>")]
+    assert end_of_turn(tokenizer(PLAIN)) == end_of_turn(BASE) == []
     assert has_template(CHATML) and not has_template(BASE)
 
 
