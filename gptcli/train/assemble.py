@@ -88,6 +88,8 @@ def assemble(
     hardware, usable = hardware or look_at(device), usable_attention(config)
     check_quantized(loaded, hardware)
     counts = count_parameters(config, partial(set_trained, loaded=loaded, new_tokens=new_tokens))
+    if loaded.recipe.finetune.adapter == "qlora":
+        counts = replace(counts, quantized=counts.frozen_hidden)
     planned = partial(make_plan, counts=counts, rows_per_epoch=rows, decided=decided, usable=usable)
     plan = planned(loaded, hardware=hardware)
     if hardware.here and loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
