@@ -163,7 +163,8 @@ def _rows(settings: Any, model: PreTrainedModel, folder: Path) -> int:
         CheckpointError: it names rows far behind the last one, for which memory would be taken.
     """
     named = getattr(settings, "trainable_token_indices", None) or ()
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
     beyond = {number for each in (named.values() if isinstance(named, dict) else [named]) for number in each}
     beyond = {number for number in beyond if number >= rows}
     last = max(beyond, default=rows - 1)

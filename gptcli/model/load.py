@@ -179,7 +179,8 @@ def _in_four_bits(device: torch.device) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
 
-    quantization = BitsAndBytesConfig(
+    make: Any = BitsAndBytesConfig
+    quantization = make(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

@@ -25,7 +25,8 @@ def resize(model: PreTrainedModel, size: int, new: Sequence[int] = ()) -> None:
     """
     import torch
 
-    before = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    before = int(embeddings.weight.shape[0])
     devices = [model.device] if model.device.type == "cuda" else []
     if size > before:
         with quiet(), torch.random.fork_rng(devices):  # transformers draws rows, which are written over
@@ -36,8 +37,9 @@ def resize(model: PreTrainedModel, size: int, new: Sequence[int] = ()) -> None:
     known = torch.ones(max(size, before), dtype=torch.bool)
     known[rows] = False
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    bias = getattr(output, "bias", None)
-    matrices = {id(tensor): tensor for tensor in (model.get_input_embeddings().weight, _weight(output), bias)}
+    embeddings = model.get_input_embeddings()
+    tensors: list[Any] = [embeddings.weight, _weight(output), getattr(output, "bias", None)]
+    matrices = {id(tensor): tensor for tensor in tensors}
     with torch.no_grad():
         for tensor in matrices.values():
             if tensor is not None:

@@ -297,11 +297,12 @@ class Finetune(Section):
     @model_validator(mode="after")
     def _adapter_is_said(self) -> Finetune:
         if self.adapter == "none":
-            for name, set_ in (("adapter_from", self.adapter_from), ("merge", self.merge)):
-                if set_:
+            for name, is_set in (("adapter_from", self.adapter_from is not None), ("merge", self.merge)):
+                if is_set:
                     raise ValueError(f"{name} needs an adapter; set adapter: lora")
         if self.adapter_from is not None:
-            for name, set_ in (("lora", self.lora.model_dump() != Lora().model_dump()), ("freeze", self.freeze)):
-                if set_:
+            given = self.lora.model_dump() != Lora().model_dump()
+            for name, is_set in (("lora", given), ("freeze", bool(self.freeze))):
+                if is_set:
                     raise ValueError(f"{name} is that of adapter_from; remove it")
         return self

@@ -89,6 +89,8 @@ def assemble(
     hardware, usable = hardware or look_at(device), usable_attention(config)
     check_quantized(loaded, hardware)
     counts = count_parameters(config, partial(set_trained, loaded=loaded, new_tokens=new_tokens))
+    if loaded.recipe.finetune.adapter == "qlora":
+        counts = replace(counts, quantized=counts.frozen_hidden)
     about: dict[str, Any] = {"rows_per_epoch": rows.rows_per_epoch}
     if isinstance(rows, PackedRows):
         about |= {"tokens_per_epoch": rows.index.tokens, "padding": partial(padding, rows)}

@@ -173,18 +173,18 @@ def check_unchanged(
         longer = key in _LENGTH_KEYS and steps >= int(start.manifest["steps"])
         fine = _under(key, _HARMLESS) or _under(key, allowed) or longer or moved or (is_path and same_data)
         (harmless if fine else refused).append(line)
+    if None not in (then_print.get(BASE), now_print.get(BASE)) and then_print[BASE] != now_print[BASE]:
+        raise CheckpointError(
+            "the base of this run's adapter is not the model that it was trained on: its weights are others",
+            where=str(recipe["model"]["from"]),
+            remedy="Restore it, or name where it is: model.from=FOLDER\n"
+            "To train anew: --overwrite, or another name=NAME.",
+        )
     if then_print["tokenizer"] != now_print["tokenizer"]:
         raise CheckpointError(
             f"this is not the tokenizer of the run, which is at step {start.step}: its ids mean other texts",
             where=str(start.checkpoint),
             remedy="\n".join([*refused[:4], "To train anew: --overwrite, or another name=NAME."]),
-        )
-    if then_print.get(BASE) != now_print.get(BASE) and not refused:
-        raise CheckpointError(
-            "the base of this run's adapter is not the model that it was trained on: its weights were changed",
-            where=str(recipe["model"]["from"]),
-            remedy="Restore it, or name where it is: model.from=FOLDER\n"
-            "To train anew: --overwrite, or another name=NAME.",
         )
     if not same_data and "data" not in allowed and not any(line.startswith("data") for line in refused):
         if not refused and then_print.get("prepared") == now_print.get("prepared") is not None:
