@@ -1,7 +1,7 @@
 """What the pictures of an evaluation are made of: loss by position, calibration, and the nats of each token of a text.
 
 It is collected while documents are scored, in sums of a fixed size and the first `TEXT_TOKENS` tokens, so memory does
-not grow with the data: 60 KB a model. It is kept in the cache beside the losses of the documents.
+not grow with the data: 64 KB a model. It is kept in the cache beside the losses of the documents.
 """
 
 from __future__ import annotations
