@@ -80,7 +80,8 @@ def calibration(confidence: NDArray[Any], right: NDArray[Any]) -> Calibration:
     ends = np.arange(1, BINS, dtype=np.float32) / np.float32(BINS)
     bins = np.searchsorted(ends, sure.astype(np.float32), side="left")
     counts = np.bincount(bins, minlength=BINS)
-    return Calibration(counts, np.bincount(bins, sure, BINS), np.bincount(bins[right[known]], minlength=BINS))
+    sums = np.bincount(bins, sure, BINS).astype(np.float64)
+    return Calibration(counts, sums, np.bincount(bins[right[known]], minlength=BINS))
 
 
 @dataclass(frozen=True)
