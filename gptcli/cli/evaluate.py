@@ -231,8 +231,8 @@ def score_models(
     from gptcli.evaluation.evaluate import evaluate as score
     from gptcli.generation.file_job import model_fingerprint
 
-    how: Any = (options.sequence_length, options.stride, options.precision)
-    windows = Windows(*how, curves=options.html is not None)
+    precision: Any = options.precision
+    windows = Windows(options.sequence_length, options.stride, precision, curves=options.html is not None)
     keeping = Keeping(model_fingerprint, reuse)
     results = [score(folder, chosen, windows, out, loaded, keeping) for folder in folders]
     for result in results:

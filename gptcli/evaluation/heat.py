@@ -57,7 +57,7 @@ def hardest(documents: Sequence[Sequence[Piece]]) -> str:
     for piece, document, number in found:
         before = "".join(each.text for each in document[max(0, number - BEFORE) : number])[-BEFORE:]
         guess = f"{_quoted(piece.guess)} {_percent(piece.confidence)}" if len(piece.nats) == 1 else "-"
-        rows.append([f"{piece.total:.2f}", _quoted(piece.text), f"… {_shown(before)}", guess])
+        rows.append([f"{piece.total:.2f}", _quoted(piece.text), f"… {_shown(before)}" if number else "-", guess])
     return table(["nats", "text", "after", "likeliest"], rows)
 
 

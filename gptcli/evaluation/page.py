@@ -72,12 +72,12 @@ def page(
 
 
 def _header(title: str, models: list[str], results: Sequence[Evaluation], tasks: Sequence[TaskResult]) -> str:
-    facts = [f"{each.data}" for each in [*results, *tasks][:1]]
+    facts: list[str] = []
     if results:
         result = results[0].result
-        facts += [f"{result.documents:,} documents", f"{result.bytes:,} bytes"]
+        facts = [results[0].data, f"{result.documents:,} documents", f"{result.bytes:,} bytes"]
     elif tasks:
-        facts.append(f"{tasks[0].rows:,} rows")
+        facts = [tasks[0].data, f"{tasks[0].rows:,} rows"]
     line = '<span class="dot">·</span>'.join(f"<span>{plain(fact)}</span>" for fact in facts)
     names = f'<p class="facts">{plain(", ".join(models))}</p>' if len(models) > 1 else ""
     return f'<header><div class="title"><h1>{plain(title)}</h1></div><p class="facts">{line}</p>{names}</header>'

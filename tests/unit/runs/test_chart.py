@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptcli.runs.chart import MAX_POINTS, Line, braille, smooth, svg, thin, tick_text, ticks
+from gptcli.runs.chart import MAX_POINTS, Axis, Line, braille, smooth, svg, thin, tick_text, ticks
 
 CURVE = [(float(step), 5 * math.exp(-step / 300) + 2) for step in range(10, 1000, 10)]
 
@@ -47,6 +47,17 @@ def test_any_curve_makes_well_formed_svg_inside_its_box(points: list[tuple[float
             x, y = map(float, pair.split(","))
             assert 0 <= x <= 500 and 0 <= y <= 200
     assert not re.search(r"nan|inf", picture)
+
+
+def test_an_axis_of_its_own_puts_equal_factors_at_equal_distances_and_names_its_points() -> None:
+    axis = Axis(1.0, 64.0, [(1.0, "one"), (8.0, "eight")], lambda x: f"at {x:g}", log=True)
+    line = Line([(1.0, 0.5), (8.0, 0.2), (64.0, 0.9)], "main", "a", tips=["first", "second"])
+    root = ElementTree.fromstring(svg([line], "x", str, axis=axis, values=(0.0, 1.0), width=500, height=200))
+    (points,) = (each.attrib["points"].split() for each in root.iter("polyline"))
+    left, middle, right = (float(pair.split(",")[0]) for pair in points)
+    assert middle - left == pytest.approx(right - middle, abs=0.2)
+    assert [title.text for title in root.iter("title")] == ["at 1\na: first", "at 8\na: second", "at 64\na: 0.9"]
+    assert {"one", "eight", "0", "1.0"} <= {text.text for text in root.iter("text")}
 
 
 def test_a_spike_survives_thinning() -> None:
