@@ -188,7 +188,7 @@ def _rows(prepared: Prepared, packing: Packing, corpus: Corpus, model: Path, siz
             left -= min(left, source["documents"])
 
     identity = fingerprint(["held out rows", shards.fingerprint, vars(packing), corpus.limit])
-    return Tokens(iter(()), _prefix(prepared.tokenizer), 0, sizes, identity, tally, windows)
+    return Tokens(iter(()), _prefix(prepared.tokenizer), prepared.tokenizer, 0, sizes, identity, tally, windows)
 
 
 def place_of(corpus: Corpus, number: int) -> str:

@@ -215,7 +215,7 @@ def document_windows(number: int, ids: NDArray[np.int64], prefix_id: int, length
     scored = 0
     for begin in range(0, len(ids), stride):
         end = min(begin + length, len(ids))
-        yield Window(number, whole[begin : end + 1], end - scored, scored)
+        yield Window(number, whole[begin : end + 1], end - scored, first=scored)
         scored = end
         if end == len(ids):
             return
