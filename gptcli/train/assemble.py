@@ -31,12 +31,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from gptcli.data.mixing import Proportions
+    from gptcli.evaluation.tasks import Task
     from gptcli.model.build import Counts
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """What is known before the first step; `uncompiled`: the plan for a compiler that fails, None without compiling."""
+    """What is known before the first step.
+
+    `uncompiled` is the plan for a compiler that fails, None without compiling; `task` what evaluations measure beside
+    the loss, None where that is nothing.
+    """
 
     loaded: LoadedRecipe
     prepared: Prepared
@@ -47,6 +52,7 @@ class Assembly:
     device: torch.device
     run: RunFolder
     fingerprints: dict[str, str]
+    task: Task | None = None
 
 
 def assemble(
