@@ -99,13 +99,11 @@ def _evaluate(run: RunFolder, toy: LoadedRecipe, reporter: Reporter) -> dict[str
     from gptcli.evaluation.tasks import run_tasks, task_metrics
 
     assert toy.recipe.data is not None
+    if toy.recipe.eval.tasks:
+        reporter.say(f"smoke: eval.tasks are not run, they bring their own data: {', '.join(toy.recipe.eval.tasks)}")
     if not toy.recipe.eval.data and toy.recipe.data.validation == 0:
         return None
     reporter.say("smoke: evaluate")
-    if toy.recipe.eval.tasks:
-        reporter.say(
-            f"smoke: {', '.join(toy.recipe.eval.tasks)} (eval.tasks) are not run: lm-eval's tasks have their own data"
-        )
     tasks = task_metrics(toy)
     done = run_tasks(run.final, from_recipe(toy), toy, reporter) if tasks else None
     if done is not None and "perplexity" not in toy.recipe.eval.metrics:
