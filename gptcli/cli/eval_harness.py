@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from gptcli.cli.console import Console
     from gptcli.evaluation.task_files import Asked
     from gptcli.recipe.load import LoadedRecipe
@@ -37,7 +40,7 @@ def asked_tasks(names: list[str] | None, loaded: LoadedRecipe | None) -> list[As
     return list(dict.fromkeys(given))
 
 
-def measure(
+def find(
     folders: list[Path],
     asked: list[Asked],
     loaded: LoadedRecipe | None,
@@ -49,10 +52,10 @@ def measure(
     limit: int | None,
     sequence_length: int | None,
     precision: str,
-) -> list[dict[str, Any]]:
-    """lm-eval's results of each model; nothing where no tasks are asked for."""
+) -> Callable[[Path, Callable[[], PreTrainedModel]], dict[str, Any]] | None:
+    """What gives lm-eval's results of a model's folder and its model; None where no tasks are asked for."""
     if not asked:
-        return []
+        return None
     from gptcli.evaluation import harness
 
     section = None if loaded is None else loaded.recipe.eval
@@ -65,7 +68,7 @@ def measure(
         shown=out.is_terminal and not out.quiet,
     )
     found = harness.find_tasks(asked, str(folders[0]), trusted=trusted, reporter=out)
-    return [harness.run_tasks(folder, tasks=found, options=options, reporter=out) for folder in folders]
+    return lambda folder, load: harness.run_tasks(folder, found, options, out, load)
 
 
 def print_measured(folders: list[Path], measured: list[dict[str, Any]], out: Console) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,8 @@ from gptcli.cli.arguments import Debug, Json, Quiet, Smoke
 from gptcli.cli.eval_overlap import CheckOverlap
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from gptcli.cli.console import Console
     from gptcli.evaluation.corpus import Corpus
     from gptcli.evaluation.evaluate import Evaluation
@@ -81,12 +83,17 @@ def evaluate(
     """Measure loss, perplexity, bits per byte and a recipe's tasks: one or several models, files or held-out data."""
     del debug
     from gptcli.cli.console import console
-    from gptcli.cli.evaluation_tasks import measure_tasks
+    from gptcli.cli.evaluation_tasks import has_tasks
     from gptcli.errors import UsageError
+    from gptcli.launch import is_main_process, world_size
 
     options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown, html)
     options.check()
     out = console(json=json, quiet=quiet)
+    if not smoke and (processes := world_size()) > 1:
+        if not is_main_process():
+            return
+        out.say(f"eval works in one process: this one, and the other {processes - 1} end at once")
     models, recipe, overrides = sort_arguments(arguments or [])
     if html is not None and (smoke or check_overlap is not None):
         raise UsageError(
@@ -108,26 +115,17 @@ def evaluate(
         if json:
             out.print_json(proof)
         return
+    from gptcli.evaluation.tasks import run_tasks
+
     folders = model_folders(models, recipe)
     loaded, chosen = what_to_score(folders, loaded, overrides, options, texts=not tasks)
-    asked = of_harness.asked_tasks(tasks, loaded)
-    answered = []
-    if chosen is not None:
-        answered = measure_tasks(
-            folders,
-            chosen,
-            loaded,
-            out,
-            precision=precision,  # type: ignore[arg-type]
-            predictions=predictions,
-        )
-    scored = chosen is not None and (
-        not answered or (loaded is not None and "perplexity" in loaded.recipe.eval.metrics)
+    answering = chosen is not None and has_tasks(folders, loaded, predictions)
+    scoring = chosen is not None and (
+        not answering or (loaded is not None and "perplexity" in loaded.recipe.eval.metrics)
     )
-    results = score_models(folders, chosen, loaded, options, out) if scored and chosen is not None else []
-    harness = of_harness.measure(
+    of_lm_eval = of_harness.find(
         folders,
-        asked,
+        of_harness.asked_tasks(tasks, loaded),
         loaded,
         out,
         num_fewshot=num_fewshot,
@@ -137,6 +135,17 @@ def evaluate(
         sequence_length=sequence_length,
         precision=precision,
     )
+    answered, results, harness = [], [], []
+    for folder in folders:
+        load = model_once(folder, precision)
+        if answering:
+            assert chosen is not None and loaded is not None
+            answered.append(run_tasks(folder, chosen, loaded, out, predictions=predictions, load=load))
+        if scoring:
+            assert chosen is not None
+            results += score_models([folder], chosen, loaded, options, out, load=load)
+        if of_lm_eval is not None:
+            harness.append(of_lm_eval(folder, load))
     tell(folders, results, out, tasks=answered, harness=harness, markdown=markdown, html=html)
 
 
@@ -223,8 +232,12 @@ def score_models(
     out: Console,
     *,
     reuse: bool = False,
+    load: Callable[[], PreTrainedModel] | None = None,
 ) -> list[Evaluation]:
-    """Score one corpus with each model. `reuse`: take the scores that an earlier evaluation kept."""
+    """Score one corpus with each model.
+
+    `reuse`: take the scores that an earlier evaluation kept. `load` gives the model, where there is but one.
+    """
     from gptcli.evaluation import corpus
     from gptcli.evaluation.evaluate import Keeping
     from gptcli.evaluation.evaluate import Options as Windows
@@ -234,7 +247,7 @@ def score_models(
     precision: Any = options.precision
     windows = Windows(options.sequence_length, options.stride, precision, curves=options.html is not None)
     keeping = Keeping(model_fingerprint, reuse)
-    results = [score(folder, chosen, windows, out, loaded, keeping) for folder in folders]
+    results = [score(folder, chosen, windows, out, loaded, keeping, load) for folder in folders]
     for result in results:
         if len(bad := result.scores.not_finite()):
             where, count = corpus.place_of(chosen, int(bad[0])), result.result.documents
@@ -364,6 +377,16 @@ def load_for(recipe: str | None, overrides: list[str]) -> LoadedRecipe | None:
     loaded = load_recipe(recipe, overrides)
     check_available(loaded, "eval")
     return loaded
+
+
+def model_once(folder: Path, precision: str) -> Callable[[], PreTrainedModel]:
+    """Loads a model when it is first asked for: whatever is measured of it, it is loaded once."""
+    from functools import cache
+
+    from gptcli.device import best_device
+    from gptcli.model.load import load_model
+
+    return cache(lambda: load_model(folder, dtype=precision, device=best_device()))  # type: ignore[arg-type]
 
 
 def model_folders(models: list[str], recipe: str | None) -> list[Path]:

@@ -8,28 +8,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptcli.cli.console import Console
-    from gptcli.evaluation.corpus import Corpus
     from gptcli.evaluation.tasks import TaskResult
-    from gptcli.model.load import Precision
     from gptcli.recipe.load import LoadedRecipe
 
 
-def measure_tasks(
-    folders: list[Path],
-    chosen: Corpus,
-    loaded: LoadedRecipe | None,
-    out: Console,
-    *,
-    precision: Precision,
-    predictions: Path | None,
-) -> list[TaskResult]:
-    """What the models make of the recipe's tasks; nothing where it has none.
+def has_tasks(folders: list[Path], loaded: LoadedRecipe | None, predictions: Path | None) -> bool:
+    """Whether the recipe has tasks.
 
     Raises:
         UsageError: `predictions`, a file, where there is no task, or several models.
     """
     from gptcli.errors import UsageError
-    from gptcli.evaluation.tasks import run_tasks, task_metrics
+    from gptcli.evaluation.tasks import task_metrics
 
     if loaded is None or not task_metrics(loaded):
         if predictions is not None:
@@ -37,12 +27,12 @@ def measure_tasks(
                 "--predictions writes the answers to tasks, and there are none",
                 remedy="Name metrics in a recipe: eval.metrics",
             )
-        return []
+        return False
     if predictions is not None and len(folders) > 1:
         raise UsageError("--predictions is a file of one model's answers", remedy="Name one model.")
     if predictions is not None and predictions.is_dir():
         raise UsageError(f"--predictions {predictions} is a folder", remedy="Name a file.")
-    return [run_tasks(folder, chosen, loaded, out, precision=precision, predictions=predictions) for folder in folders]
+    return True
 
 
 def print_tasks(results: list[TaskResult], out: Console) -> None:

@@ -62,8 +62,11 @@ def log_likelihoods(
     *,
     pad_id: int,
     on_scored: Callable[[int], None] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> NDArray[np.float64]:
     """Summed natural log-probabilities of the tokens of each label after each prompt, [prompts, labels].
+
+    `part` = (i, n): every n-th batch from the i-th (from 0) is scored, as many on each of n processes; NaN elsewhere.
 
     Raises:
         DataError: a token is outside the model's vocabulary.
@@ -87,10 +90,10 @@ def log_likelihoods(
     def score(forward: Forward, batch: list[Window], device: torch.device, pad_id: int) -> list[NDArray[np.float64]]:
         return _score_labels(forward, batch, device, pad_id, labels, passes)
 
-    found = np.zeros((len(prompts), len(labels)))
+    found = np.full((len(prompts), len(labels)), np.nan)
     done = 0
     with scoring(model):
-        for batch, sums in each_batch(model, windows(), score, pad_id=pad_id):
+        for batch, sums in each_batch(model, windows(), score, pad_id=pad_id, part=part):
             for window, values in zip(batch, sums, strict=True):
                 row, number = divmod(window.document, len(passes))
                 found[row, passes[number][1]] = values

@@ -32,6 +32,8 @@ from gptcli.runs.folder import owner
 from gptcli.runs.metrics import finite
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from gptcli.reporting import Reporter
 
 DEFAULT_LENGTH = 1024
@@ -127,6 +129,7 @@ def evaluate(
     reporter: Reporter,
     recipe: LoadedRecipe | None = None,
     keeping: Keeping | None = None,
+    load: Callable[[], PreTrainedModel] | None = None,
 ) -> Evaluation:
     """Score a corpus with the model of a folder (or Hub id).
 
@@ -137,6 +140,7 @@ def evaluate(
         reporter: where progress goes.
         recipe: the recipe that the command names, or the run's own.
         keeping: keep the scores of the documents in the cache; None: do not.
+        load: gives the folder's model, in place of loading it.
 
     Raises:
         MissingError, CheckpointError: the model cannot be loaded.
@@ -163,7 +167,7 @@ def evaluate(
     # Pictures are of texts: of rows only the answers count, at places that differ.
     watch = Collecting() if options.curves and tokens.windows is None else None
     with memory_errors("Try a shorter --sequence-length, or --precision bf16."):
-        model = load_model(folder, dtype=options.precision, device=device)
+        model = load() if load is not None else load_model(folder, dtype=options.precision, device=device)
         moved = "" if stride in (None, length) else f", moved by {stride:,}"
         precision = str(model.dtype).removeprefix("torch.")
         reporter.say(f"{folder} on {corpus.name}: windows of {length:,} tokens{moved}, {precision} on {model.device}")

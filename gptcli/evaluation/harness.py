@@ -102,8 +102,16 @@ def find_tasks(asked: Sequence[Asked], model: str, *, trusted: bool, reporter: R
     return Tasks(specs, manager, sandboxed=bool(configs) and not trusted)
 
 
-def run_tasks(folder: Path, tasks: Tasks, options: HarnessOptions, reporter: Reporter) -> dict[str, Any]:
+def run_tasks(
+    folder: Path,
+    tasks: Tasks,
+    options: HarnessOptions,
+    reporter: Reporter,
+    load: Callable[[], PreTrainedModel] | None = None,
+) -> dict[str, Any]:
     """lm-eval's results of a model on tasks, as its own JSON has them; numbers that are not finite are None.
+
+    `load` gives the folder's model, in place of loading it.
 
     Raises:
         MissingError, CheckpointError: the model cannot be loaded.
@@ -115,7 +123,7 @@ def run_tasks(folder: Path, tasks: Tasks, options: HarnessOptions, reporter: Rep
 
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     with memory_errors("Try --precision bf16, or a shorter --sequence-length."):
-        model = load_model(folder, dtype=options.precision, device=best_device())
+        model = load() if load is not None else load_model(folder, dtype=options.precision, device=best_device())
         tokenizer = load_tokenizer(folder)
         reporter.say(f"{folder} by lm-eval: {str(model.dtype).removeprefix('torch.')} on {model.device}")
         with ExitStack() as stack:

@@ -1,12 +1,14 @@
 """Tasks by recipe: rows of files that a model answers, by the likelihood of labels or by a text, and their metrics.
 
-Rows and answers are in memory, since metrics such as BLEU are those of all texts together; logits never are.
+Rows and answers are in memory, since metrics such as BLEU are those of all texts together; logits never are. `gptcli
+eval` and the evaluations of training are these functions: read the rows, answer them, measure the answers.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,20 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptcli.device import best_device
-from gptcli.errors import DataError, DivergedError, UsageError, writing
+from gptcli.errors import writing
 from gptcli.evaluation import metrics
-from gptcli.evaluation.classify import (
-    CONTENT_FREE,
-    calibrated,
-    label_ids,
-    log_likelihoods,
-    normalized,
-    over_labels,
-)
+from gptcli.evaluation.answers import Answers, answer, encode, label_scores
+from gptcli.evaluation.classify import over_labels
 from gptcli.evaluation.curves import Calibration, calibration
 from gptcli.evaluation.examples import Asked, Example, read_examples
 from gptcli.files import write_atomic
-from gptcli.generation.batches import UNIT_SEQUENCES, UNIT_TOKENS, plan_units
 from gptcli.generation.settings import Settings, settings
 from gptcli.model.load import Precision, context_length, load_model, load_tokenizer, memory_errors
 from gptcli.recipe.template import PROMPT, Template, parse_template
@@ -36,8 +31,7 @@ from gptcli.recipe.template import PROMPT, Template, parse_template
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from gptcli.evaluation.corpus import Corpus
     from gptcli.generation.row import Completion
@@ -50,6 +44,31 @@ OF_ALL = {"bleu": metrics.bleu, "chrf": metrics.chrf, "rouge": metrics.rouge}
 OF_ERRORS = {"wer": metrics.word_error_rate, "cer": metrics.character_error_rate}
 # SQuAD's metrics know an answer that is empty; the others have nothing to compare with.
 WITH_EMPTY = ("exact_match", "f1", "quality")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a recipe asks of which rows, and what is measured of the answers.
+
+    Attributes:
+        name: of the rows.
+        template: of what the model is asked.
+        examples: the rows.
+        labels: between which the model chooses; empty: it makes texts alone.
+        label_scores: by what it chooses.
+        of_labels: metrics of the labels.
+        of_texts: metrics of the texts.
+        settings: how the texts are made.
+    """
+
+    name: str
+    template: Template
+    examples: tuple[Example, ...]
+    labels: tuple[str, ...]
+    label_scores: str
+    of_labels: tuple[str, ...]
+    of_texts: tuple[str, ...]
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,25 @@ def task_metrics(recipe: LoadedRecipe | None) -> list[str]:
     )
 
 
+def read_task(corpus: Corpus, recipe: LoadedRecipe, reporter: Reporter) -> Task:
+    """What a recipe's `eval` asks of the rows of a corpus; texts are made as `generate` has it (see `Task`).
+
+    Raises:
+        MissingError: a metric's package is not installed.
+        UsageError: the corpus has no rows of files.
+        DataError: a row lacks something, by file and line.
+    """
+    section, wanted = recipe.recipe.eval, task_metrics(recipe)
+    labels = tuple(section.labels or ())
+    of_labels = tuple(each for each in wanted if labels and each in metrics.OF_LABELS)
+    of_texts = tuple(each for each in wanted if each not in of_labels)
+    metrics.require_packages(wanted, labels=bool(labels))
+    template = parse_template(section.prompt or PROMPT)
+    examples = read_examples(corpus, Asked(template, section.references, _check(section, of_texts)), reporter)
+    how = _settings(recipe)
+    return Task(corpus.name, template, tuple(examples), labels, section.label_scores, of_labels, of_texts, how)
+
+
 def run_tasks(
     folder: Path,
     corpus: Corpus,
@@ -87,6 +125,7 @@ def run_tasks(
     *,
     precision: Precision = "auto",
     predictions: Path | None = None,
+    load: Callable[[], PreTrainedModel] | None = None,
 ) -> TaskResult:
     """Ask the model of a folder (or Hub id) for the rows of a corpus, and measure what it answers.
 
@@ -97,6 +136,7 @@ def run_tasks(
         reporter: where progress goes.
         precision: of the model.
         predictions: a file for the answers, a line of JSON a row.
+        load: gives the folder's model, in place of loading it.
 
     Raises:
         MissingError: a metric's package is not installed; the model cannot be loaded, see `load_model`.
@@ -104,38 +144,24 @@ def run_tasks(
         DivergedError: the model gives a label no number.
         CheckpointError: the answers cannot be written.
     """
-    section, wanted = recipe.recipe.eval, task_metrics(recipe)
-    of_labels = [each for each in wanted if section.labels is not None and each in metrics.OF_LABELS]
-    of_texts = [each for each in wanted if each not in of_labels]
-    metrics.require_packages(wanted, labels=section.labels is not None)
-    template = parse_template(section.prompt or PROMPT)
-    examples = read_examples(corpus, Asked(template, section.references, _check(section, of_texts)), reporter)
+    task = read_task(corpus, recipe, reporter)
     tokenizer = load_tokenizer(folder)
-    found: dict[str, Any] = {}
-    sureness: Calibration | None = None
-    lines: list[dict[str, Any]] = [
-        {"where": each.where, "prompt": each.prompt, "references": list(each.references)} for each in examples
-    ]
     with memory_errors("Try --precision bf16, or a smaller generate.max_new_tokens."):
-        model = load_model(folder, dtype=precision, device=best_device())
+        model = load() if load is not None else load_model(folder, dtype=precision, device=best_device())
         dtype = str(model.dtype).removeprefix("torch.")
-        reporter.say(f"{folder} on {corpus.name}: {len(examples):,} rows, {dtype} on {model.device}")
-        prompts = _encode(model, tokenizer, examples)
-        if of_labels:
-            assert section.labels is not None
-            found, sureness = _classify(
-                model, tokenizer, template, examples, prompts, section, of_labels, lines, reporter
-            )
-        if of_texts:
-            how = _settings(recipe)
-            reporter.say(f"texts of at most {how.max_new_tokens:,} tokens, {how.how}")
-            completions = _generate(model, tokenizer, examples, prompts, how, reporter)
-            found |= _measure_texts(examples, completions, of_texts, lines)
+        reporter.say(f"{folder} on {corpus.name}: {len(task.examples):,} rows, {dtype} on {model.device}")
+        prompts = encode(model, tokenizer, task)
+        say_how(model, task, prompts, reporter)
+        answers = answer(model, tokenizer, task, prompts, reporter)
+    if answers.with_end:
+        reporter.say("a label begins another one, so the end of text counts as part of each label")
+    found, lines = measure(task, answers)
     if predictions is not None:
         with writing(predictions, "the answers", "Nothing else was changed."):
             write_atomic(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         reporter.say(f"answers: {predictions}")
-    return TaskResult(str(folder), corpus.name, len(examples), found, sureness)
+    sureness = _sureness(task, answers) if task.of_labels else None
+    return TaskResult(str(folder), corpus.name, len(task.examples), found, sureness)
 
 
 def _check(section: Eval, of_texts: Sequence[str]) -> Any:
@@ -156,83 +182,6 @@ def _check(section: Eval, of_texts: Sequence[str]) -> Any:
     return check
 
 
-def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[int]]:
-    from gptcli.generation.text import check_characters, encode_prompts
-
-    context = context_length(model)
-    for example in examples:
-        try:
-            check_characters(example.prompt, context)
-        except UsageError as error:
-            raise DataError(error.what, where=example.where, remedy=error.remedy) from None
-    return encode_prompts(tokenizer, [example.prompt for example in examples])
-
-
-def _check_room(model: PreTrainedModel, examples: Sequence[Example], prompts: Sequence[list[int]], more: int) -> None:
-    """Raise `DataError` for the first row whose prompt leaves no room for `more` tokens in the model's context."""
-    context = context_length(model)
-    if context is None:
-        return
-    for example, ids in zip(examples, prompts, strict=True):
-        if len(ids) + more > context:
-            raise DataError(
-                f"the prompt has {len(ids):,} tokens, and with {more:,} more that is above the model's context of "
-                f"{context:,}",
-                where=example.where,
-                remedy="Shorten it, leave the row out, or use a model with a longer context.",
-            )
-
-
-def _classify(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    examples: Sequence[Example],
-    prompts: Sequence[list[int]],
-    section: Eval,
-    wanted: Sequence[str],
-    lines: list[dict[str, Any]],
-    reporter: Reporter,
-) -> tuple[dict[str, Any], Calibration]:
-    from gptcli.generation.text import encode_prompts
-
-    assert section.labels is not None
-    names = [label.strip() for label in section.labels]
-    labels, ended = label_ids(tokenizer, section.labels, by=section.label_scores)
-    if ended:
-        reporter.say("a label begins another one, so the end of text counts as part of each label")
-    # The last token of a label is predicted and never read.
-    _check_room(model, examples, prompts, max(map(len, labels)) - 1)
-    pad_id = prompts[0][0]
-    with reporter.progress("scoring labels", len(prompts), "rows") as progress:
-        scores = log_likelihoods(model, prompts, labels, pad_id=pad_id, on_scored=progress.update)
-    if section.label_scores == "normalized":
-        scores = normalized(scores, labels)
-    elif section.label_scores == "calibrated":
-        empty = [template.fill(lambda column, text=text: text) for text in CONTENT_FREE]  # type: ignore[misc]
-        scores = calibrated(scores, log_likelihoods(model, encode_prompts(tokenizer, empty), labels, pad_id=pad_id))
-    for example, row in zip(examples, scores, strict=True):
-        _check_finite(row, example)
-    chosen = [names[index] for index in scores.argmax(axis=1)]
-    for line, label, row in zip(lines, chosen, scores, strict=True):
-        shown = {name: float(score) if math.isfinite(score) else None for name, score in zip(names, row, strict=True)}
-        line |= {"label": label, "label_scores": shown}
-    references = [example.references[0].strip() for example in examples]
-    right = np.array([label == reference for label, reference in zip(chosen, references, strict=True)])
-    sureness = calibration(np.exp(over_labels(scores).max(axis=1)), right)
-    every = metrics.of_labels(chosen, references, names)
-    kept = {name: value for name, value in every.items() if name.split("_")[0] in (*wanted, "confusion")}
-    return kept | {"label_scores": section.label_scores + (" with the end of text" if ended else "")}, sureness
-
-
-def _check_finite(scores: NDArray[np.float64], example: Example) -> None:
-    if np.isnan(scores).any() or not np.isfinite(scores.max()):
-        raise DivergedError(
-            f"the likelihood of what follows the prompt is not a finite number: {example.where}",
-            remedy="The model gives NaN or infinite logits: its weights are damaged, or --precision is too low.",
-        )
-
-
 def _settings(recipe: LoadedRecipe) -> Settings:
     """One text a prompt, by the likeliest tokens unless the recipe writes a temperature or beams."""
     written = recipe.written.get("generate") or {}
@@ -243,52 +192,63 @@ def _settings(recipe: LoadedRecipe) -> Settings:
     return chosen
 
 
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    prompts: Sequence[list[int]],
-    how: Settings,
-    reporter: Reporter,
-) -> list[Completion]:
-    from gptcli.generation.text import complete_batch
-
-    _check_room(model, examples, prompts, 1)
-    context = context_length(model)
-    if context is not None and (cut := sum(len(ids) + how.max_new_tokens > context for ids in prompts)):
-        reporter.warn(f"{cut:,} prompts leave room for fewer than {how.max_new_tokens:,} new tokens in the context")
-    # Of logits that are no numbers a text is made all the same, so the longest prompt is looked at first.
-    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]))
-    ends = log_likelihoods(model, [prompts[longest]], [prompts[longest][:1]], pad_id=prompts[longest][0])
-    _check_finite(ends[0], examples[longest])
-    units = plan_units(
-        np.array([len(ids) for ids in prompts]),
-        new_tokens=how.max_new_tokens,
-        copies=1,
-        context=context,
-        most_prompts=UNIT_SEQUENCES,
-        most_tokens=UNIT_TOKENS,
-    )
-    found: dict[int, Completion] = {}
-    with reporter.progress("generating", len(prompts), "rows") as progress:
-        for unit in range(len(units)):
-            numbers = units.prompts(unit)
-            completed = complete_batch(model, tokenizer, [prompts[number] for number in numbers], how)
-            found |= {number: each[0] for number, each in zip(numbers, completed, strict=True)}
-            progress.update(len(found))
-    return [found[number] for number in range(len(prompts))]
+def say_how(model: PreTrainedModel, task: Task, prompts: Sequence[list[int]], reporter: Reporter) -> None:
+    """Say how texts are made, and for how many prompts there is less room than was wanted."""
+    if not task.of_texts:
+        return
+    reporter.say(f"texts of at most {task.settings.max_new_tokens:,} tokens, {task.settings.how}")
+    context, most = context_length(model), task.settings.max_new_tokens
+    if context is not None and (cut := sum(len(ids) + most > context for ids in prompts)):
+        reporter.warn(f"{cut:,} prompts leave room for fewer than {most:,} new tokens in the context")
 
 
-def _measure_texts(
-    examples: Sequence[Example], completions: Sequence[Completion], wanted: Sequence[str], lines: list[dict[str, Any]]
-) -> dict[str, Any]:
+def measure(task: Task, answers: Answers) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The metrics of the answers to all rows, by name, and a line of each row for a file.
+
+    Raises:
+        DivergedError: the model gave no number for what follows a prompt.
+    """
+    lines: list[dict[str, Any]] = [
+        {"where": each.where, "prompt": each.prompt, "references": list(each.references)} for each in task.examples
+    ]
+    found: dict[str, Any] = {}
+    if task.of_labels:
+        found |= _measure_labels(task, answers, lines)
+    if task.of_texts:
+        found |= _measure_texts(task, [answers.texts[row] for row in range(len(task.examples))], lines)
+    return found, lines
+
+
+def _measure_labels(task: Task, answers: Answers, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    names = [label.strip() for label in task.labels]
+    scores = label_scores(answers, task)
+    chosen = [names[index] for index in scores.argmax(axis=1)]
+    for line, label, row in zip(lines, chosen, scores, strict=True):
+        shown = {name: float(score) if math.isfinite(score) else None for name, score in zip(names, row, strict=True)}
+        line |= {"label": label, "label_scores": shown}
+    every = metrics.of_labels(chosen, [example.references[0].strip() for example in task.examples], names)
+    kept = {name: value for name, value in every.items() if name.split("_")[0] in (*task.of_labels, "confusion")}
+    return kept | {"label_scores": task.label_scores + (" with the end of text" if answers.with_end else "")}
+
+
+def _sureness(task: Task, answers: Answers) -> Calibration:
+    """How often the chosen label is right, by its probability among the labels."""
+    scores = label_scores(answers, task)
+    chosen = scores.argmax(axis=1)
+    names = [label.strip() for label in task.labels]
+    pairs = zip(chosen, task.examples, strict=True)
+    right = np.array([names[index] == example.references[0].strip() for index, example in pairs])
+    return calibration(np.exp(over_labels(scores).max(axis=1)), right)
+
+
+def _measure_texts(task: Task, completions: Sequence[Completion], lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of texts without white space around them; those of rows are written into the lines, too."""
     texts = [each.text.strip() for each in completions]
-    references = [example.references for example in examples]
+    references = [example.references for example in task.examples]
     for line, each, text in zip(lines, completions, texts, strict=True):
         line |= {"prediction": text, "tokens": each.tokens, "finish_reason": each.finish_reason}
     found: dict[str, Any] = {}
-    for name in wanted:
+    for name in task.of_texts:
         if name in OF_ROWS:
             scores = [OF_ROWS[name](text, each) for text, each in zip(texts, references, strict=True)]
             for line, score in zip(lines, scores, strict=True):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError
 from gptcli.recipe import problems
+from gptcli.recipe.measures import check_best_metric
 from gptcli.recipe.problems import Problem
 from gptcli.recipe.schema import Recipe
 
@@ -46,7 +47,6 @@ TABLE: tuple[Row, ...] = (
     Row("model.rope_scaling", feature="a longer context by rope_scaling"),
     Row("train.objective", ("causal", "fim")),
     Row("train.profile", feature="a profile"),
-    Row("train.best_metric", ("validation.loss", "validation.bits_per_byte")),
     Row("finetune.method", ("sft",)),
     Row("finetune.beta", feature="preference tuning"),
     Row("finetune.reward", feature="a reward"),
@@ -64,7 +64,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 
 
 def check_available(loaded: LoadedRecipe, command: str) -> None:
-    """Raise a `RecipeError` (code 2) when the sections that a command uses ask for what this release lacks."""
+    """Raise a `RecipeError` (code 2) when the sections that a command uses ask for what there is not."""
     sections = SECTIONS[command]
     rows = [row for row in TABLE if any(f"{row.key}.".startswith(f"{section}.") for section in sections)]
     defaults = Recipe.model_validate({"data": {"train": "-"}}).model_dump(mode="json", by_alias=True)
@@ -81,6 +81,8 @@ def check_available(loaded: LoadedRecipe, command: str) -> None:
                 where = node.where if node is not None else loaded.label
                 found.append(Problem(where, f"{name}: {refused} is not available yet", remedy))
     problems.raise_problems(found)
+    if "train" in sections:
+        check_best_metric(loaded)
 
 
 def usable_by(loaded: LoadedRecipe) -> dict[str, str | None]:

@@ -177,7 +177,9 @@ class Train(Section):
     best_metric: str = Field(
         default="validation.loss",
         min_length=1,
-        description="What the best checkpoint is chosen by, with `early_stopping_patience`: lower is better.",
+        description="What the best checkpoint is chosen by, with `early_stopping_patience`: `validation.loss`, "
+        "`.bits_per_byte`, `.perplexity`, or a number of the recipe's tasks, such as `validation.accuracy`. Lower is "
+        "better of these three, `wer`, `cer` and `repetition`, higher of all others.",
     )
     sample_every: CountOrZero = Field(
         default=250,

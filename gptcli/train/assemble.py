@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from gptcli.evaluation.tasks import Task
     from gptcli.model.build import Counts
 
 
@@ -42,6 +43,7 @@ class Assembly:
     Attributes:
         uncompiled: the plan for a compiler that fails; None without compiling.
         new_tokens: ids that `model.from` was not trained on.
+        task: what evaluations measure beside the loss; None where that is nothing.
     """
 
     loaded: LoadedRecipe
@@ -55,6 +57,7 @@ class Assembly:
     run: RunFolder
     fingerprints: dict[str, str]
     new_tokens: tuple[int, ...] = ()
+    task: Task | None = None
 
 
 def assemble(

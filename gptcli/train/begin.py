@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptcli.errors import CheckpointError
+from gptcli.evaluation.tasks import Task
 from gptcli.files import write_atomic
 from gptcli.launch import is_main_process, restarted
 from gptcli.model.adapt import check_adapter_from
@@ -25,6 +26,7 @@ from gptcli.train import group
 from gptcli.train.adapter_base import BASE, find_base
 from gptcli.train.assemble import Assembly, assemble, decided_recipe, describe
 from gptcli.train.finish import write_run_report
+from gptcli.train.measured import task_of
 from gptcli.train.record import now
 from gptcli.train.resume import Start, check_unchanged, clear, decided_before, ended_early, find_start, locked
 
@@ -63,6 +65,7 @@ class _Begun:
     decided: dict[str, str]
     dry_step: bool
     strategy: str
+    task: Task | None
     result: dict[str, Any] | None
 
 
@@ -98,15 +101,16 @@ def begin(
         if start.checkpoint is not None:
             result = _check_resume(assembly, options, start, reporter)
             if result is not None:
-                return _Begun(start, {}, False, "", result)
+                return _Begun(start, {}, False, "", None, result)
         for line in describe(assembly):
             reporter.say(line)
         _check_disk(assembly)
+        assembly = replace(assembly, task=task_of(loaded, reporter))
         if anew:
             clear(run)
         write_start(assembly, options)
         own.append(assembly)
-        return _Begun(start, plan.decided, plan.dry_step, plan.strategy, None)
+        return _Begun(start, plan.decided, plan.dry_step, plan.strategy, assembly.task, None)
 
     begun = group.from_first(decide)
     if begun.result is not None:
@@ -122,7 +126,7 @@ def begin(
         )
     assembly = assemble(loaded, run, reporter, decided=begun.decided, verify=False)
     plan = replace(assembly.plan, dry_step=begun.dry_step, strategy=begun.strategy)
-    return replace(assembly, plan=plan), begun.start
+    return replace(assembly, plan=plan, task=begun.task), begun.start
 
 
 def _check_resume(assembly: Assembly, options: Options, start: Start, reporter: Reporter) -> dict[str, Any] | None:

@@ -6,30 +6,36 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from gptcli.recipe.measures import is_better
+
 
 @dataclass
 class Best:
-    """The evaluation with the lowest value; see `train.early_stopping_patience`.
+    """The evaluation with the best value of a metric; see `train.early_stopping_patience`.
 
     Attributes:
         patience: evaluations without a better one after which training stops.
+        metric: `train.best_metric`, which decides whether lower or higher is better.
         step: of the best evaluation; 0: there was none.
         value: of the metric then.
         waited: evaluations since.
     """
 
     patience: int
+    metric: str
     step: int = 0
-    value: float = math.inf
+    value: float | None = None
     waited: int = 0
 
-    def observe(self, step: int, value: float) -> bool:
+    def observe(self, step: int, value: float | None) -> bool:
         """Take an evaluation; whether it is the best. One that is no number is not."""
-        if value < self.value:
-            self.step, self.value, self.waited = step, value, 0
-            return True
         self.waited += 1
-        return False
+        if value is None or not math.isfinite(value):
+            return False
+        if self.value is not None and not is_better(self.metric, value, self.value):
+            return False
+        self.step, self.value, self.waited = step, value, 0
+        return True
 
     @property
     def over(self) -> bool:
@@ -38,9 +44,9 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint's manifest; a resume may have another patience."""
-        return {"step": self.step, "value": self.value if self.step else None, "waited": self.waited}
+        return {"metric": self.metric, "step": self.step, "value": self.value, "waited": self.waited}
 
     def start_at(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint; from one of a run without patience as from the start."""
-        if state and state["step"]:
+        """Go on from a checkpoint; from one of a run without patience, or by another metric, as from the start."""
+        if state and state["step"] and state.get("metric", self.metric) == self.metric:
             self.step, self.value, self.waited = state["step"], state["value"], state["waited"]

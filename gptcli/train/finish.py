@@ -43,7 +43,8 @@ def result_of(assembly: Assembly, trainer: CausalTrainer, step: int, wall_second
         **({"best_step": best} if best else {}),
         "tokens": trainer.tokens_at(step),
         "loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
-        "validation": validation and {key: validation[key] for key in ("loss", "bits_per_byte")},
+        "validation": validation
+        and {key: validation[key] for key in ("loss", "bits_per_byte", "metrics") if key in validation},
         "tokens_per_second": trainer.meter.tokens_per_second,
         "wall_seconds": round(wall_seconds, 2),
         "peak_bytes": trainer.meter.peak_bytes,

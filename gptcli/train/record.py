@@ -82,6 +82,7 @@ def model_card(loaded: LoadedRecipe, plan: Plan, result: dict[str, Any]) -> str:
         ("training loss", _figure(result.get("loss"))),
         ("validation loss (nats a token)", _figure(validation.get("loss"))),
         ("validation bits per byte", _figure(validation.get("bits_per_byte"))),
+        *((name, _figure(value)) for name, value in validation.get("metrics", {}).items() if isinstance(value, float)),
     ]
     head = card_head(recipe.name, f"A causal language model, trained with gptcli {__version__}.", rows)
     return f"""{head}

@@ -212,6 +212,7 @@ def _build_trainer(
     from gptcli.model.load import load_tokenizer, quiet
     from gptcli.train.arguments import training_arguments
     from gptcli.train.callbacks import Schedule
+    from gptcli.train.measured import Tasks
     from gptcli.train.samples import Sampler
     from gptcli.train.trainer import CausalTrainer
     from gptcli.train.zero import Zero
@@ -227,6 +228,10 @@ def _build_trainer(
         "recipe": resolved(loaded),
     }
     zero = Zero(model, recipe.train, zero_settings(loaded, plan)) if by_zero(plan) else None
+    tasks = None
+    if assembly.task is not None:
+        together = zero is not None or is_divided(plan)
+        tasks = Tasks(assembly.task, model, tokenizer, plan, reporter, together=together)
     with quiet():
         return CausalTrainer(
             model=model,
@@ -235,6 +240,7 @@ def _build_trainer(
             plan=plan,
             rows=assembly.rows,
             validation=assembly.prepared.validation,
+            tasks=tasks,
             tokenizer=tokenizer,
             run=assembly.run,
             facts=facts,
@@ -243,7 +249,7 @@ def _build_trainer(
                 plan,
                 recipe.train,
                 stop,
-                has_validation=assembly.prepared.validation is not None,
+                has_validation=assembly.prepared.validation is not None or tasks is not None,
                 has_prompts=bool(recipe.generate.prompts),
             ),
             sample=Sampler(recipe, tokenizer, assembly.run, reporter),

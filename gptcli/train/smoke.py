@@ -112,6 +112,8 @@ def _evaluate(run: RunFolder, toy: LoadedRecipe, reporter: Reporter) -> dict[str
     from gptcli.evaluation.tasks import run_tasks, task_metrics
 
     assert toy.recipe.data is not None
+    if toy.recipe.eval.tasks:
+        reporter.say(f"smoke: eval.tasks are not run, they bring their own data: {', '.join(toy.recipe.eval.tasks)}")
     if not toy.recipe.eval.data and toy.recipe.data.validation == 0:
         return None
     reporter.say("smoke: evaluate")

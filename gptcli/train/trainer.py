@@ -5,7 +5,6 @@ Evaluation, saving and sampling are triggered by `callbacks.Schedule`, so the Tr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +27,7 @@ from gptcli.train.compiling import Compiler
 from gptcli.train.guard import StepGuard
 from gptcli.train.halves import Inputs
 from gptcli.train.loss import IGNORED, build_loss
+from gptcli.train.measured import Tasks, as_line, as_text, value_of
 from gptcli.train.meter import Meter
 from gptcli.train.rows import RunRows, whole
 from gptcli.train.scaling import follow_scaler
@@ -57,6 +57,7 @@ class CausalTrainer(AheadTrainer):
         plan: its derived numbers.
         rows: the training data.
         validation: the held-out documents, or None.
+        tasks: what else is measured at each evaluation, or None.
         tokenizer: saved with every checkpoint.
         run: the run's folder.
         facts: what a checkpoint's manifest records beside the decided values (fingerprints, recipe).
@@ -80,6 +81,7 @@ class CausalTrainer(AheadTrainer):
         plan: Plan,
         rows: Rows,
         validation: Shards | None,
+        tasks: Tasks | None,
         tokenizer: PreTrainedTokenizerBase,
         run: RunFolder,
         facts: dict[str, Any],
@@ -94,6 +96,7 @@ class CausalTrainer(AheadTrainer):
         self._plan = plan
         self._rows = rows
         self._validation = validation
+        self._tasks = tasks
         self._run = run
         self._facts = facts
         self._replan = replan
@@ -106,7 +109,7 @@ class CausalTrainer(AheadTrainer):
         self._halve_due = plan.halves
         self.validation_result: LossResult | None = None
         patience = recipe.train.early_stopping_patience
-        self.best = None if patience is None else Best(patience)
+        self.best = None if patience is None else Best(patience, recipe.train.best_metric)
         self._run_rows = RunRows(rows, plan)
         self._meter = Meter(plan, self._run_rows, args.device)
         self._zero = zero
@@ -286,36 +289,36 @@ class CausalTrainer(AheadTrainer):
         self._progress.update(self.state.global_step, **self._meter.shown(None if result is None else result.loss))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The validation loss by the function that `gptcli eval` uses; adds a line to metrics.jsonl."""
+        """Validation loss and tasks by the functions that `gptcli eval` uses; adds a line to metrics.jsonl."""
         del args, kwargs
-        if self._validation is None:
+        if self._validation is None and self._tasks is None:
             return {}
-        plan = self._plan
-        result = validation_loss(self.plain_model, self._validation, self._recipe, plan.precision, parts=plan.processes)
-        sharding.part_again(self.plain_model)
+        plan, model, result, found = self._plan, self.plain_model, None, None
+        if self._validation is not None:
+            result = validation_loss(model, self._validation, self._recipe, plan.precision, parts=plan.processes)
+        if self._tasks is not None:
+            found = self._tasks(model)
+        sharding.part_again(model)
         self.validation_result = result
-        step = self.state.global_step
-        values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
+        step, line = self.state.global_step, as_line(result, found)
         if self.is_world_process_zero():
-            metrics.append(self._run.metrics, {"step": step, "validation": values})
-        per_byte = "" if result.bits_per_byte is None else f"  bits per byte {result.bits_per_byte:.4f}"
-        self._reporter.say(f"step {step:,}  validation loss {result.loss:.4f}{per_byte}")
+            metrics.append(self._run.metrics, {"step": step, "validation": line})
+        self._reporter.say(f"step {step:,}  {as_text(line)}")
         self.show_progress()
-        flat = {"eval_loss": result.loss}
+        flat = {} if result is None else {"eval_loss": result.loss}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, dict(flat))
         if self.best is not None and step:
-            self._follow(self.best, values[self._recipe.train.best_metric.removeprefix("validation.")])
+            self._follow(self.best, value_of(line, result, self.best.metric))
         return flat
 
     def _follow(self, best: Best, value: float | None) -> None:
         """Have a checkpoint of the best evaluation, and stop when there was none for too long."""
-        if best.observe(self.state.global_step, math.nan if value is None else value):
+        if best.observe(self.state.global_step, value):
             self.control.should_save = True
         elif best.over:
             self.control.should_save = self.control.should_training_stop = True
             self._reporter.say(
-                f"no better {self._recipe.train.best_metric} in {best.waited} evaluations: "
-                f"training stops, step {best.step:,} is the best"
+                f"no better {best.metric} in {best.waited} evaluations: training stops, step {best.step:,} is the best"
             )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

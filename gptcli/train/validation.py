@@ -45,8 +45,7 @@ def validation_loss(
     limit, packing = recipe.eval.limit, packing_for(shards, recipe)
     prefix = shards.specials.eos if shards.specials.bos is None else shards.specials.bos
     assert prefix is not None  # tokenizing refuses a tokenizer without an end token
-    half = _TYPES.get(precision) if model.device.type == "cuda" else None
-    with _without_wrapper(model), torch.autocast(model.device.type, dtype=half, enabled=half is not None):
+    with as_evaluated(model, precision):
         if packing is not None:
             windows = islice(supervised_windows(shards, packing), limit)
             own = loss_of(model, windows, pad_id=prefix, part=group.part(parts))
@@ -62,6 +61,14 @@ def validation_loss(
     share = parts / world_size()  # below 1: several processes work on the same rows
     nats, tokens = group.total([own.nats * share, own.tokens * share])
     return replace(own, nats=nats, tokens=round(tokens))
+
+
+@contextmanager
+def as_evaluated(model: PreTrainedModel, precision: str) -> Iterator[None]:
+    """What a model is evaluated in during training: the products of a GPU in the precision of training."""
+    half = _TYPES.get(precision) if model.device.type == "cuda" else None
+    with _without_wrapper(model), torch.autocast(model.device.type, dtype=half, enabled=half is not None):
+        yield
 
 
 @contextmanager

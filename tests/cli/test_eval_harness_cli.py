@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,27 @@ def test_an_accuracy_of_a_model_with_nan_logits_is_no_number(here: Path, run_cli
     done = run_cli("eval", "./nan", *arguments, cwd=here, HF_HOME=str(here / "hub"))
     assert done.code == 5 and "not a finite number" in done.err
     assert done.json()["harness"]["results"]["tiny_choice"]["acc,none"] is None
+
+
+@installed
+def test_ctrl_c_while_tasks_run_ends_with_130_and_no_traceback(here: Path, environment: dict[str, str]) -> None:
+    many = json.dumps({"text": "the cat sat on a mat"}) + "\n"
+    (here / "tasks" / "data" / "many.jsonl").write_text(many * 20_000)
+    (here / "tasks" / "many.yaml").write_text(ROLLING.replace("texts.jsonl", "many.jsonl"))
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "gptcli", "eval", "./model", "--tasks", "tasks/many.yaml"],
+        cwd=here,
+        env={**environment, "HF_HOME": str(here / "hub")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert any("by lm-eval" in line for line in process.stdout), "it began"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "there was nothing to save" in said and "Traceback" not in said
 
 
 def test_without_lm_eval_the_install_command_is_named(here: Path, run_cli: Cli, tmp_path: Path) -> None:

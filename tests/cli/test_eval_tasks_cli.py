@@ -63,8 +63,10 @@ def test_a_task_alone_has_no_loss_and_a_table(here: Path, run_cli: Cli) -> None:
 
 def test_smoke_proves_a_task_whose_data_is_not_here(here: Path, run_cli: Cli) -> None:
     pytest.importorskip("sklearn", reason="the extra eval is not installed")
-    done = run_cli("eval", "labels.yaml", "eval.data=gone.jsonl", "--smoke", "--json", cwd=here)
+    of_lm_eval = "eval.tasks=[lambada_openai]"
+    done = run_cli("eval", "labels.yaml", "eval.data=gone.jsonl", of_lm_eval, "--smoke", "--json", cwd=here)
     assert done.code == 0, done.err
+    assert "eval.tasks are not run, they bring their own data: lambada_openai" in done.err
     assert done.json()["evaluation"]["metrics"]["confusion_matrix"]["labels"] == ["mat", "sat"]
 
 

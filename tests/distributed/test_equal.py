@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ train:
   sample_every: 10
 generate: {prompts: [The model], max_new_tokens: 8}
 tracking: {to: []}
+eval: {data: rows.jsonl, references: answer, METRICS}
 """
+LABELS = "metrics: [accuracy, quality], labels: [reads, writes]"
+ROWS = [{"prompt": f"The model {i}", "answer": ("reads", "writes")[i % 2]} for i in range(7)]
 # Steps of 8 rows, some 21 of them, of which the last is smaller than the others.
 SETTINGS = {
     "llama": {
@@ -63,7 +67,8 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def train_alone(model: str, tmp_path_factory: pytest.TempPathFactory, forks: Forks, **others: str) -> Path:
     """Train a model of `SETTINGS`, with other values for some, on one process: the run, with the recipe two above."""
     folder = make_project(tmp_path_factory.mktemp(model))
-    recipe = RECIPE.replace("MODEL", model)
+    recipe = RECIPE.replace("MODEL", model).replace("METRICS", LABELS if find_spec("sklearn") else "metrics: [quality]")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for name, value in {**SETTINGS[model], **others}.items():
         recipe = recipe.replace(name, value)
     (folder / "r.yaml").write_text(recipe)
@@ -84,6 +89,7 @@ def assert_equal(run: Path, alone: Path) -> None:
     for mine, theirs in zip(values(run, "validation"), values(alone, "validation"), strict=True):
         assert mine["tokens"] == theirs["tokens"]
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["metrics"] == theirs["metrics"], "each row once"
     here, there = (load_file(path / "final" / "model.safetensors") for path in (run, alone))
     assert here.keys() == there.keys()
     assert all(np.allclose(here[name], there[name], rtol=0, atol=1e-4) for name in here)

@@ -40,6 +40,14 @@ def test_a_worker_of_another_launcher_names_itself(project: Path, run_cli: Cli, 
     assert done.err.startswith("error: process 1 of 2: override train.max_stps=1: ")
 
 
+def test_eval_of_several_processes_works_in_the_first(project: Path, run_cli: Cli) -> None:
+    where = {**TORCHRUN, "RANK": "1", "LOCAL_RANK": "1"}
+    other = run_cli("eval", "gone", "--data", "text.txt", "--json", cwd=project, **where)
+    assert (other.code, other.out, other.err) == (0, "", "")
+    first = run_cli("eval", "gone", "--data", "text.txt", cwd=project, **{**where, "RANK": "0", "LOCAL_RANK": "0"})
+    assert first.code != 0 and "eval works in one process" in first.out
+
+
 @pytest.mark.parametrize(
     ("override", "variables", "words"),
     [

@@ -39,7 +39,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "train.objective=fim",
         "train.objective=masked",
         "train.profile={start: 1}",
-        "train.best_metric=accuracy",
     ],
 )
 def test_what_does_not_exist_yet_is_refused_with_its_place(recipe: str, override: str) -> None:

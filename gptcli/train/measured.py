@@ -1,0 +1,123 @@
+"""An evaluation during training beyond the loss: the recipe's tasks, by the functions of `gptcli eval`.
+
+The model in memory answers them, on all processes, each row once; the metrics are those of all rows together, made once
+by rank 0. A model that gives no numbers has no metrics then: the next step's guard decides what becomes of the run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gptcli.errors import DivergedError
+from gptcli.evaluation.answers import Answers, Share, answer, encode, merged
+from gptcli.evaluation.corpus import from_recipe
+from gptcli.evaluation.tasks import Task, measure, read_task, say_how, task_metrics
+from gptcli.recipe.measures import PREFIX
+from gptcli.train import group
+from gptcli.train.validation import as_evaluated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gptcli.evaluation.loss import LossResult
+    from gptcli.recipe.load import LoadedRecipe
+    from gptcli.reporting import Reporter
+    from gptcli.train.plan import Plan
+
+
+def task_of(loaded: LoadedRecipe, reporter: Reporter) -> Task | None:
+    """The task that is measured at each evaluation; None where the recipe has none, or no `eval.data` for it.
+
+    Raises:
+        MissingError, DataError: a metric's package is not installed, or a row lacks something.
+    """
+    wanted = task_metrics(loaded)
+    if not wanted:
+        return None
+    if not loaded.recipe.eval.data:
+        reporter.say(f"eval: {', '.join(wanted)} are not measured during training, there is no eval.data")
+        return None
+    task = read_task(from_recipe(loaded), loaded, reporter)
+    reporter.say(f"eval: {', '.join(wanted)} on {len(task.examples):,} rows of {task.name}, at each evaluation")
+    return task
+
+
+class Tasks:
+    """A task and its prompts in the tokens of the model that is trained.
+
+    Args:
+        task: what is asked.
+        model: the model, whose context the prompts have to fit.
+        tokenizer: its tokenizer.
+        plan: the run's plan.
+        reporter: where progress goes.
+        together: the model is divided, so that all processes make every text.
+
+    Raises:
+        DataError: a prompt does not fit.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        plan: Plan,
+        reporter: Reporter,
+        *,
+        together: bool,
+    ) -> None:
+        self._task = task
+        self._tokenizer = tokenizer
+        self._precision = plan.precision
+        self._reporter = reporter
+        self._share = Share(*group.part(plan.processes), together)
+        self._prompts = encode(model, tokenizer, task)
+        say_how(model, task, self._prompts, reporter)
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The metrics of the model, the same on all processes; None each where its logits are no numbers."""
+        own: Answers | DivergedError
+        try:
+            with as_evaluated(model, self._precision):
+                own = answer(model, self._tokenizer, self._task, self._prompts, self._reporter, self._share)
+        except DivergedError as error:
+            own = error
+        every = group.gathered(own)
+        try:
+            return group.from_first(lambda: self._measured(every))
+        except DivergedError as error:
+            self._reporter.warn(f"eval: {error.what}")
+            return dict.fromkeys((*self._task.of_labels, *self._task.of_texts))
+
+    def _measured(self, every: list[Answers | DivergedError]) -> dict[str, Any]:
+        good: list[Answers] = []
+        for each in every:
+            if isinstance(each, DivergedError):
+                raise each
+            good.append(each)
+        return measure(self._task, merged(good))[0]
+
+
+def as_line(result: LossResult | None, metrics: dict[str, Any] | None) -> dict[str, Any]:
+    """The evaluation in metrics.jsonl: `metrics` where there are tasks, the rest null where nothing is held out."""
+    line: dict[str, Any] = dict.fromkeys(("loss", "bits_per_byte", "tokens"))
+    if result is not None:
+        line = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
+    return line if metrics is None else {**line, "metrics": metrics}
+
+
+def as_text(line: dict[str, Any]) -> str:
+    """The evaluation on the screen."""
+    names = {"loss": "validation loss", "bits_per_byte": "bits per byte"}
+    values = {name: line[key] for key, name in names.items()} | line.get("metrics", {})
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
+
+
+def value_of(line: dict[str, Any], result: LossResult | None, metric: str) -> float | None:
+    """What `train.best_metric` names of an evaluation; None: it has no such number."""
+    name = metric.removeprefix(PREFIX)
+    if name == "perplexity":
+        return None if result is None else result.perplexity
+    value: float | None = {**line, **line.get("metrics", {})}.get(name)
+    return value
