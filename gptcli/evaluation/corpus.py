@@ -112,11 +112,7 @@ def from_recipe(loaded: LoadedRecipe, *, limit: int | None = None) -> Corpus:
         for i, source in enumerate(recipe.eval.data):
             if source.text in (source.map or {}):
                 raise not_available("eval.data", "mapping the text", where=loaded.where(f"eval.data.{i}.map"))
-        sources = tuple((source, loaded.where(f"eval.data.{i}.path")) for i, source in enumerate(recipe.eval.data))
-        name = ", ".join(
-            str(source.path) if isinstance(source.path, str) else source_name(source) for source in recipe.eval.data
-        )
-        return Corpus(name, sources, cut, on_bad_row, limit=limit)
+        return _of_sources(loaded, recipe.eval.data, "eval.data", cut, on_bad_row, limit)
     if recipe.data is None or recipe.data.validation == 0:
         raise UsageError(
             "the recipe has neither eval.data nor validation data",
@@ -128,6 +124,26 @@ def from_recipe(loaded: LoadedRecipe, *, limit: int | None = None) -> Corpus:
     else:
         name = f"held out of {', '.join(source_name(source) for source in recipe.data.train)}"
     return Corpus(name, held_out=loaded, limit=limit)
+
+
+def rows_in_training(loaded: LoadedRecipe, *, limit: int) -> Corpus | None:
+    """The files of rows on which tasks are measured during training, at most `limit` rows; None: there is none.
+
+    They are those of `data.validation` where its rows are answered, so that a best checkpoint is not chosen by what it
+    is measured by in the end; else `eval.data`.
+    """
+    data = loaded.recipe.data
+    if data is not None and data.format == "prompt" and isinstance(data.validation, list):
+        return _of_sources(loaded, data.validation, "data.validation", data.documents, data.on_bad_row, limit)
+    return from_recipe(loaded, limit=limit) if loaded.recipe.eval.data else None
+
+
+def _of_sources(
+    loaded: LoadedRecipe, listed: list[Source], key: str, documents: str, on_bad_row: str, limit: int | None
+) -> Corpus:
+    sources = tuple((source, loaded.where(f"{key}.{i}.path")) for i, source in enumerate(listed))
+    name = ", ".join(str(each.path) if isinstance(each.path, str) else source_name(each) for each in listed)
+    return Corpus(name, sources, documents, on_bad_row, limit=limit)
 
 
 def tokens_for(corpus: Corpus, model: Path, revision: str | None, reporter: Reporter) -> Tokens:

@@ -111,7 +111,9 @@ def read_task(corpus: Corpus, recipe: LoadedRecipe, reporter: Reporter) -> Task:
     of_labels = tuple(each for each in wanted if labels and each in metrics.OF_LABELS)
     of_texts = tuple(each for each in wanted if each not in of_labels)
     metrics.require_packages(wanted, labels=bool(labels))
-    template = parse_template(section.prompt or PROMPT)
+    data = recipe.recipe.data
+    trained = data.prompt if data is not None and data.format == "prompt" else None
+    template = parse_template(section.prompt or trained or PROMPT)
     examples = read_examples(corpus, Asked(template, section.references, _check(section, of_texts)), reporter)
     how = _settings(recipe)
     return Task(corpus.name, template, tuple(examples), labels, section.label_scores, of_labels, of_texts, how)

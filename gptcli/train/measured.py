@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import DivergedError
 from gptcli.evaluation.answers import Answers, Share, answer, encode, merged
-from gptcli.evaluation.corpus import from_recipe
+from gptcli.evaluation.corpus import rows_in_training
 from gptcli.evaluation.tasks import Task, measure, read_task, say_how, task_metrics
 from gptcli.recipe.measures import PREFIX
 from gptcli.train import group
@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from gptcli.reporting import Reporter
     from gptcli.train.plan import Plan
 
+# Of a task, where `eval.limit` does not say: a training run is not to be a row of evaluations.
+ROWS = 256
+
 
 def task_of(loaded: LoadedRecipe, reporter: Reporter) -> Task | None:
-    """The task that is measured at each evaluation; None where the recipe has none, or no `eval.data` for it.
+    """The task that is measured at each evaluation; None where the recipe has none, or no rows for it.
 
     Raises:
         MissingError, DataError: a metric's package is not installed, or a row lacks something.
@@ -34,11 +37,14 @@ def task_of(loaded: LoadedRecipe, reporter: Reporter) -> Task | None:
     wanted = task_metrics(loaded)
     if not wanted:
         return None
-    if not loaded.recipe.eval.data:
+    limit = loaded.recipe.eval.limit
+    corpus = rows_in_training(loaded, limit=ROWS if limit is None else limit)
+    if corpus is None:
         reporter.say(f"eval: {', '.join(wanted)} are not measured during training, there is no eval.data")
         return None
-    task = read_task(from_recipe(loaded), loaded, reporter)
-    reporter.say(f"eval: {', '.join(wanted)} on {len(task.examples):,} rows of {task.name}, at each evaluation")
+    task = read_task(corpus, loaded, reporter)
+    bound = " (eval.limit takes more)" if limit is None and len(task.examples) == ROWS else ""
+    reporter.say(f"eval: {', '.join(wanted)} on {len(task.examples):,} rows of {task.name}{bound}, at each evaluation")
     return task
 
 
