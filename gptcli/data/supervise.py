@@ -7,6 +7,7 @@ which a tokenizer would put something at the beginning (as sentencepiece's do) i
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from gptcli.data.turns import Rendered, Templater, open_templater, supervised
 
 UNSUPERVISED = "no supervised token"
 _LINE = "\n"
+# What transformers puts around what is meant as text (`mark_control_tokens`).
+AS_TEXT = re.compile("[\U000f0000\U000f0001]")
 _PROBES = ("ab", " ab", "Ab cd", "1", "é", "(", "字")
 
 
@@ -68,6 +71,8 @@ def encode_parts(examples: Sequence[Parts], encoder: Encoder, folder: Path, *, p
     """The tokens of examples. `prompts`: with what `generate` puts before a prompt, and the completion as it is."""
     texts = [text for example in examples for text in example.texts]
     ids = _plain(texts, encoder) if prompts or continues(folder) else _behind(examples, encoder, folder)
+    if not prompts:
+        ids = _marked(ids, texts, encoder, folder)
     eos = np.array([encoder.specials.eos], dtype=encoder.dtype)
     arrays: list[NDArray[Any]] = []
     flags: list[int] = []
@@ -92,9 +97,25 @@ def encode_parts(examples: Sequence[Parts], encoder: Encoder, folder: Path, *, p
     return Encoded(
         np.concatenate([none, *arrays], dtype=encoder.dtype, casting="unsafe"),
         np.array(lengths, dtype=np.int64),
-        np.array([sum(map(utf8_size, example.texts)) for example in examples], dtype=np.int64),
+        np.array([sum(map(_size, example.texts)) for example in examples], dtype=np.int64),
         np.repeat(np.array(flags, dtype=np.uint8), sizes),
     )
+
+
+def _size(text: str) -> int:
+    return utf8_size(text if text.isascii() else AS_TEXT.sub("", text))
+
+
+def _marked(ids: list[NDArray[Any]], texts: Sequence[str], encoder: Encoder, folder: Path) -> list[NDArray[Any]]:
+    """The ids, those of texts anew in which marks of a template are meant as text (see `Templater.as_text`)."""
+    from transformers.utils.chat_template_utils import encode_marked_chat
+
+    return [
+        np.array(encode_marked_chat(templater_of(folder).tokenizer, text), dtype=encoder.dtype)
+        if AS_TEXT.search(text)
+        else each
+        for each, text in zip(ids, texts, strict=True)
+    ]
 
 
 def _plain(texts: Sequence[str], encoder: Encoder) -> list[NDArray[Any]]:

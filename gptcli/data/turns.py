@@ -62,12 +62,17 @@ class Templater:
         tokenizer: transformers' own; it chooses among several templates, and names the special tokens.
         added: a pattern of the tokens that are found in a text before any other.
         eating: those of them that take the white space behind them.
+        special: the special ones among them.
+        others: those that are not.
     """
 
     tokenizer: Any
     added: re.Pattern[str]
     eating: tuple[str, ...]
+    special: tuple[str, ...]
+    others: tuple[str, ...]
     _cache: dict[bool, str] = field(default_factory=dict, compare=False)
+    _patterns: dict[bool, tuple[re.Pattern[str], re.Pattern[str]]] = field(default_factory=dict, compare=False)
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
         """The text of messages; `prompt`: up to where an answer begins. Raises `TemplateFault`."""
@@ -85,6 +90,27 @@ class Templater:
     def eats_space(self, text: str, at: int) -> bool:
         """Whether the token that ends at `at` takes the white space behind it."""
         return bool(self.eating) and text.endswith(self.eating, 0, at)
+
+    def as_text(self, messages: Sequence[Message], tools: Any) -> tuple[list[Message], Any]:
+        """Messages and tools with the template's marks in them as text, as `generate` has a chat: it marks them so.
+
+        In an answer that is meant for special tokens alone: what else a template writes there (<think>, <tool_call>) is
+        what an answer consists of.
+        """
+        from transformers.utils.chat_template_utils import mark_control_tokens
+
+        special, control = self._controls(tools)
+        marked = [mark_control_tokens(each, special if each["role"] == "assistant" else control) for each in messages]
+        return marked, mark_control_tokens(tools, control)
+
+    def _controls(self, tools: Any) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """The special tokens, and these with the others that the template writes."""
+        key = tools is not None
+        if key not in self._patterns:
+            template = self._template(tools)
+            written = [token for token in self.others if token in template]
+            self._patterns[key] = (_pattern(self.special), _pattern([*self.special, *written]))
+        return self._patterns[key]
 
     @cached_property
     def ending(self) -> Ending:
@@ -143,9 +169,18 @@ def open_templater(folder: Path, *, where: str | None = None) -> Templater:
 def templater_from(tokenizer: Any) -> Templater:
     """The chat template of a tokenizer of transformers."""
     tokens = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
-    added = sorted((token.content for token in tokens), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, added)) or "(?!)")
-    return Templater(tokenizer, pattern, tuple(token.content for token in tokens if token.rstrip))
+    return Templater(
+        tokenizer,
+        _pattern([token.content for token in tokens]),
+        tuple(token.content for token in tokens if token.rstrip),
+        tuple(token.content for token in tokens if token.special),
+        tuple(token.content for token in tokens if not token.special),
+    )
+
+
+def _pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+    """What matches any of some tokens, the longest one at a place."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
@@ -170,6 +205,7 @@ def supervised(templater: Templater, messages: Sequence[Message], tools: Any = N
     """
     turns = [number for number, each in enumerate(messages) if each["role"] == "assistant"]
     trained = [number for number in turns if messages[number].get("train", True)]
+    messages, tools = templater.as_text(messages, tools)
     if not trained:
         return Rendered(templater.render(messages, tools), [])
     if not templater.has_marks(tools):
