@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from gptcli.device import keep_freed_memory
 from gptcli.errors import DataError, UsageError
 from gptcli.launch import world_size
 from gptcli.model.load import evaluating, quiet
@@ -32,9 +33,9 @@ BUFFERED_BATCHES = 32
 LOGIT_BYTES = 64 << 20
 BATCH_LOGIT_BYTES = 512 << 20
 PROBE_TOKENS = 4
-# On a CPU a batch of more leaves the cache, and two threads with a batch each wait for each other less than two that
-# share every operation.
-CPU_BATCH_TOKENS = 2048
+# On a CPU a batch of more leaves the cache, however many threads there are; two threads with a batch each wait for each
+# other less than two that share every operation.
+CPU_BATCH_TOKENS = 1024
 
 Document = tuple[NDArray[np.int64], int | None]
 # Inputs [rows, length] and the mask of the positions to score -> their logits in blocks of [positions, vocabulary].
@@ -269,15 +270,18 @@ def each_batch(
 
     forward = None
     threads = torch.get_num_threads()
+    if model.device.type == "cpu":
+        keep_freed_memory()
+        batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
+    limit = _batch_limit(model, batch_tokens)
     # The passes of a model that is divided over processes have to come in the same order on all of them.
     if model.device.type != "cpu" or threads < 2 or world_size() > 1:
-        for batch, counts in _shared(_batches(windows, _batch_limit(model, batch_tokens)), *part):
+        for batch, counts in _shared(_batches(windows, limit), *part):
             forward = forward or _choose_forward(model, pad_id)
             scored = score(forward, batch, model.device, pad_id)
             if counts:
                 yield batch, scored
         return
-    limit = _batch_limit(model, min(batch_tokens, CPU_BATCH_TOKENS))
     running: deque[tuple[list[Window], Future[list[Scored]]]] = deque()
     with ThreadPoolExecutor(2, "scoring", initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
         for batch, counts in _shared(_batches(windows, limit), *part):

@@ -39,15 +39,13 @@ def is_better(metric: str, value: float, than: float) -> bool:
 
 def check_best_metric(loaded: LoadedRecipe) -> None:
     """Raise a `RecipeError` where `train.best_metric` is written and no evaluation of the recipe gives it."""
-    chosen = loaded.recipe.train.best_metric
-    known = [PREFIX + name for name in numbers_of(loaded.recipe)]
-    if chosen in known or "best_metric" not in (loaded.written.get("train") or {}):
+    chosen, known = loaded.recipe.train.best_metric, numbers_of(loaded.recipe)
+    name = chosen.removeprefix(PREFIX)
+    if chosen in [PREFIX + each for each in known] or "best_metric" not in (loaded.written.get("train") or {}):
         return
-    near = difflib.get_close_matches(chosen, known, n=1, cutoff=0.7)
-    mean = f"Did you mean {near[0]}? " if near else ""
-    every = (
-        f"This recipe measures {', '.join(known)}" if known else "This recipe holds nothing out and measures nothing"
-    )
+    near = [each for each in known if each.startswith(name)] or difflib.get_close_matches(name, known, n=1)
+    mean = f"Did you mean {PREFIX}{near[0]}? " if near else ""
+    every = f"This recipe measures {', '.join(known) or 'nothing'}"
     raise RecipeError(
         f"train.best_metric: {chosen} is not measured",
         where=loaded.where("train.best_metric"),

@@ -37,9 +37,12 @@ def test_what_a_recipe_measures_can_choose_the_best_checkpoint(recipe: str, metr
     [
         (["train.best_metric=validation.acuracy"], "Did you mean validation.accuracy?"),
         (["train.best_metric=validation.f1"], "Did you mean validation.f1_"),
-        (["train.best_metric=accuracy"], "validation.accuracy"),
+        (["train.best_metric=accuracy"], "Did you mean validation.accuracy?"),
         (["train.best_metric=validation.bleu"], "eval.data with eval.metrics adds more"),
-        (["train.best_metric=validation.accuracy", "eval.data=null"], "This recipe measures validation.loss"),
+        (
+            ["train.best_metric=validation.accuracy", "eval.data=null"],
+            "This recipe measures loss, bits_per_byte, perplexity;",
+        ),
         (["train.best_metric=validation.loss", "eval=null", "data.validation=0"], "measures nothing"),
     ],
 )
