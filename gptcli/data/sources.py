@@ -316,15 +316,12 @@ def _rows(part: Input, reading: Reading, on_position: Callable[[int], None] | No
     if isinstance(part, TokensInput):
         raise DataError("these are tokens, and the texts are needed", where=reading.where or str(part.path))
     if isinstance(part, ParallelFiles):
-        if not reading.layout.whole:
-            raise DataError(
-                f"{shown(part.path)} and others are columns of rows, and a text is needed",
-                where=reading.where,
-                remedy="Give data.format: prompt with its templates, or one file.",
-            )
-        return parallel_rows(
-            [(column, Path(name)) for column, name in _columns(part)], reading.layout, on_position=on_position
-        )
+        columns = [(column, Path(name)) for column, name in _columns(part)]
+        rows = parallel_rows(columns, reading.layout, on_position=on_position)
+        if reading.layout.whole:
+            return rows
+        text = reading.layout.text
+        return (row if isinstance(row, BadRow) else Row(row.number, (row.values or {})[text]) for row in rows)
     if part.builtin:
         if reading.layout.whole:
             raise DataError(

@@ -27,8 +27,10 @@ def numbers_of(recipe: Recipe) -> list[str]:
     """The names of the numbers that an evaluation during training gives, `accuracy` for `validation.accuracy`."""
     section = recipe.eval
     several = _SEVERAL | (_OF_LABELS if section.labels is not None else {})
-    tasks = [metric for metric in dict.fromkeys(section.metrics) if metric != "perplexity"] if section.data else []
-    held_out = OF_TEXTS if recipe.data is None or recipe.data.validation != 0 else ()
+    data = recipe.data
+    rows = section.data or (data is not None and data.format == "prompt" and isinstance(data.validation, list))
+    tasks = [metric for metric in dict.fromkeys(section.metrics) if metric != "perplexity"] if rows else []
+    held_out = OF_TEXTS if data is None or data.validation != 0 else ()
     return [*held_out, *(name for metric in tasks for name in several.get(metric, (metric,)))]
 
 

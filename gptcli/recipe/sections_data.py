@@ -327,8 +327,12 @@ class Data(Section):
         if self.format == "text":
             if any(source.map for source in [*self.train, *held_out]):
                 raise ValueError("map is for the columns of format prompt and chat; remove it from the source")
-            if any(isinstance(source.path, dict) for source in [*self.train, *held_out]):
-                raise ValueError("parallel files are the columns of format prompt; write format: prompt, or one path")
+            for source in [*self.train, *held_out]:
+                if isinstance(source.path, dict) and source.text not in source.path:
+                    raise ValueError(
+                        f"parallel files are columns, and none is named {source.text!r}; name the one that holds the "
+                        f"text (text: {next(iter(source.path))}), or write format: prompt"
+                    )
             return self
         if isinstance(self.validation, Tail):
             raise ValueError("validation by tail cuts texts, and a row is not cut; hold out a share: validation: 5%")

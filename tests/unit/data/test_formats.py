@@ -162,7 +162,7 @@ def test_a_column_that_no_source_has_is_named_at_once_with_the_nearest(tmp_path:
         ("format: chat, messages: {column: m, shape: alpaca}", "shape alpaca has the columns"),
         ("format: chat, validation: {tail: 10%}", "a row is not cut"),
         ("train: {tokens: x.bin}, format: chat", "tokens do not say what is trained on"),
-        ("train: {path: {a: x, b: y}}", "parallel files are the columns of format prompt"),
+        ("train: {path: {a: x, b: y}}", "none is named 'text'"),
         ("train: {path: x.csv, map: {a: {b: c}}}", "map is for the columns"),
     ],
 )
@@ -196,20 +196,27 @@ def test_conversations_of_three_shapes_are_the_same_tokens(
     jsonl(tmp_path / "a.jsonl", [row])
     made = prepared(f"{{train: a.jsonl, validation: 0, format: chat, messages: {{shape: {shape}}}}}", tokenizer=CHAT)
     (found,) = examples(made.train, made.tokenizer)
-    # These bytes have no token that ends a turn: the template's text does, and EOS.
-    assert found == (
-        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
-        "hello<|im_end|>\n<|endoftext|>",
-    )
+    # What follows the end of the last turn is given, too.
+    given = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert found == (f"{given}\n", "hello<|im_end|>")
 
 
 def test_parquet_holds_conversations_too(tmp_path: Path, prepared: Prepare) -> None:
     rows = [{"turns": [{**each, "train": None} for each in turns("hi", f"hello {n}")], "n": n} for n in range(3)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     made = prepared("{train: a.parquet, validation: 0, format: chat, messages: turns}", tokenizer=CHAT)
-    assert [said for _, said in examples(made.train, made.tokenizer)] == [
-        f"hello {n}<|im_end|>\n<|endoftext|>" for n in range(3)
-    ]
+    assert [said for _, said in examples(made.train, made.tokenizer)] == [f"hello {n}<|im_end|>" for n in range(3)]
+
+
+def test_without_a_token_that_ends_a_turn_its_text_and_the_end_of_text_do(tmp_path: Path, prepared: Prepare) -> None:
+    (tmp_path / "t.jinja").write_text(
+        "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}#\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    jsonl(tmp_path / "a.jsonl", [{"messages": turns("hi", "hello")}])
+    tokenizer = f"{{train: {{algorithm: bytes}}, chat_template: {tmp_path / 't.jinja'}}}"
+    made = prepared("{train: a.jsonl, validation: 0, format: chat}", tokenizer=tokenizer)
+    assert examples(made.train, made.tokenizer) == [("[user] hi#\n[assistant] ", "hello#\n<|endoftext|>")]
 
 
 @pytest.mark.parametrize(
@@ -326,3 +333,12 @@ def test_pieces_of_a_file_on_several_processes_are_the_same_shards(
     found = examples(pieces.train, pieces.tokenizer)
     assert found == examples(whole.train, whole.tokenizer) and len(found) == 350
     assert found[349][1].startswith("say 349<|im_end|>")
+
+
+def test_one_of_parallel_files_can_be_the_text(tmp_path: Path, prepared: Prepare) -> None:
+    (tmp_path / "t.en").write_text("one line\nand another\n\n", encoding="utf-8")
+    made = prepared("{train: {path: {en: t.en}, text: en}, validation: 0, sequence_length: 4}")
+    assert [bytes(ids.astype(np.uint8)).decode() for ids, _ in made.train.evaluation_documents()] == [
+        "one line",
+        "and another",
+    ]

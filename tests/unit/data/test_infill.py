@@ -94,7 +94,7 @@ def test_training_documents_are_cut_and_held_out_ones_stay_whole(prepared: Prepa
     ("data", "said"),
     [
         ("{train: code.txt, validation: 0}", "no tokens to fill in the middle"),
-        ("{train: code.txt, format: prompt, prompt: '{text}', completion: b}", "data.format is prompt"),
+        ("{train: code.txt, format: prompt, prompt: '{text}', completion: '{b}'}", "data.format is prompt"),
     ],
 )
 def test_what_cannot_be_cut_is_said(prepared: Prepare, tmp_path: Path, data: str, said: str) -> None:

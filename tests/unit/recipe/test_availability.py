@@ -28,15 +28,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     "override",
     [
-        "data.train.map={label: {0: no}}",
-        "data.train.path={en: a, de: b}",
-        "data.validation=[{path: {en: a, de: b}}]",
-        "data.format=chat",
-        "data.prompt=x",
         "data.images=[image]",
         "data.allow_urls=true",
         "model.preset=vision-1m",
-        "train.objective=fim",
         "train.objective=masked",
         "train.profile={start: 1}",
     ],
