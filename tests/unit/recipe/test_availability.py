@@ -28,12 +28,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     "override",
     [
-        "data.train.map={label: {0: no}}",
-        "data.train.path={en: a, de: b}",
-        "data.validation=[{path: {en: a, de: b}}]",
-        "data.format=chat",
+        "data.format=preference",
         "data.packing=none",
-        "data.prompt=x",
         "data.images=[image]",
         "data.allow_urls=true",
         "model.preset=vision-1m",

@@ -352,7 +352,14 @@ def test_from_is_a_path_if_it_exists_beside_the_recipe_or_here(here: Path, secti
             "generate.prompts=['${HOME}']",
         ],
         ["tokenizer.train={algorithm: bytes}", "train.trainer_args={tf32: true}", "finetune.reward={regex: x}"],
-        ["data.train.map={label: {0: no, 1: yes}}", "train.warmup=100", "data.format=prompt", "name=1e3"],
+        [
+            "data.train.map={label: {0: no, 1: yes}}",
+            "data.format=prompt",
+            "data.prompt='{text} {{'",
+            "data.completion='{label}'",
+            "train.warmup=100",
+            "name=1e3",
+        ],
     ],
 )
 def test_resolved_loads_again_to_the_same_recipe(overrides: list[str], here: Path) -> None:
