@@ -105,7 +105,7 @@ def test_texts_are_those_of_transformers_and_scored_by_the_references(model: Pat
     [
         ({"prompt": "a"}, {}, "has no column 'answer'"),
         ({"text": "a", "answer": "b"}, {}, "has no column 'prompt'"),
-        ({"prompt": {"a": 5}, "answer": "b"}, {}, "holds an object"),
+        ({"prompt": ["a"], "answer": "b"}, {}, "holds a list, not text"),
         ({"prompt": "a", "answer": None}, {}, "column 'answer' holds null"),
         ({"prompt": "a", "answer": []}, {}, "column 'answer' holds an empty list"),
         ({"prompt": "a", "answer": ["b", None]}, {}, "column 'answer' holds a list with null"),

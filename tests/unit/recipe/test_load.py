@@ -354,10 +354,10 @@ def test_from_is_a_path_if_it_exists_beside_the_recipe_or_here(here: Path, secti
         ["tokenizer.train={algorithm: bytes}", "train.trainer_args={tf32: true}", "finetune.reward={regex: x}"],
         [
             "data.train.map={label: {0: no, 1: yes}}",
-            "train.warmup=100",
             "data.format=prompt",
-            "data.prompt='{a}'",
-            "data.completion='{b}'",
+            "data.prompt='{text} {{'",
+            "data.completion='{label}'",
+            "train.warmup=100",
             "name=1e3",
         ],
     ],
