@@ -131,11 +131,11 @@ class Train(Section):
     z_loss: NotNegative = Field(default=0.0, description="Weight of the squared log of the softmax's normaliser.")
     label_smoothing: Ratio = Field(
         default=0.0,
-        description="The share of a label's weight that goes to all tokens alike; the loss that is logged is without it.",
+        description="The share of a label's weight that goes to all tokens alike; the logged loss is without it.",
     )
     neftune_noise_alpha: Positive | None = Field(
         default=None,
-        description="Noise on the embeddings in training (NEFTune), of this over the root of a row's length times the width.",
+        description="NEFTune: noise on the embeddings in training, of this over the root of length times width.",
     )
     max_time: Duration | None = Field(
         default=None, description="Save and stop with code 75 after this time (11h30m), for time-limited jobs."
