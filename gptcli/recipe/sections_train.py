@@ -140,8 +140,14 @@ class Train(Section):
     adam_epsilon: Positive = Field(default=1e-8, description="Adam's epsilon.")
     max_grad_norm: NotNegative = Field(default=1.0, description="Gradients are clipped to this norm; 0: never.")
     z_loss: NotNegative = Field(default=0.0, description="Weight of the squared log of the softmax's normaliser.")
-    label_smoothing: Ratio = Field(default=0.0, description="Label smoothing.")
-    neftune_noise_alpha: Positive | None = Field(default=None, description="Noise on the embeddings (NEFTune).")
+    label_smoothing: Ratio = Field(
+        default=0.0,
+        description="The share of a label's weight that goes to all tokens alike; the logged loss is without it.",
+    )
+    neftune_noise_alpha: Positive | None = Field(
+        default=None,
+        description="NEFTune: noise on the embeddings in training, of this over the root of length times width.",
+    )
     max_time: Duration | None = Field(
         default=None, description="Save and stop with code 75 after this time (11h30m), for time-limited jobs."
     )
@@ -273,7 +279,9 @@ class Finetune(Section):
     """What `gptcli finetune` does beyond `train`."""
 
     method: Literal["sft", "dpo", "kto", "orpo", "grpo"] = Field(default="sft", description="The method.")
-    train_on: Literal["completion", "all"] = Field(default="completion", description="Which tokens are supervised.")
+    train_on: Literal["completion", "all"] = Field(
+        default="completion", description="completion: completions, a chat's answers; all: prompts and questions too."
+    )
     adapter: Literal["none", "lora", "dora", "qlora"] = Field(
         default="none",
         description="Full fine-tuning, or an adapter: small matrices that are trained beside the model's own (peft). "
