@@ -27,12 +27,14 @@ class Row:
         allowed: the values that are available (lists: each item has to be one of them).
         feature: what the key is for, in the message.
         mapping_only: only a mapping (`path: {en: ..., de: ...}`) is refused.
+        commands: the row is for these alone; without any: for all.
     """
 
     key: str
     allowed: tuple[Any, ...] = ()
     feature: str = ""
     mapping_only: bool = False
+    commands: tuple[str, ...] = ()
 
 
 def _source_rows(place: str) -> tuple[Row, ...]:
@@ -46,10 +48,10 @@ TABLE: tuple[Row, ...] = (
     *_source_rows("data.train"),
     *_source_rows("data.validation"),
     Row("eval.data.*.tokens", feature="evaluation on tokens made before"),
-    Row("data.format", ("text",)),
+    Row("data.format", ("text", "preference")),
+    Row("data.format", ("text",), commands=("tokenize", "pretrain", "eval")),
     Row("data.prompt", feature="a prompt template"),
     Row("data.completion", feature="a completion template"),
-    Row("data.preference", feature="preference data"),
     Row("data.messages", feature="chat data"),
     Row("data.images", feature="training on images"),
     Row("data.audios", feature="training on sounds"),
@@ -57,7 +59,7 @@ TABLE: tuple[Row, ...] = (
     Row("data.allow_urls", (False,)),
     Row("data.cache_features", (False,)),
     Row("data.packing", ("concat",)),
-    Row("data.overlong", ("split",)),
+    Row("data.overlong", ("split", "truncate", "drop", "error")),
     Row("model.preset", ("1m", "10m", "30m", "124m", "350m", "774m", "1.5b")),
     Row("model.rope_scaling", feature="a longer context by rope_scaling"),
     Row("train.objective", ("causal",)),
@@ -65,14 +67,11 @@ TABLE: tuple[Row, ...] = (
     Row("train.neftune_noise_alpha", feature="NEFTune"),
     Row("train.profile", feature="a profile"),
     Row("train.best_metric", ("validation.loss", "validation.bits_per_byte")),
-    Row("finetune.method", ("sft",)),
     Row("finetune.train_on", ("completion",)),
     Row("finetune.adapter", ("none",)),
     Row("finetune.adapter_from", feature="continuing an adapter"),
     Row("finetune.lora", feature="an adapter"),
     Row("finetune.merge", (False,)),
-    Row("finetune.beta", feature="preference tuning"),
-    Row("finetune.reward", feature="a reward"),
     Row("finetune.freeze", feature="freezing modules"),
 )
 
@@ -90,7 +89,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 def check_available(loaded: LoadedRecipe, command: str) -> None:
     """Raise a `RecipeError` (code 2) when the sections that a command uses ask for what this release lacks."""
     sections = SECTIONS[command]
-    rows = [row for row in TABLE if any(f"{row.key}.".startswith(f"{section}.") for section in sections)]
+    rows = [
+        row
+        for row in TABLE
+        if any(f"{row.key}.".startswith(f"{section}.") for section in sections)
+        and (not row.commands or command in row.commands)
+    ]
     defaults = Recipe.model_validate({"data": {"train": "-"}}).model_dump(mode="json", by_alias=True)
     found = []
     for row in rows:
@@ -99,12 +103,20 @@ def check_available(loaded: LoadedRecipe, command: str) -> None:
             refused = _refused(row, value, default)
             if refused is not None:
                 node, name = problems.find(loaded.root, location)
+                here = f" to {command}" if row.commands else ""
                 remedy = (
                     f"available: {', '.join(_text(item) for item in row.allowed)}" if row.allowed else "leave it out"
                 )
                 where = node.where if node is not None else loaded.label
-                found.append(Problem(where, f"{name}: {refused} is not available yet", remedy))
+                found.append(Problem(where, f"{name}: {refused} is not available{here} yet", remedy))
     problems.raise_problems(found)
+    method, data = loaded.recipe.finetune.method, loaded.recipe.data
+    if command == "finetune" and method != "sft" and data is not None and data.format != "preference":
+        raise RecipeError(
+            f"finetune.method: {method} learns from preference data, and data.format is {data.format}",
+            where=loaded.where("finetune.method"),
+            remedy="data: {format: preference, preference: {prompt: ..., chosen: ..., rejected: ...}}",
+        )
 
 
 def usable_by(loaded: LoadedRecipe) -> dict[str, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,13 @@ from gptcli.launch import world_size
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
+from gptcli.train.arguments import check_trl
 from gptcli.train.choices import SHORT_FLOPS, choose_bf16
 from gptcli.train.decisions import Hardware
 from gptcli.train.modes import BLOCKS, check_modes
+from gptcli.train.pairs import PreparedPairs, is_preference, prepare_pairs
 from gptcli.train.plan import Plan, make_plan, without_compiler
+from gptcli.train.preference_plan import NAMES, plan_preference, preference_fingerprints
 from gptcli.train.shortage import explained, out_of_memory
 from gptcli.train.strategy import check_strategy
 from gptcli.train.zero_settings import check_zero
@@ -39,7 +42,7 @@ class Assembly:
     """What is known before the first step; `uncompiled`: the plan for a compiler that fails, None without compiling."""
 
     loaded: LoadedRecipe
-    prepared: Prepared
+    prepared: Prepared | PreparedPairs
     config: PreTrainedConfig
     counts: Counts
     plan: Plan
@@ -73,13 +76,22 @@ def assemble(
     from gptcli.model.build import count_parameters
     from gptcli.model.kernels import usable_attention
 
-    prepared = prepare(loaded, reporter, verify=verify)
-    rows = sum(_proportions(loaded, prepared).rows)
+    prepared: Prepared | PreparedPairs
+    if is_preference(loaded):
+        check_trl(loaded)
+        prepared = prepare_pairs(loaded, reporter)
+    else:
+        prepared = prepare(loaded, reporter, verify=verify)
     config = model_config(loaded, prepared, reporter)
     device = torch.device("cpu") if hardware is not None and hardware.kind == "cpu" else best_device()
     counts = count_parameters(config)
     hardware, usable = hardware or look_at(device), usable_attention(config)
-    planned = partial(make_plan, counts=counts, rows_per_epoch=rows, decided=decided, usable=usable)
+    planned: Callable[..., Plan]
+    if isinstance(prepared, PreparedPairs):
+        planned = partial(plan_preference, prepared=prepared, counts=counts, decided=decided, usable=usable)
+    else:
+        rows = sum(_proportions(loaded, prepared).rows)
+        planned = partial(make_plan, counts=counts, rows_per_epoch=rows, decided=decided, usable=usable)
     plan = planned(loaded, hardware=hardware)
     if hardware.here and loaded.recipe.train.precision == "auto" and "train.precision" not in (decided or {}):
         batch = {"rows": plan.micro_batch_size, "length": plan.sequence_length}
@@ -96,11 +108,14 @@ def assemble(
     fingerprints = {
         "recipe": fingerprint(loaded.written),
         "data": prepared.fingerprint,
-        # The key of the cache: the sources' content and how they are made into tokens. As long as it is the same,
-        # another `data` means that the prepared files were replaced.
-        "prepared": prepared.train.folder.parent.name,
         "tokenizer": prepared.tokenizer_fingerprint,
     }
+    if isinstance(prepared, Prepared):
+        # The key of the cache: the sources' content and how they are made into tokens. As long as it is the same,
+        # another `data` means that the prepared files were replaced.
+        fingerprints["prepared"] = prepared.train.folder.parent.name
+    else:
+        fingerprints |= preference_fingerprints(loaded)
     return Assembly(loaded, prepared, config, counts, plan, uncompiled, device, run, fingerprints)
 
 
@@ -136,14 +151,14 @@ def look_at(device: torch.device) -> Hardware:
     )
 
 
-def model_config(loaded: LoadedRecipe, prepared: Prepared, reporter: Reporter) -> PreTrainedConfig:
+def model_config(loaded: LoadedRecipe, prepared: Prepared | PreparedPairs, reporter: Reporter) -> PreTrainedConfig:
     """The configuration of the recipe's model; names in the recipe are checked against what is installed."""
     from gptcli.model.build import TokenIds, build_config
     from gptcli.train.arguments import check_names
 
     check_names(loaded)
     assert loaded.recipe.model is not None
-    if loaded.recipe.model.from_ is not None:
+    if loaded.recipe.model.from_ is not None or isinstance(prepared, PreparedPairs):
         return _config_of(loaded, prepared)
     special = prepared.train.specials
     ids = TokenIds(prepared.train.vocab_size, special.bos, special.eos, special.pad)
@@ -159,7 +174,10 @@ def describe(assembly: Assembly) -> list[str]:
     assert loaded.recipe.model is not None
     kind = loaded.recipe.model.type or str(assembly.config.model_type)
     epochs = "" if plan.epochs is None else f" ({plan.epochs:.2f} epochs of {plan.rows_per_epoch:,} rows)"
-    batch = f"{plan.global_batch_size} rows x {plan.sequence_length}"
+    batch, tokens = f"{plan.global_batch_size} rows x {plan.sequence_length}", f"{plan.total_tokens:,} tokens"
+    if is_preference(loaded):
+        what = NAMES[loaded.recipe.finetune.method]
+        batch, tokens = f"{plan.global_batch_size} {what} of at most {plan.sequence_length:,} tokens", f"about {tokens}"
     parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} at once"
     if plan.world_size > 1:
         parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} on each of {plan.processes} processes"
@@ -168,7 +186,7 @@ def describe(assembly: Assembly) -> list[str]:
         parts += f", {plan.strategy}"
     lines = [
         f"model: {kind}, {plan.parameters / 1e6:.2f} M parameters",
-        f"train: {plan.steps:,} steps of {batch} ({parts}), {plan.total_tokens:,} tokens{epochs}",
+        f"train: {plan.steps:,} steps of {batch} ({parts}), {tokens}{epochs}",
         *_mixing_lines(assembly),
         f"device: {device_name(assembly.device)}, {plan.precision}",
     ]
@@ -194,6 +212,8 @@ def decided_recipe(loaded: LoadedRecipe, plan: Plan) -> dict[str, Any]:
 
 def _mixing_lines(assembly: Assembly) -> list[str]:
     """What each of several sources gives to the planned run, and how often it is gone through."""
+    if isinstance(assembly.prepared, PreparedPairs):
+        return []
     streams = assembly.prepared.train.streams
     if len(streams) == 1:
         return []
@@ -208,7 +228,7 @@ def _proportions(loaded: LoadedRecipe, prepared: Prepared) -> Proportions:
     return proportions(sources, _length(loaded), loaded.recipe.data.weights)
 
 
-def _config_of(loaded: LoadedRecipe, prepared: Prepared) -> PreTrainedConfig:
+def _config_of(loaded: LoadedRecipe, prepared: Prepared | PreparedPairs) -> PreTrainedConfig:
     """The configuration of `model.from`, checked against the data's tokenizer and the row length."""
     from gptcli.model.load import load_config
 
@@ -217,9 +237,10 @@ def _config_of(loaded: LoadedRecipe, prepared: Prepared) -> PreTrainedConfig:
     config = load_config(Path(model.from_), trust_remote_code=model.trust_remote_code, revision=model.revision)
     text = config.get_text_config()
     vocabulary, limit = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
-    if isinstance(vocabulary, int) and prepared.train.vocab_size > vocabulary:
+    entries = prepared.vocab_size if isinstance(prepared, PreparedPairs) else prepared.train.vocab_size
+    if isinstance(vocabulary, int) and entries > vocabulary:
         raise RecipeError(
-            f"the tokenizer has {prepared.train.vocab_size:,} entries and the model {vocabulary:,}: not a pair",
+            f"the tokenizer has {entries:,} entries and the model {vocabulary:,}: not a pair",
             where=loaded.where("tokenizer"),
             remedy="Leave out tokenizer: to use the model's own.",
         )

@@ -13,8 +13,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gptcli.data.tokenize import Prepared
 from gptcli.errors import CheckpointError
-from gptcli.files import write_atomic
+from gptcli.files import cache_root, write_atomic
 from gptcli.launch import is_main_process, restarted
 from gptcli.recipe.load import LoadedRecipe, dump_yaml, resolved
 from gptcli.reporting import Reporter, mebibytes
@@ -128,7 +129,7 @@ def _check_resume(assembly: Assembly, options: Options, start: Start, reporter: 
         fingerprints=assembly.fingerprints,
         steps=steps,
         allowed=options.allow_changes,
-        prepared=assembly.prepared.train.folder.parent,
+        prepared=assembly.prepared.train.folder.parent if isinstance(assembly.prepared, Prepared) else cache_root(),
     )
     whole = start.step >= steps or ended_early(start, loaded.recipe.train)
     if whole and run.final.is_dir() and run.read().get("status") == "done":
