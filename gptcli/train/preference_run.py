@@ -27,7 +27,8 @@ def preference_trainer(
 ) -> PreferenceTrainer:
     """The trainer of the recipe's method; `record` as for `preference.PreferenceTrainer`."""
     from gptcli.model.load import quiet
-    from gptcli.train.preference import RunOrder, build_preference
+    from gptcli.train.preference import build_preference
+    from gptcli.train.preference_rows import RunOrder
 
     loaded, plan = assembly.loaded, assembly.plan
     recipe = loaded.recipe
