@@ -27,9 +27,9 @@ train:
   log_every: 3
   eval_every: 2
   save_every: 2
-  sample_every: 0
+  sample_every: 2
   precision: fp32
-generate: {max_new_tokens: 6}
+generate: {prompts: [the cat], max_new_tokens: 6}
 """
 METHODS = {
     "dpo": ["finetune.method=dpo"],

@@ -10,8 +10,10 @@ The losses: Rafailov et al. 2023 (arXiv:2305.18290, dpo), Ethayarajh et al. 2024
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader
 
 # Before trl, which imports transformers' Trainer its own way.
 from gptcli.train.recorded import RecordedTrainer  # isort: skip
+import datasets
 from datasets import Dataset
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer
 from trl.experimental.orpo import ORPOTrainer
@@ -82,6 +85,16 @@ class PreferenceTrainer(RecordedTrainer):
             **others,
         )
         self._watch(masks=False)
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        with _without_notices():
+            yield
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As all trainers evaluate, without the notices of the libraries."""
+        with _without_notices():
+            return super().evaluate(*args, **kwargs)
 
     # ---- what trl would do itself ----
 
@@ -331,6 +344,23 @@ class Grpo(PreferenceTrainer, GRPOTrainer):  # type: ignore[misc]
         return [float(value) for value in found[:, 0]]
 
 
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """Inside, trl's use of names that transformers is about to drop is not told to the user, who cannot change it.
+
+    Neither is the progress of what the libraries do with the rows.
+    """
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
 def _parts(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
     """The rows of a data set, `size` at a time."""
     for first in range(0, len(rows), size):
@@ -358,6 +388,17 @@ def build_preference(
         reward: grpo's.
         given: see `PreferenceTrainer`.
     """
+    with _without_notices():
+        return _built(method, encoder, reference, reward, given)
+
+
+def _built(
+    method: str,
+    encoder: Encoder | None,
+    reference: PreTrainedModel | None,
+    reward: Reward | None,
+    given: dict[str, Any],
+) -> PreferenceTrainer:
     if method == "grpo":
         trainer = Grpo(others={"reward_funcs": reward}, **given)
         assert encoder is not None
