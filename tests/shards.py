@@ -20,11 +20,12 @@ def write_side(
     sources: Sequence[tuple[str, Sequence[Encoded]]],
     **about: Any,
 ) -> None:
-    """Write (name, batches) of each source, then the manifest."""
+    """Write (name, batches) of each source, then the manifest; with supervision where the batches have it."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = []
     for number, (name, batches) in enumerate(sources):
-        with ShardWriter(folder, f"source-{number:03}-shard", dtype, shard_tokens) as writer:
+        supervised = any(batch.supervised is not None for batch in batches)
+        with ShardWriter(folder, f"source-{number:03}-shard", dtype, shard_tokens, supervised=supervised) as writer:
             for batch in batches:
                 writer.add(batch)
         listed.append({"name": name, **writer.written})

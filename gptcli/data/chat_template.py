@@ -69,6 +69,11 @@ def find_template(name: str, *, where: str | None = None) -> ChatTemplate:
     return ChatTemplate(text)
 
 
+def template_file(tokenizer: Path) -> Path:
+    """The file in which a tokenizer's folder has its template."""
+    return tokenizer / (FILE if (tokenizer / FILE).is_file() else "tokenizer_config.json")
+
+
 def with_template(tokenizer: Path, template: ChatTemplate) -> Path:
     """A folder (in the cache, named by content) of the same tokenizer with this template."""
     with tempfile.TemporaryDirectory(prefix="gptcli-tokenizer-") as name:

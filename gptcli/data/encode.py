@@ -35,11 +35,15 @@ SAFE_CUT = re.compile(rf"\n(?= {_LETTER})|(?<=\S)\n(?={_LETTER})")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents as one array: their tokens (BOS and EOS included), and the tokens and UTF-8 bytes of each."""
+    """Documents as one array: their tokens (BOS and EOS included), and the tokens and UTF-8 bytes of each.
+
+    `supervised` (uint8, one a token): 1 for the tokens that are to be predicted; None: all are.
+    """
 
     tokens: NDArray[Any]
     lengths: NDArray[np.int64]
     bytes: NDArray[np.int64]
+    supervised: NDArray[np.uint8] | None = None
 
 
 T = TypeVar("T", bound=Any)

@@ -22,11 +22,14 @@ from gptcli.data.reading.row import Mark
 from gptcli.data.report import make_report
 from gptcli.data.shards import write_manifest
 from gptcli.data.sources import place
+from gptcli.data.supervise import UNSUPERVISED
 from gptcli.data.work import RESULT
+from gptcli.data.writer import SUPERVISED
 from gptcli.errors import DataError
 from gptcli.files import read_json, write_json
 
 EXAMPLES = 10
+COUNTED = ("documents", "bytes", "tokens", SUPERVISED)
 
 
 def finish(job: Job, pieces: Sequence[Piece], work: Path, target: Path, encoder: Encoder, tokenizer: str) -> None:
@@ -41,7 +44,8 @@ def finish(job: Job, pieces: Sequence[Piece], work: Path, target: Path, encoder:
     counts: dict[str, list[Counts]] = {}
     for side in job.sides:
         parts = job.validation if side == "validation" and job.validation else job.train
-        manifests[side] = [{"name": part.name, "documents": 0, "bytes": 0, "tokens": 0, "shards": []} for part in parts]
+        none = dict.fromkeys(COUNTED[:3] if job.data.format == "text" else COUNTED, 0)
+        manifests[side] = [{"name": part.name, **none, "shards": []} for part in parts]
         counts[side] = [Counts() for _ in parts]
         (target / side).mkdir()
     for piece in pieces:
@@ -90,6 +94,10 @@ def check_sides(job: Job, train: int, validation: int | None, dropped: Counter[s
     if train + (validation or 0) == 0 or (train == 0 and job.validation):
         names = ", ".join(part.name for part in job.train)
         remedy = "Check that the files hold text, and the keys data.documents and text: (the column)."
+        if dropped[UNSUPERVISED]:
+            remedy = "No row has a turn of the assistant that is trained on: check data.messages, and train: false."
+        elif job.data.format != "text":
+            remedy = "Check the rows that were left out, and the columns that the recipe names."
         raise DataError(f"data.train has no documents: {names}{why}", where=where, remedy=remedy)
     if rule == 0 or validation is None:
         return
@@ -105,13 +113,15 @@ def check_sides(job: Job, train: int, validation: int | None, dropped: Counter[s
             f"data.validation: {share} of {count:,} document{'s' if count != 1 else ''} leaves none for {side}",
             where=job.validation_where,
             remedy="Hold out the end of each text instead: data.validation: {tail: 10%}\n"
-            "(or a larger share, or smaller documents by data.documents: line | blank-line, or 0 for none).",
+            "(or a larger share, or smaller documents by data.documents: line | blank-line, or 0 for none)."
+            if job.data.format == "text"
+            else "Hold out a larger share, or a file of its own: data.validation: {path: FILE}; or 0 for none.",
         )
 
 
 def _add(source: dict[str, Any], result: dict[str, Any], piece: Piece, folder: Path, target: Path) -> None:
     """Count a piece's part of a source, and link its files under the numbers that follow."""
-    for key in ("documents", "bytes", "tokens"):
+    for key in source.keys() & COUNTED:
         source[key] += result[key]
     for shard in result["shards"]:
         stem = f"source-{piece.source:03}-shard-{len(source['shards']):05}"

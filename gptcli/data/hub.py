@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gptcli.data.contents import remember_revision, remembered_revision
-from gptcli.data.readers import BadRow, Rows, value_row
+from gptcli.data.readers import BadRow, Layout, Rows, value_row
+from gptcli.data.reading.columnar import plain_values
+from gptcli.data.reading.row import whole_row
 from gptcli.errors import DataError, MissingError
 
 if TYPE_CHECKING:
@@ -52,10 +54,13 @@ def divide(hub_set: HubSet, *, where: str | None = None) -> list[HubSet]:
     return [replace(hub_set, shard=(number, count)) for number in range(count)] if count > 1 else [hub_set]
 
 
-def rows(hub_set: HubSet, column: str, *, where: str | None = None) -> Rows:
-    """The texts of a set, in the set's order, one row at a time."""
+def rows(hub_set: HubSet, layout: Layout, *, where: str | None = None) -> Rows:
+    """The texts of a set (or its whole rows), in the set's order, one row at a time."""
+    column = layout.text
     for number, values in enumerate(_stream(hub_set, where), start=1):
-        if column not in values:
+        if layout.whole:
+            yield whole_row(number, plain_values(values))
+        elif column not in values:
             reason = f"has no column {column!r}, only {', '.join(map(repr, values))}"
             yield BadRow(number, "wrong columns", reason)
         else:

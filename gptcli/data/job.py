@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.data import sources
 from gptcli.data.contents import content_hashes
+from gptcli.data.first_rows import check_columns
+from gptcli.data.formats import format_of
 from gptcli.data.hub import HubSet
 from gptcli.data.pieces import Chain, Piece, Stream, divide
 from gptcli.data.readers import shown
@@ -105,7 +107,9 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
             where,
             each,
             Stream(
-                sources.reading_of(source, data.documents, data.on_bad_row, where=where),
+                sources.reading_of(
+                    source, data.documents, data.on_bad_row, row_format=format_of(data, source), where=where
+                ),
                 source.limit,
                 number >= len(data.train),
             ),
@@ -113,6 +117,7 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
         )
         for number, ((source, where), each) in enumerate(zip(found, inputs, strict=True))
     ]
+    check_columns(loaded, [(part.inputs, part.stream.reading) for part in parts])
     train, validation = parts[: len(data.train)], parts[len(data.train) :]
     rule = (
         data.validation
@@ -125,6 +130,9 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
         "on_bad_row": data.on_bad_row,
         "deduplicate": data.deduplicate,
     }
+    if data.format != "text":
+        messages = data.messages.model_dump() if data.messages is not None else None
+        spec["format"] = [data.format, data.prompt, data.completion, messages]
     return Job(data, train, validation, split_of(data.validation), spec, loaded.where("data.validation"))
 
 
@@ -149,7 +157,8 @@ def megabytes(reporter: Reporter, name: str, total: int) -> Iterator[Callable[[i
 def _names(listed: list[Source]) -> list[str]:
     """What sources are called: as short as tells them apart, so that no more of this machine's folders is shown."""
     names = [sources.source_name(source) for source in listed]
-    paths = [Path(str(source.path or source.tokens)).parts for source in listed]
+    firsts = [next(iter(each.path.values())) if isinstance(each.path, dict) else each.path for each in listed]
+    paths = [Path(str(path or source.tokens)).parts for path, source in zip(firsts, listed, strict=True)]
     for name in {name for name in names if names.count(name) > 1}:
         alike = [number for number, other in enumerate(names) if other == name]
         if len({paths[number] for number in alike}) == 1:  # one path, written twice
@@ -167,16 +176,18 @@ def _refuse_overlap(
 ) -> None:
     if not validation:
         return
-    trained = {_identity(part) for each in train for part in each}
+    trained = {identity for each in train for part in each for identity in _identities(part)}
     for part in (part for each in validation for part in each):
-        if _identity(part) in trained:
+        if trained.intersection(_identities(part)):
             name = f"hub:{part.name}" if isinstance(part, HubSet) else shown(part.path)
             remedy = "Name other files, or hold out a share: data.validation: 1%."
             raise RecipeError(f"{name} is in both data.train and data.validation", where=where, remedy=remedy)
 
 
-def _identity(part: sources.Input) -> object:
-    return part if isinstance(part, HubSet) else part.path.resolve()
+def _identities(part: sources.Input) -> list[object]:
+    if isinstance(part, sources.ParallelFiles):
+        return [Path(name).resolve() for name in part.names]
+    return [part if isinstance(part, HubSet) else part.path.resolve()]
 
 
 def content_of(inputs: Sequence[sources.Input], reporter: Reporter, verify: bool = False) -> str:
@@ -202,6 +213,8 @@ def content_of(inputs: Sequence[sources.Input], reporter: Reporter, verify: bool
 def _files(part: sources.Input) -> tuple[str, ...]:
     if isinstance(part, HubSet):
         return ()
+    if isinstance(part, sources.ParallelFiles):
+        return part.names
     return tuple(map(str, part.files)) if isinstance(part, TokensInput) else (part.name,)
 
 
@@ -213,4 +226,5 @@ def _source_spec(source: Source, data: Data, content: str) -> dict[str, Any]:
         "text": source.text,
         "columns": source.columns,
         "limit": source.limit,
+        **({"map": source.map} if source.map else {}),
     }

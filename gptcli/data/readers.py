@@ -18,7 +18,7 @@ from gptcli.data.reading.columnar import arrow_rows, parquet_records, parquet_ro
 from gptcli.data.reading.jsonfile import json_rows
 from gptcli.data.reading.plain import line_records, plain_rows
 from gptcli.data.reading.row import BadRow, Layout, Part, Record, Records, Row, Rows, shown, value_row
-from gptcli.data.reading.spans import Span, byte_range, byte_spans, count_lines, group_spans
+from gptcli.data.reading.spans import Span, byte_range, byte_spans, count_lines, group_spans, is_cut_at_blank
 from gptcli.data.reading.streams import COMPRESSIONS, DamagedError, FileRange, buffered, decompressed
 from gptcli.data.reading.tables import csv_records, csv_rows, jsonl_records, jsonl_rows, tsv_records, tsv_rows
 from gptcli.errors import DataError
@@ -100,15 +100,22 @@ def _member_suffixes() -> str:
 
 
 def read_rows(
-    path: Path, layout: Layout, *, span: Span | None = None, on_position: Callable[[int], None] | None = None
+    path: Path,
+    layout: Layout,
+    *,
+    span: Span | None = None,
+    plain: bool = False,
+    on_position: Callable[[int], None] | None = None,
 ) -> Rows:
     """The rows of one file, or of a span of it, in order. A file that is damaged or truncated ends in a bad row.
 
-    `on_position` is told during the reading how many bytes of the file (of the span) have been read. Raises `DataError`
-    when the file cannot be opened, lacks the column, or is an archive without a file that can be read.
+    `plain`: a plain text, whatever its suffix (parallel texts are named by their language). `on_position` is told
+    during the reading how many bytes of the file (of the span) have been read. Raises `DataError` when the file cannot
+    be opened, lacks the column, or is an archive without a file that can be read.
     """
     suffix, compression = split_suffix(path.name)
-    formats = _Formats(layout)
+    formats = _Formats(layout, plain)
+    suffix = ".txt" if plain else suffix
     if span is not None and not _is_divisible(suffix, compression, layout):
         raise ValueError(f"{path.name} is not read in spans")
     try:
@@ -131,15 +138,9 @@ def read_rows(
         raise DataError(f"cannot be read: {error.strerror or error}", where=shown(path)) from None
 
 
-def read_records(
-    path: Path, layout: Layout, *, plain: bool = False, on_position: Callable[[int], None] | None = None
-) -> Records:
-    """The whole rows of one file of `record_suffixes`, in order: as `read_rows`, with all columns.
-
-    `plain`: the lines of a plain text, whatever its suffix (parallel texts are named by their language).
-    """
+def read_records(path: Path, layout: Layout, *, on_position: Callable[[int], None] | None = None) -> Records:
+    """The whole rows of one file of `record_suffixes`, in order: as `read_rows`, each as a line of JSON."""
     suffix, compression = split_suffix(path.name)
-    suffix = ".txt" if plain else suffix
     seeks = not compression and suffix == ".parquet"
     try:
         with path.open("rb", buffering=0) as file:
@@ -184,7 +185,7 @@ def spans(path: Path, layout: Layout, size: int) -> list[Span | None]:
     try:
         if suffix == ".parquet":
             return group_spans(path, size)
-        return byte_spans(path, size, blank=suffix in PLAIN and layout.documents == "blank-line")
+        return byte_spans(path, size, blank=suffix in PLAIN and is_cut_at_blank(layout, suffix))
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=shown(path)) from None
 
@@ -203,7 +204,8 @@ def lines_before(path: Path, span: Span | None, layout: Layout) -> int:
 def _is_divisible(suffix: str, compression: str, layout: Layout) -> bool:
     if compression:
         return False
-    return suffix in (".jsonl", ".parquet") or (suffix in PLAIN and layout.documents in ("line", "blank-line"))
+    by_lines = layout.whole or layout.documents in ("line", "blank-line")
+    return suffix in (".jsonl", ".parquet") or (suffix in PLAIN and by_lines)
 
 
 def _archive_rows(part: Part, suffix: str, compression: str, formats: _Formats) -> Rows:
@@ -218,6 +220,7 @@ class _Formats:
     """The readers by name, for a file and for the members of an archive."""
 
     layout: Layout
+    plain: bool = False
 
     def is_member(self, name: str) -> bool:
         return _is_format(name)
@@ -230,6 +233,6 @@ class _Formats:
         try:
             stream = decompressed(part.stream, compression)
             whole = replace(part, stream=stream, path=None if compression else part.path)
-            yield from _FORMATS[suffix](whole, self.layout)
+            yield from _FORMATS[".txt" if self.plain else suffix](whole, self.layout)
         except DamagedError as error:
             yield BadRow(error.number, "damaged file", error.reason)

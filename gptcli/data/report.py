@@ -7,6 +7,7 @@ from typing import Any
 
 from gptcli.data.counts import Counts, Notable
 from gptcli.data.dataset import proportions
+from gptcli.data.writer import SUPERVISED
 
 
 def make_report(
@@ -61,16 +62,18 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if len(report["train"]["sources"]) > 1:
         for source in report["train"]["sources"]:
             lines.append(_side_line(f"  {source['name']}", source))
-            lines.append(f"    {mixing_text(source['weight'], source['epochs'])} in each epoch of the data")
+            if "weight" in source:
+                lines.append(f"    {mixing_text(source['weight'], source['epochs'])} in each epoch of the data")
     validation = report["validation"]
     lines.append(_side_line("validation", validation) if validation else "validation: none is held out")
     lengths = report["train"]["document_tokens"]
     lines.append("document lengths in tokens: " + ", ".join(f"{name} {value:,}" for name, value in lengths.items()))
-    tail = report["unused_tail_tokens"]
-    lines.append(
-        f"rows of {report['sequence_length']:,} tokens: {report['rows']:,} "
-        f"({tail:,} tokens at the end of a source fill none)"
-    )
+    if "unused_tail_tokens" in report:
+        tail = report["unused_tail_tokens"]
+        lines.append(
+            f"rows of {report['sequence_length']:,} tokens: {report['rows']:,} "
+            f"({tail:,} tokens at the end of a source fill none)"
+        )
     if report["dropped"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
         lines.append(f"dropped: {reasons}; first: {report['dropped_examples'][0]}")
@@ -117,11 +120,20 @@ def _numbers(manifest: dict[str, Any], counts: Counts) -> dict[str, Any]:
         "documents": manifest["documents"],
         "bytes": manifest["bytes"],
         "tokens": tokens,
+        **_supervision(manifest),
         "bytes_per_token": round(manifest["bytes"] / tokens, 4) if tokens else None,
         "document_tokens": counts.quantiles(),
         "with_nul": counts.with_nul,
         "specials_in_text": counts.specials_in_text,
     }
+
+
+def _supervision(manifest: dict[str, Any]) -> dict[str, Any]:
+    """How many tokens are trained on, where the data says it, and their share of all."""
+    if SUPERVISED not in manifest:
+        return {}
+    count, tokens = manifest[SUPERVISED], manifest["tokens"]
+    return {"supervised_tokens": count, "supervised_share": round(count / tokens, 4) if tokens else None}
 
 
 def _notable(kept: list[Notable], unit: str, place: Callable[[Sequence[Any]], str]) -> list[dict[str, Any]]:
@@ -131,6 +143,12 @@ def _notable(kept: list[Notable], unit: str, place: Callable[[Sequence[Any]], st
 
 def _side_line(name: str, numbers: dict[str, Any]) -> str:
     ratio = f", {numbers['bytes_per_token']:.2f} bytes a token" if numbers["tokens"] else ""
+    supervised = ""
+    if numbers.get("supervised_share") is not None:
+        share = 100 * numbers["supervised_share"]
+        supervised = f" ({numbers['supervised_tokens']:,} supervised, {share:.1f}%)"
+    what = "rows" if "supervised_tokens" in numbers else "documents"
     return (
-        f"{name}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens, {numbers['bytes']:,} bytes{ratio}"
+        f"{name}: {numbers['documents']:,} {what}, {numbers['tokens']:,} tokens{supervised}, "
+        f"{numbers['bytes']:,} bytes{ratio}"
     )

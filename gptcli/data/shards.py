@@ -2,9 +2,10 @@
 
 A folder holds manifest.json and, for every source, shards of at most `shard_tokens` tokens. A shard is three .npy:
 `tokens`; `offsets` (int64: where the documents that begin in it begin, in tokens from the shard's start); `bytes`
-(int64: UTF-8 bytes of each of these documents). A document runs to where the next begins, over the end of its shard if
-need be; the stream of a source is its shards one after the other. The manifest has every file's size, sha256 and the
-checksum of each MiB (see `gptcli.data.verify`).
+(int64: UTF-8 bytes of each of these documents). Data of rows (format prompt or chat) has a fourth, `supervised` (uint8:
+1 for each token that is to be predicted, else 0). A document runs to where the next begins, over the end of its shard
+if need be; the stream of a source is its shards one after the other. The manifest has every file's size, sha256 and
+the checksum of each MiB (see `gptcli.data.verify`).
 """
 
 from __future__ import annotations
@@ -19,22 +20,29 @@ from numpy.typing import NDArray
 
 from gptcli.data.tokenizer import Specials
 from gptcli.data.verify import BLOCK_BYTES, DIGITS, Expected, broken, check, unreadable
-from gptcli.data.writer import HEADER_BYTES, PARTS, npy_header
+from gptcli.data.writer import HEADER_BYTES, PARTS, SUPERVISED, npy_header
 from gptcli.errors import DataError
 from gptcli.files import fingerprint, read_json, write_json
 
 FORMAT = "gptcli token shards"
 # 2: a checksum of each MiB beside the sha256.
 VERSION = 2
+# With the part `supervised`: a release that does not know it would train on all tokens.
+VERSION_SUPERVISED = 3
 MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, sources: list[dict[str, Any]], dtype: np.dtype[Any], **about: Any) -> dict[str, Any]:
-    """Write and return the manifest of a folder whose shards are there, `about` in it."""
-    totals = {key: sum(source[key] for source in sources) for key in ("documents", "bytes", "tokens")}
+    """Write and return the manifest of a folder whose shards are there, `about` in it.
+
+    Sources that count their `supervised` tokens have shards with that part: all of them, or none.
+    """
+    supervised = bool(sources) and all(SUPERVISED in source for source in sources)
+    counted = ("documents", "bytes", "tokens", *([SUPERVISED] if supervised else []))
+    totals = {key: sum(source[key] for source in sources) for key in counted}
     manifest = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION_SUPERVISED if supervised else VERSION,
         "dtype": dtype.name,
         **about,
         **totals,
@@ -47,23 +55,36 @@ def write_manifest(folder: Path, sources: list[dict[str, Any]], dtype: np.dtype[
 
 @dataclass(frozen=True)
 class Stream:
-    """The tokens of one source: memory-mapped shards, one after the other."""
+    """The tokens of one source: memory-mapped shards, one after the other.
+
+    `supervised` has as many shards of uint8, 1 for each token that is to be predicted; None: all are.
+    """
 
     name: str
     shards: tuple[NDArray[Any], ...]
     starts: NDArray[np.int64] = field(repr=False)
+    supervised: tuple[NDArray[np.uint8], ...] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def read(self, begin: int, end: int) -> NDArray[Any]:
         """The tokens [begin, end), copied, over shard ends."""
+        return self._read(self.shards, begin, end)
+
+    def read_supervised(self, begin: int, end: int) -> NDArray[np.bool_]:
+        """Which of the tokens [begin, end) are to be predicted: bool, all True where the shards do not say it."""
+        if self.supervised is None:
+            return np.ones(len(range(begin, min(end, len(self)))), dtype=np.bool_)
+        return self._read(self.supervised, begin, end).astype(np.bool_)
+
+    def _read(self, shards: tuple[NDArray[Any], ...], begin: int, end: int) -> NDArray[Any]:
         parts = []
-        for index in range(int(np.searchsorted(self.starts, begin, side="right")) - 1, len(self.shards)):
+        for index in range(int(np.searchsorted(self.starts, begin, side="right")) - 1, len(shards)):
             start = int(self.starts[index])
             if start >= end:
                 break
-            parts.append(self.shards[index][max(begin - start, 0) : end - start])
+            parts.append(shards[index][max(begin - start, 0) : end - start])
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def rows(self, begins: NDArray[np.int64], length: int) -> NDArray[np.int64]:
@@ -92,6 +113,7 @@ class Shards:
         self.vocab_size = int(manifest["vocab_size"])
         self.dtype = np.dtype(manifest["dtype"])
         self.fingerprint = str(manifest["fingerprint"])
+        self.has_supervision = manifest["version"] == VERSION_SUPERVISED
         self.specials = Specials(**manifest["specials"])
         self.streams = [self._stream(source) for source in manifest["sources"]]
 
@@ -136,13 +158,24 @@ class Shards:
             if pending is not None:
                 yield self._document(stream, pending[0], len(stream), first), pending[1]
 
+    def document_offsets(self, index: int) -> NDArray[np.int64]:
+        """Where each document of source `index` begins in its stream, and the stream's end: int64, [documents + 1]."""
+        stream, shards = self.streams[index], self.manifest["sources"][index]["shards"]
+        begins = [start + self._map(shard, "offsets") for start, shard in zip(stream.starts, shards, strict=False)]
+        return np.concatenate([*begins, stream.starts[-1:]])
+
     def _document(self, stream: Stream, begin: int, end: int, first: int) -> NDArray[np.int64]:
         return stream.read(begin + first, end - 1).astype(np.int64)
 
     def _stream(self, source: dict[str, Any]) -> Stream:
         counts = [shard["tokens"] for shard in source["shards"]]
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.array(counts, dtype=np.int64))])
-        return Stream(source["name"], tuple(self._map(shard, "tokens") for shard in source["shards"]), starts)
+        tokens, supervised = (
+            tuple(self._map(shard, part) for shard in source["shards"]) if present else None
+            for part, present in (("tokens", True), (SUPERVISED, self.has_supervision))
+        )
+        assert tokens is not None
+        return Stream(source["name"], tokens, starts, supervised)
 
     def _map(self, shard: dict[str, Any], part: str) -> NDArray[Any]:
         path = self.folder / shard["files"][part]["name"]
@@ -153,7 +186,11 @@ class Shards:
 
 def _fingerprint(tokenizer: Any, sources: list[dict[str, Any]]) -> str:
     """What the tokens are, whatever the sources are named."""
-    shards = [[shard["files"][part]["sha256"] for part in PARTS] for source in sources for shard in source["shards"]]
+    shards = [
+        [shard["files"][part]["sha256"] for part in (*PARTS, SUPERVISED) if part in shard["files"]]
+        for source in sources
+        for shard in source["shards"]
+    ]
     return fingerprint([tokenizer, [len(source["shards"]) for source in sources], shards])
 
 
@@ -161,7 +198,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = read_json(path)
-        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+        if manifest["format"] != FORMAT or manifest["version"] not in (VERSION, VERSION_SUPERVISED):
             found = f"{manifest['format']}, version {manifest['version']}"
             raise broken(
                 path, f"is written in another format ({found}, not {FORMAT}, version {VERSION})", folder.parent
@@ -187,15 +224,17 @@ def _expected(folder: Path, manifest: dict[str, Any]) -> Iterator[Expected]:
         ValueError, KeyError, TypeError or AttributeError: the manifest is damaged.
     """
     dtypes = {"tokens": np.dtype(manifest["dtype"]), "offsets": np.dtype(np.int64), "bytes": np.dtype(np.int64)}
+    if manifest["version"] == VERSION_SUPERVISED:
+        dtypes[SUPERVISED] = np.dtype(np.uint8)
     for source in manifest["sources"]:
         for shard in source["shards"]:
-            for part in PARTS:
-                entry, dtype = shard["files"][part], dtypes[part].newbyteorder("<")
-                count = int(shard["tokens" if part == "tokens" else "documents"])
+            for part, kind in dtypes.items():
+                entry, dtype = shard["files"][part], kind.newbyteorder("<")
+                count = int(shard["tokens" if part in ("tokens", SUPERVISED) else "documents"])
                 size = HEADER_BYTES + count * dtype.itemsize
                 if Path(entry["name"]).name != entry["name"]:
                     raise ValueError(f"{entry['name']} is not a name of a file in its folder")
                 if len(entry["blocks"]) != DIGITS * -(-size // BLOCK_BYTES):
                     raise ValueError(f"not a checksum for each MiB of {entry['name']}")
-                kind = f"{count:,} {dtype.name}"
-                yield Expected(folder / entry["name"], kind, npy_header(dtype, count), size, entry["blocks"])
+                told = f"{count:,} {dtype.name}"
+                yield Expected(folder / entry["name"], told, npy_header(dtype, count), size, entry["blocks"])

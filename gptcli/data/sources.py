@@ -7,12 +7,10 @@ or with `data.on_bad_row: skip` are counted too.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import glob
 import itertools
 import os
-import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, overload
 
 from gptcli.data import hub
 from gptcli.data.builtin import builtin_file
+from gptcli.data.columns import parallel_rows
+from gptcli.data.find import find_files, is_unicode
+from gptcli.data.formats import RowFormat, format_row, row_layout
 from gptcli.data.readers import (
     BadRow,
     Layout,
@@ -29,16 +30,14 @@ from gptcli.data.readers import (
     Rows,
     Span,
     builtin_rows,
-    is_readable,
     lines_before,
     read_rows,
-    readable_suffixes,
     shown,
     split_suffix,
 )
 from gptcli.data.reading.row import Mark
 from gptcli.data.tokens import TokensInput, find_tokens, size_of
-from gptcli.errors import DataError, not_available
+from gptcli.errors import DataError
 from gptcli.reporting import one_line
 
 if TYPE_CHECKING:
@@ -63,7 +62,20 @@ class FileInput:
         return Path(self.name)
 
 
-Input: TypeAlias = FileInput | hub.HubSet | TokensInput
+@dataclass(frozen=True, slots=True)
+class ParallelFiles:
+    """Plain text files of which each is a column, by the names of the columns: line i of all of them is a row."""
+
+    columns: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """The first of the files."""
+        return Path(self.names[0])
+
+
+Input: TypeAlias = FileInput | ParallelFiles | hub.HubSet | TokensInput
 
 
 class Files(Sequence[FileInput]):
@@ -115,21 +127,26 @@ class Document(NamedTuple):
 
     def mark(self) -> Mark:
         """Where it stands."""
-        return _mark(self.part, self.row)
+        return mark(self.part, self.row)
 
     @property
     def raw(self) -> bytes:
-        """What tells equal documents: the text in UTF-8."""
-        return self.text.encode("utf-8")
+        """What tells equal documents: the text in UTF-8, or what an example says of itself."""
+        example = self.row.example
+        return self.text.encode("utf-8") if example is None else bytes(example.raw)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of a source become documents; plain values, so that it can be sent to another process."""
+    """How the rows of a source become documents; plain values, so that it can be sent to another process.
+
+    `format` is of rows that are examples (see `gptcli.data.formats`); None: their text is the document.
+    """
 
     layout: Layout
     on_bad_row: str
     where: str | None
+    format: RowFormat | None = None
 
 
 @dataclass
@@ -151,7 +168,8 @@ def find_inputs(source: Source, *, where: str | None = None) -> Sequence[Input]:
     if source.tokens is not None:
         return [*find_tokens(source, where=where)]
     if not isinstance(source.path, str):
-        raise not_available("data", "a source without a single path", where=where)
+        assert source.path is not None
+        return [ParallelFiles(tuple(source.path), tuple(_single(path, where) for path in source.path.values()))]
     if source.path.startswith(hub.PREFIX):
         return [hub.find(source, where=where)]
     if source.path.startswith(BUILTIN):
@@ -160,37 +178,28 @@ def find_inputs(source: Source, *, where: str | None = None) -> Sequence[Input]:
     if broken := next((name for name in files if not os.path.isfile(name)), None):
         what = f"{shown(Path(broken))} is a link to a file that is not there, or no regular file"
         raise DataError(what, where=where, remedy="Remove it, or put the file there.")
-    if unnamed := next((name for name in files if not _is_unicode(name)), None):
+    if unnamed := next((name for name in files if not is_unicode(name)), None):
         what = f"{shown(Path(unnamed))}: this file's name is not valid UTF-8"
         raise DataError(what, where=where, remedy="Rename it: manifests and reports name every file.")
     return Files(files)
 
 
-def find_files(pattern: str, *, split: str | None = None, where: str | None = None) -> list[str]:
-    """The names of the files of a path, a glob (`**` too) or a folder (recursive), sorted; hidden files are left out.
-
-    `split` chooses in a folder of splits: its subfolder of that name, or the files whose names begin with it.
-    """
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return _folder_files(path, split, where)
-    if path.exists():
-        if not is_readable(path.name):
-            raise _unreadable(f"{shown(path)} has a suffix that is not read", where)
-        return [str(path)]
-    if glob.has_magic(pattern):
-        files = [name for name in sorted(_matches(os.path.expanduser(pattern))) if os.path.isfile(name)]
-        if not files:
-            raise DataError(f"no file matches {pattern}", where=where, remedy="Check the pattern; ** matches folders.")
-        if not (readable := [name for name in files if is_readable(os.path.basename(name))]):
-            raise _unreadable(f"none of the {len(files)} files that match {pattern} can be read", where)
-        return readable
-    raise DataError(f"there is no file {shown(path)}", where=where, remedy=_nearest(path))
+def _single(path: str, where: str | None) -> str:
+    name = os.path.expanduser(path)
+    if not os.path.isfile(name):
+        raise DataError(
+            f"there is no file {shown(Path(name))}", where=where, remedy="Parallel files are named one by one."
+        )
+    return name
 
 
-def reading_of(source: Source, documents: str, on_bad_row: str, *, where: str | None = None) -> Reading:
+def reading_of(
+    source: Source, documents: str, on_bad_row: str, *, row_format: RowFormat | None = None, where: str | None = None
+) -> Reading:
     """How a source is read; `documents` (file | line | blank-line) where the source itself does not say it."""
     columns = tuple(source.columns) if source.columns else None
+    if row_format is not None:
+        return Reading(row_layout(row_format, columns), on_bad_row, where, row_format)
     return Reading(Layout(source.documents or documents, source.text, columns), on_bad_row, where)
 
 
@@ -211,13 +220,11 @@ def read_documents(
     done = 0
     left = limit
     for index, part in enumerate(inputs):
-        for row in _rows(part, reading, shifted(on_bytes, done) if on_bytes is not None else None):
+        for row in input_rows(part, reading, shifted(on_bytes, done) if on_bytes is not None else None):
             if isinstance(row, BadRow):
-                if reading.on_bad_row == "error":
-                    raise DataError(row.reason, where=place(part, _mark(index, row), reading.layout), remedy=_MEND)
-                tally.drop(row.kind, functools.partial(_mark, index, row))
+                bad_row(row, part, mark(index, row), reading, tally)
             elif not row.text or row.text.isspace():
-                tally.drop("empty", functools.partial(_mark, index, row))
+                tally.drop("empty", functools.partial(mark, index, row))
             else:
                 if left is not None:
                     if left == 0:
@@ -229,22 +236,32 @@ def read_documents(
             on_bytes(done)
 
 
-def place(part: Input, mark: Mark, layout: Layout) -> str:
+def bad_row(row: BadRow, part: Input, at: Mark, reading: Reading, tally: Tally) -> None:
+    """Count a row that cannot be a document, or raise the `DataError` that it is, as `data.on_bad_row` has it."""
+    if reading.on_bad_row == "error":
+        raise DataError(row.reason, where=place(part, at, reading.layout), remedy=_MEND)
+    tally.drop(row.kind, lambda: at)
+
+
+def place(part: Input, at: Mark, layout: Layout) -> str:
     """A mark as a text: "file:line", "archive!member:line", or the built-in corpus's own name.
 
     In a span of a file, the lines before it are counted now: this is for messages, not for every row.
     """
-    if mark.identity:
-        return mark.identity
+    if at.identity:
+        return at.identity
     if isinstance(part, hub.HubSet):
-        return f"hub:{part.name}{f' (file {part.shard[0] + 1})' if part.shard else ''}:{mark.number}"
+        return f"hub:{part.name}{f' (file {part.shard[0] + 1})' if part.shard else ''}:{at.number}"
     if isinstance(part, TokensInput):
-        return f"{shown(part.path)}:{mark.number}"
-    name = f"{shown(part.path)}!{one_line(mark.member)}" if mark.member else shown(part.path)
-    return f"{name}:{mark.number + lines_before(part.path, part.span, layout)}"
+        return f"{shown(part.path)}:{at.number}"
+    if isinstance(part, ParallelFiles):
+        return f"{shown(part.path)}:{at.number}"
+    name = f"{shown(part.path)}!{one_line(at.member)}" if at.member else shown(part.path)
+    return f"{name}:{at.number + lines_before(part.path, part.span, layout)}"
 
 
-def _mark(part: int, row: Row | BadRow) -> Mark:
+def mark(part: int, row: Row | BadRow) -> Mark:
+    """Where a row of the `part`-th input stands."""
     return Mark(part, row.number, row.member or "", (row.identity or "") if isinstance(row, Row) else "")
 
 
@@ -254,6 +271,8 @@ def input_size(part: Input) -> int:
         return 0
     if isinstance(part, TokensInput):
         return size_of(part)
+    if isinstance(part, ParallelFiles):
+        return sum(map(os.path.getsize, part.names))
     size = os.path.getsize(part.name)
     if part.span is None or split_suffix(os.path.basename(part.name))[0] == ".parquet":
         return size
@@ -276,94 +295,49 @@ def input_format(part: Input) -> str:
     """The suffixes that decide how an input is read."""
     if isinstance(part, TokensInput):
         return f"tokens {part.dtype}"
+    if isinstance(part, ParallelFiles):
+        return "".join(f"{column} {split_suffix(os.path.basename(name))[1]}, " for column, name in _columns(part))
     return "".join(split_suffix(os.path.basename(part.name))) if isinstance(part, FileInput) else "hub"
+
+
+def input_rows(part: Input, reading: Reading, on_position: Callable[[int], None] | None = None) -> Rows:
+    """The rows of one input: texts, whole rows, or with a format examples."""
+    if reading.format is None:
+        return _rows(part, reading, on_position)
+    row_format = reading.format
+    return (
+        row if isinstance(row, BadRow) else format_row(row, row_format) for row in _rows(part, reading, on_position)
+    )
 
 
 def _rows(part: Input, reading: Reading, on_position: Callable[[int], None] | None) -> Rows:
     if isinstance(part, hub.HubSet):
-        return hub.rows(part, reading.layout.text, where=reading.where)
+        return hub.rows(part, reading.layout, where=reading.where)
     if isinstance(part, TokensInput):
         raise DataError("these are tokens, and the texts are needed", where=reading.where or str(part.path))
+    if isinstance(part, ParallelFiles):
+        if not reading.layout.whole:
+            raise DataError(
+                f"{shown(part.path)} and others are columns of rows, and a text is needed",
+                where=reading.where,
+                remedy="Give data.format: prompt with its templates, or one file.",
+            )
+        return parallel_rows(
+            [(column, Path(name)) for column, name in _columns(part)], reading.layout, on_position=on_position
+        )
     if part.builtin:
+        if reading.layout.whole:
+            raise DataError(
+                "a built-in corpus is texts, no rows with columns", where=reading.where, remedy="Give a file of rows."
+            )
         return builtin_rows(part.path)
     return read_rows(part.path, reading.layout, span=part.span, on_position=on_position)
+
+
+def _columns(part: ParallelFiles) -> Iterator[tuple[str, str]]:
+    return zip(part.columns, part.names, strict=True)
 
 
 def shifted(on_bytes: Callable[[int], None], offset: int) -> Callable[[int], None]:
     """`on_bytes` for a part that begins after `offset` bytes of the whole."""
     return lambda position: on_bytes(offset + position)
-
-
-def _folder_files(folder: Path, split: str | None, where: str | None) -> list[str]:
-    if split is not None and (folder / split).is_dir():
-        folder, split = folder / split, None
-    readable: list[str] = []
-    others = 0
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and is_readable(name):
-                readable.append(os.path.join(parent, name))
-            else:
-                others += not name.startswith(".")
-    if not readable:
-        raise _unreadable(f"the folder {shown(folder)} holds no file that can be read ({others} others)", where)
-    readable.sort()
-    if split is None:
-        return readable
-    of_split = [name for name in readable if re.match(re.escape(split) + r"[-_.]", os.path.basename(name))]
-    if not of_split:
-        raise DataError(
-            f"the folder {shown(folder)} has no split {split!r}",
-            where=where,
-            remedy=f"A split is a subfolder {split}/ or files named {split}.SUFFIX or {split}-*.SUFFIX.",
-        )
-    return of_split
-
-
-def _matches(pattern: str) -> Iterator[str]:
-    """What a glob matches, as `glob.glob` has it; but `**` enters each folder once, however many links lead there.
-
-    A link to a folder above it is a circle, and two of them are more paths than can be walked.
-    """
-    if pattern == "**" or pattern.endswith("/**"):  # folders are no files, so this is the same
-        pattern += "/*"
-    begin, stars, rest = pattern.partition("**/")
-    if not stars or (begin and not begin.endswith("/")):
-        return iter(glob.glob(pattern, recursive=True))
-    entered: set[tuple[int, int]] = set()
-    found: set[str] = set()
-    for root in sorted(glob.glob(begin)) if begin else [""]:
-        for folder, folders, _ in os.walk(root or ".", followlinks=True):
-            status = os.stat(folder)
-            if (key := (status.st_dev, status.st_ino)) in entered:
-                folders.clear()
-                continue
-            entered.add(key)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            inside = os.path.relpath(folder, root or ".")
-            at = root if inside == "." else os.path.join(root, inside, "")
-            found.update(_matches(glob.escape(at) + rest))
-    return iter(found)
-
-
-def _is_unicode(name: str) -> bool:
-    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def _unreadable(what: str, where: str | None) -> DataError:
-    return DataError(what, where=where, remedy=f"Files that are read: {readable_suffixes()}.")
-
-
-def _nearest(path: Path) -> str:
-    parent = path.parent
-    while not parent.is_dir():
-        path, parent = parent, parent.parent
-    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    if near:
-        return f"Did you mean {shown(parent / near[0])}?"
-    kind = "file" if is_readable(path.name) else "file or folder"
-    return (
-        f"{shown(parent) if str(shown(parent)) != '.' else 'The current folder'} holds no such {kind}. Check the path."
-    )

@@ -28,6 +28,7 @@ from gptcli.data.tokenizer import load_fast, tokenizer_fingerprint
 from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.data.tokenizer_training import trained_tokenizer
 from gptcli.data.tokens import TokensInput
+from gptcli.data.turns import open_templater
 from gptcli.data.work import RESULT, Task, encode, encoder_of
 from gptcli.errors import DataError, RecipeError
 from gptcli.files import cache_root, committed_folder, fingerprint, locked, read_json, remove_uncommitted
@@ -188,6 +189,9 @@ def encode_pieces(
     encoder = encoder_of(tokenizer, True)
     if encoder.specials.eos is None:
         raise DataError("the tokenizer names no token that ends a text", where=str(tokenizer))
+    if job.data.format == "chat":
+        section = "tokenizer" if loaded.recipe.tokenizer is not None else "model.from"
+        open_templater(tokenizer, where=loaded.where(section))
     work = work_folder(folder)
     check_tokens(job, tokenizer)
     repeated = repeated_marks(loaded, job, reporter, tokenizer) if job.data.deduplicate == "exact" else None
@@ -259,7 +263,9 @@ def _opened(
     length, where = job.data.sequence_length, loaded.where("data.sequence_length")
     of_tokenizer = tokenizer_fingerprint(tokenizer)
     result = fingerprint([of_tokenizer, train.fingerprint, validation.fingerprint if validation else None])
-    report = reports.with_rows(_stored_report(folder), length, job.data.weights, where=where)
+    report = _stored_report(folder)
+    if job.data.packing == "concat":
+        report = reports.with_rows(report, length, job.data.weights, where=where)
     report["fingerprint"] = result
     return Prepared(tokenizer, of_tokenizer, train, validation, result, report, reused)
 

@@ -170,6 +170,19 @@ def special_ids(folder: Path, loaded: Tokenizer | None = None) -> Specials:
     return Specials(bos, ids.get("eos_token"), ids.get("pad_token"), adds_bos)
 
 
+def prompt_beginning(first: int | None, specials: Specials) -> int | None:
+    """The token to put before a prompt whose first token is `first` (None: the prompt is empty); None: nothing.
+
+    BOS where the tokenizer's own post-processor adds it, unless the prompt begins with it; of an empty prompt BOS, else
+    EOS. A prompt is trained on and continued alike.
+    """
+    if specials.adds_bos and specials.bos is not None and first != specials.bos:
+        return specials.bos
+    if first is None:
+        return specials.bos if specials.bos is not None else specials.eos
+    return None
+
+
 def named_specials(folder: Path) -> dict[str, str]:
     """The texts of bos_token, eos_token and pad_token, as far as the folder names them."""
     extra = folder / "special_tokens_map.json"

@@ -17,13 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gptcli.data.chat_template import template_file
 from gptcli.data.counts import Counts
 from gptcli.data.encode import Encoded, Encoder, batches, make_encoder, utf8_size
 from gptcli.data.pieces import Piece
-from gptcli.data.sources import Document, Tally, read_documents
+from gptcli.data.readers import BadRow
+from gptcli.data.sources import Document, Tally, bad_row, read_documents
 from gptcli.data.split import DIGEST_BYTES, SIDES, Split, digest_of, sample_bucket
+from gptcli.data.supervise import UNSUPERVISED, Parts, encode_parts, parts_of, templater_of
 from gptcli.data.tokenizer import load_fast
 from gptcli.data.tokens import TokenDocument, TokensInput, check_ids, read_tokens, size_of, token_bytes
+from gptcli.data.turns import TemplateFault
 from gptcli.data.writer import ShardWriter
 from gptcli.files import committed_folder, read_json, write_json
 
@@ -117,7 +121,11 @@ def encode(piece: Piece, task: Task, left: int | None, on_bytes: OnBytes) -> dic
     digests = bytearray()
     with committed_folder(target) as work:
         with contextlib.ExitStack() as stack:
-            writers = [stack.enter_context(ShardWriter(work, side, encoder.dtype, task.shard_tokens)) for side in SIDES]
+            supervised = piece.stream.reading.format is not None
+            writers = [
+                stack.enter_context(ShardWriter(work, side, encoder.dtype, task.shard_tokens, supervised=supervised))
+                for side in SIDES
+            ]
             sides = [_Side(writer, encoder, Counts()) for writer in writers]
             # Of one kind: a source has texts or tokens.
             found: Iterator[Any] = _documents(piece, task, left, tally, on_bytes)
@@ -126,6 +134,8 @@ def encode(piece: Piece, task: Task, left: int | None, on_bytes: OnBytes) -> dic
                 digests += b"".join(map(digest_of, raws))
                 if isinstance(batch[0], TokenDocument):
                     _add_tokens(piece, task, sides, batch, raws)
+                elif supervised:
+                    _add_examples(piece, task, sides, batch, raws, tally)
                 else:
                     _add_texts(piece, task, sides, batch, raws)
         _save_digests(work, digests)
@@ -153,6 +163,9 @@ class _Side:
         self.writer.add(encoded)
         specials = self.encoder.specials
         ids = {value for value in (specials.bos, specials.eos) if value is not None}
+        if encoded.supervised is not None:  # a chat template puts them anywhere
+            self.counts.add(texts, encoded, set(), 0, lambda at: documents[at].mark())
+            return
         self.counts.add(texts, encoded, ids, 2 if specials.adds_bos else 1, lambda at: documents[at].mark())
 
 
@@ -170,6 +183,33 @@ def _add_texts(piece: Piece, task: Task, sides: list[_Side], batch: list[Documen
         if kept:
             chosen = [text for text, _ in kept]
             side.add(chosen, encoder(chosen), [at for _, at in kept])
+
+
+def _add_examples(
+    piece: Piece, task: Task, sides: list[_Side], batch: list[Document], raws: list[bytes], tally: Tally
+) -> None:
+    folder, _ = task.encoder
+    encoder, reading = sides[0].encoder, piece.stream.reading
+    assert reading.format is not None
+    templater = templater_of(folder) if reading.format.kind == "chat" else None
+    kept: list[list[tuple[Parts, Document]]] = [[], []]
+    for document, raw in zip(batch, raws, strict=True):
+        try:
+            parts = parts_of(document.row.example, templater)
+        except TemplateFault as error:
+            fault = BadRow(document.row.number, "not in the template", f"{error} ({template_file(folder)})")
+            bad_row(fault, piece.inputs[document.part], document.mark(), reading, tally)
+            continue
+        if parts.is_supervised:
+            kept[piece.stream.held_out or task.split.holds_out(raw)].append((parts, document))
+        else:
+            tally.drop(UNSUPERVISED, document.mark)
+    if checked := [text for some in kept for parts, _ in some[:1] for text in parts.texts]:
+        encoder.check([text[:CHECKED_CHARACTERS] for text in checked[:3]])
+    for side, chosen in zip(sides, kept, strict=True):
+        if chosen:
+            encoded = encode_parts([parts for parts, _ in chosen], encoder, folder, prompts=templater is None)
+            side.add([document.text for _, document in chosen], encoded, [document for _, document in chosen])
 
 
 def _add_tokens(piece: Piece, task: Task, sides: list[_Side], batch: list[TokenDocument], raws: list[bytes]) -> None:

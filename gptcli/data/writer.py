@@ -17,6 +17,7 @@ from gptcli.data.verify import file_hashes
 
 HEADER_BYTES = 128
 PARTS = ("tokens", "offsets", "bytes")
+SUPERVISED = "supervised"  # a fourth part, of data that says which of its tokens are trained on
 
 
 class NpyWriter:
@@ -62,14 +63,19 @@ class ShardWriter:
     """Writes `stem`-00000.tokens.npy and so on into a folder, a shard of at most `shard_tokens` after the other.
 
     As a context manager it completes the last shard, or after an error leaves no file open; `written` then has the
-    documents, bytes, tokens and shards for the manifest.
+    documents, bytes, tokens and shards for the manifest. `supervised`: with the part of that name.
     """
 
-    def __init__(self, folder: Path, stem: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, stem: str, dtype: np.dtype[Any], shard_tokens: int, *, supervised: bool = False
+    ) -> None:
         self.written: dict[str, Any] = {"documents": 0, "bytes": 0, "tokens": 0, "shards": []}
+        self._dtypes = {"tokens": dtype, "offsets": np.dtype(np.int64), "bytes": np.dtype(np.int64)}
+        if supervised:
+            self._dtypes[SUPERVISED] = np.dtype(np.uint8)
+            self.written[SUPERVISED] = 0
         self._folder = folder
         self._stem = stem
-        self._dtype = dtype
         self._shard_tokens = shard_tokens
         self._open: list[NpyWriter] = []
 
@@ -84,19 +90,25 @@ class ShardWriter:
                 writer.abandon()
 
     def add(self, encoded: Encoded) -> None:
-        """Append documents."""
+        """Append documents; the part `supervised` needs theirs."""
         self.written["documents"] += len(encoded.lengths)
         self.written["bytes"] += int(encoded.bytes.sum())
         self.written["tokens"] += len(encoded.tokens)
+        if SUPERVISED in self._dtypes:
+            assert encoded.supervised is not None
+            self.written[SUPERVISED] += int(np.count_nonzero(encoded.supervised))
         begins = np.cumsum(encoded.lengths) - encoded.lengths
         done = document = 0
         while done < len(encoded.tokens):
-            tokens, offsets, sizes = self._shard()
+            tokens, offsets, sizes, *supervised = self._shard()
             end = min(len(encoded.tokens), done + self._shard_tokens - tokens.count)
             until = int(np.searchsorted(begins, end))
             offsets.write(begins[document:until] - done + tokens.count)
             sizes.write(encoded.bytes[document:until])
             tokens.write(encoded.tokens[done:end])
+            for part in supervised:
+                assert encoded.supervised is not None
+                part.write(encoded.supervised[done:end])
             done, document = end, until
 
     def _shard(self) -> list[NpyWriter]:
@@ -104,14 +116,12 @@ class ShardWriter:
             self._close_shard()
         if not self._open:
             stem = f"{self._stem}-{len(self.written['shards']):05}"
-            dtypes = (self._dtype, np.dtype(np.int64), np.dtype(np.int64))
-            pairs = zip(PARTS, dtypes, strict=True)
-            self._open = [NpyWriter(self._folder / f"{stem}.{part}.npy", dtype) for part, dtype in pairs]
+            self._open = [NpyWriter(self._folder / f"{stem}.{part}.npy", dtype) for part, dtype in self._dtypes.items()]
         return self._open
 
     def _close_shard(self) -> None:
         if self._open:
             counts = {"tokens": self._open[0].count, "documents": self._open[1].count}
-            files = {part: writer.close() for part, writer in zip(PARTS, self._open, strict=True)}
+            files = {part: writer.close() for part, writer in zip(self._dtypes, self._open, strict=True)}
             self.written["shards"].append({**counts, "files": files})
             self._open = []

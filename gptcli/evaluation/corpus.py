@@ -142,6 +142,8 @@ def tokens_for(corpus: Corpus, model: Path, revision: str | None, reporter: Repo
         prepared = prepare(loaded, reporter)
         if prepared.validation is None:
             raise DataError("the recipe holds nothing out", where=loaded.label)
+        if prepared.validation.has_supervision:
+            raise not_available("eval", "the loss of rows that are held out", where=loaded.where("data.format"))
         total, spec = prepared.validation.bytes or 0, [["held out", prepared.validation.fingerprint]]
         tokenizer = prepared.tokenizer
         if _same_ids(model, tokenizer):

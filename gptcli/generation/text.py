@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from gptcli.data.tokenizer import Specials, prompt_beginning
 from gptcli.errors import UsageError
 from gptcli.generation.noise import sequence_key
 from gptcli.generation.row import Completion, Row
@@ -152,22 +153,19 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
         "".join(prompts).encode("utf-8")
     except UnicodeEncodeError:
         raise UsageError("the prompt is not valid UTF-8") from None
-    bos = tokenizer.bos_token_id
-    adds = bos is not None and adds_bos(tokenizer)
+    bos, eos, pad = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    specials = Specials(bos, eos, pad, bos is not None and adds_bos(tokenizer))
     full = [prompt for prompt in prompts if prompt]
     encoded = iter(tokenizer(full, add_special_tokens=False, verbose=False)["input_ids"] if full else [])
     result: list[list[int]] = []
     for prompt in prompts:
         ids: list[int] = next(encoded) if prompt else []
-        if adds and ids[:1] != [bos]:
-            ids = [int(bos), *ids]
+        begin = prompt_beginning(ids[0] if ids else None, specials)
+        ids = ids if begin is None else [int(begin), *ids]
         if not ids:
-            first = bos if bos is not None else tokenizer.eos_token_id
-            if first is None:
-                raise UsageError(
-                    "the prompt is empty and the tokenizer has no BOS or EOS to begin with", remedy="Give a prompt."
-                )
-            ids = [int(first)]
+            raise UsageError(
+                "the prompt is empty and the tokenizer has no BOS or EOS to begin with", remedy="Give a prompt."
+            )
         result.append(ids)
     return result
 

@@ -37,22 +37,10 @@ class Row:
     commands: tuple[str, ...] = ()
 
 
-def _source_rows(place: str) -> tuple[Row, ...]:
-    return (
-        Row(f"{place}.*.map", feature="mapping a column's values"),
-        Row(f"{place}.*.path", feature="a source of parallel line files", mapping_only=True),
-    )
-
-
 TABLE: tuple[Row, ...] = (
-    *_source_rows("data.train"),
-    *_source_rows("data.validation"),
     Row("eval.data.*.tokens", feature="evaluation on tokens made before"),
-    Row("data.format", ("text", "preference")),
-    Row("data.format", ("text",), commands=("tokenize", "pretrain", "eval")),
-    Row("data.prompt", feature="a prompt template"),
-    Row("data.completion", feature="a completion template"),
-    Row("data.messages", feature="chat data"),
+    Row("data.format", ("text", "prompt", "chat", "preference")),
+    Row("data.format", ("text", "prompt", "chat"), commands=("tokenize", "pretrain", "eval")),
     Row("data.images", feature="training on images"),
     Row("data.audios", feature="training on sounds"),
     Row("data.videos", feature="training on videos"),

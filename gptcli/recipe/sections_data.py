@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from gptcli.recipe import units
 from gptcli.recipe.fields import SHARE, AutoOrCountOrZero, Count, Positive, Section, Texts, accepts
+from gptcli.recipe.template import parse_template
 
 PresetName: TypeAlias = Literal["1m", "10m", "30m", "124m", "350m", "774m", "1.5b", "vision-1m", "audio-1m"]
 Documents: TypeAlias = Literal["file", "line", "blank-line"]
@@ -212,14 +213,34 @@ Validation: TypeAlias = Annotated[
 class Messages(Section):
     """Which column holds a conversation, and in which shape."""
 
-    column: str = Field(default="messages", description="The column of role/content messages.")
-    shape: Literal["openai", "sharegpt", "alpaca"] = Field(
-        default="openai", description="How a conversation is laid out."
+    column: str | None = Field(
+        default=None,
+        description="The column of the conversation: `messages` (openai), `conversations` (sharegpt). None in alpaca.",
     )
+    shape: Literal["openai", "sharegpt", "alpaca"] = Field(
+        default="openai",
+        description="openai: messages of role and content; sharegpt: of from and value; alpaca: the columns "
+        "instruction, input and output.",
+    )
+
+    @model_validator(mode="after")
+    def _alpaca_has_its_columns(self) -> Messages:
+        if self.shape == "alpaca" and self.column is not None:
+            raise ValueError("shape alpaca has the columns instruction, input and output; remove column")
+        return self
 
 
 def _messages(value: object) -> object:
     return {"column": value} if isinstance(value, str) else value
+
+
+EXAMPLES = {"prompt": "question", "completion": "answer"}
+
+
+def _template(value: str | None) -> str | None:
+    if value is not None:
+        parse_template(value)
+    return value
 
 
 class Preference(Section):
@@ -246,8 +267,12 @@ class Data(Section):
     )
     format: Literal["text", "prompt", "chat", "preference"] = Field(default="text", description="What a row is.")
     documents: Documents = Field(default="file", description="For plain .txt: what one document is.")
-    prompt: str | None = Field(default=None, description="format prompt: a template over the row's columns, `{col}`.")
-    completion: str | None = Field(default=None, description="format prompt: the template of what is to be learnt.")
+    prompt: Annotated[str | None, AfterValidator(_template)] = Field(
+        default=None, description="format prompt: a template over the row's columns, `{col}`; `{{` is a brace."
+    )
+    completion: Annotated[str | None, AfterValidator(_template)] = Field(
+        default=None, description="format prompt: the template of what is to be learnt; EOS is put behind it."
+    )
     preference: Preference | None = Field(default=None, description="format preference: the columns.")
     messages: Annotated[Messages | None, BeforeValidator(_messages), _TextOrKeys()] = Field(
         default=None, description="format chat: the column of messages, or {column, shape}."
@@ -298,6 +323,30 @@ class Data(Section):
         if isinstance(value, dict) and value.get("format") == "preference" and value.get("overlong") is None:
             return {**value, "overlong": "truncate"}
         return value
+
+    @model_validator(mode="after")
+    def _format_has_its_keys(self) -> Data:
+        missing = [key for key in ("prompt", "completion") if self.format == "prompt" and getattr(self, key) is None]
+        if missing:
+            raise ValueError(
+                f"format prompt needs {missing[0]}; for example {missing[0]}: '{{{EXAMPLES[missing[0]]}}}'"
+            )
+        for key in ("prompt", "completion", "messages", "preference"):
+            belongs = "chat" if key == "messages" else "preference" if key == "preference" else "prompt"
+            if getattr(self, key) is not None and self.format != belongs:
+                raise ValueError(f"{key} belongs to format {belongs}; write format: {belongs}, or remove it")
+        held_out = self.validation if isinstance(self.validation, list) else []
+        if self.format == "text":
+            if any(source.map for source in [*self.train, *held_out]):
+                raise ValueError("map is for the columns of format prompt and chat; remove it from the source")
+            if any(isinstance(source.path, dict) for source in [*self.train, *held_out]):
+                raise ValueError("parallel files are the columns of format prompt; write format: prompt, or one path")
+            return self
+        if isinstance(self.validation, Tail):
+            raise ValueError("validation by tail cuts texts, and a row is not cut; hold out a share: validation: 5%")
+        if any(source.tokens is not None for source in [*self.train, *held_out]):
+            raise ValueError(f"format {self.format} needs rows, and tokens do not say what is trained on; give path")
+        return self
 
     @model_validator(mode="after")
     def _sources_agree(self) -> Data:

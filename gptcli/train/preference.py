@@ -33,7 +33,8 @@ from gptcli.train.preference_rows import RowMeter, RunOrder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from gptcli.train.pairs import Encoder, Side
+    from gptcli.train.pair_encoder import Encoder
+    from gptcli.train.pairs import Side
     from gptcli.train.reward import Reward
 
 # What trl counts that depends on the clock, or that the log lines have already.

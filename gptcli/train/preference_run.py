@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.train.arguments import training_arguments
-from gptcli.train.pairs import Encoder, PreparedPairs
+from gptcli.train.pair_encoder import Encoder
+from gptcli.train.pairs import PreparedPairs
 from gptcli.train.preference_plan import generations, has_reference
 from gptcli.train.reward import reward_of
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.train.pairs import columns_of
+from gptcli.train.pair_encoder import columns_of
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe

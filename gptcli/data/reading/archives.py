@@ -144,7 +144,7 @@ def _member_rows(pieces: Pieces, name: str, part: Part, formats: Formats) -> Row
         if isinstance(row, BadRow):
             yield BadRow(row.number, row.kind, row.reason, name)
         else:
-            yield Row(row.number, row.text, row.identity, name)
+            yield Row(row.number, row.text, row.identity, name, row.values)
 
 
 def _is_chosen(name: str, formats: Formats) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date, datetime, timedelta
 from datetime import time as clock
 from decimal import Decimal
@@ -43,13 +43,13 @@ def parquet_rows(part: Part, layout: Layout) -> Rows:
     import pyarrow.parquet as pq
 
     with _seekable(part) as source, _arrow_faults("parquet") as numbered, pq.ParquetFile(source) as file:
-        _require_text(file.schema_arrow, layout, part.place)
+        read = _readable(file.schema_arrow, layout, part.place)
         groups = range(file.num_row_groups) if part.groups is None else part.groups
         rows = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
         begin = numbered.number = sum(rows[: groups.start]) + 1
         size = part.path.stat().st_size if part.path is not None and part.on_position is not None else None
-        for batch in file.iter_batches(batch_size=BATCH, columns=[layout.text], row_groups=list(groups)):
-            yield from _column_rows(numbered.number, batch.column(0), layout.text)
+        for batch in file.iter_batches(batch_size=BATCH, columns=read, row_groups=list(groups)):
+            yield from _batch_rows(numbered.number, batch, layout)
             numbered.number += len(batch)
             if size is not None and part.on_position is not None:
                 part.on_position(size * (numbered.number - begin) // sum(rows))
@@ -97,12 +97,16 @@ def _plain(value: Any) -> str:
     raise TypeError(f"holds {type(value).__name__}, which a line of JSON cannot hold")
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: Any, of_other: Callable[[Any], Any] = lambda value: value) -> Any:
+    if isinstance(value, str | int) or value is None:
+        return value
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _finite(each, of_other) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_finite(each, of_other) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return of_other(value)
 
 
 def arrow_rows(part: Part, layout: Layout) -> Rows:
@@ -117,16 +121,17 @@ def arrow_rows(part: Part, layout: Layout) -> Rows:
         open_ipc = pa.ipc.open_file if is_file else pa.ipc.open_stream
         file.seek(0)
         schema = stack.enter_context(open_ipc(file)).schema
-        _require_text(schema, layout, part.place)
+        read = _readable(schema, layout, part.place)
         file.seek(0)
-        options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(layout.text)])
+        options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in read])
         reader = stack.enter_context(open_ipc(file, options=options))
         for batch in (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else reader:
-            whole = _checked(batch.column(0))
+            for column in batch.columns:
+                _checked(column)
             for start in range(0, len(batch), BATCH):
-                column = whole.slice(start, BATCH)
-                yield from _column_rows(numbered.number, column, layout.text)
-                numbered.number += len(column)
+                some = batch.slice(start, BATCH)
+                yield from _batch_rows(numbered.number, some, layout)
+                numbered.number += len(some)
             if part.path is not None and part.on_position is not None:
                 part.on_position(file.tell())
 
@@ -161,6 +166,49 @@ def _seekable(part: Part) -> Iterator[str | IO[bytes]]:
         yield unpacked
 
 
+def _readable(schema: Any, layout: Layout, place: str) -> list[str]:
+    """The columns to read, once the file has them: that of the text, or those that are needed of whole rows."""
+    if not layout.whole:
+        _require_text(schema, layout, place)
+        return [layout.text]
+    require_column(layout, schema.names, place, "the file")
+    wanted = schema.names if layout.needed is None else [name for name in schema.names if name in layout.needed]
+    if twice := [name for name in wanted if schema.names.count(name) > 1]:
+        raise DataError(f"the file has more than one column {twice[0]!r}", where=place)
+    return list(wanted)
+
+
+def _batch_rows(first: int, batch: Any, layout: Layout) -> Rows:
+    if not layout.whole:
+        yield from _column_rows(first, batch.column(0), layout.text)
+        return
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:  # Arrow does not check what its writers say to be UTF-8
+        for index in range(len(batch)):
+            try:
+                rows = batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield not_utf8_row(first + index, error)
+            else:
+                yield Row(first + index, "", values=plain_values(rows[0]))
+        return
+    for number, values in enumerate(rows, first):
+        yield Row(number, "", values=plain_values(values))
+
+
+def plain_values(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row as JSON has them: times as ISO texts, decimals as texts, NaN as null; others as they are."""
+    return {name: _finite(value, _plain_or_same) for name, value in row.items()}
+
+
+def _plain_or_same(value: Any) -> Any:
+    try:
+        return _plain(value)
+    except TypeError:
+        return value  # a fault only where this column is used
+
+
 def _require_text(schema: Any, layout: Layout, place: str) -> None:
     import pyarrow as pa
 
@@ -178,7 +226,7 @@ def _checked(column: Any) -> Any:
     """The column, once its offsets are known to lie in its buffers: Arrow would follow wrong ones out of the memory."""
     import pyarrow as pa
 
-    if pa.types.is_dictionary(column.type):
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         column.validate(full=True)
     else:  # as bytes, since a text that is not UTF-8 is a fault of its row only
         column.view(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()).validate(full=True)

@@ -13,7 +13,17 @@ import json
 import re
 from typing import Any
 
-from gptcli.data.reading.row import BadRow, Layout, Part, Row, Rows, checked_row, kind_of, object_row
+from gptcli.data.reading.row import (
+    BadRow,
+    Layout,
+    Part,
+    Row,
+    Rows,
+    checked_row,
+    kind_of,
+    object_row,
+    whole_row,
+)
 from gptcli.data.reading.streams import BLOCK, DamagedError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -36,7 +46,7 @@ def json_rows(part: Part, layout: Layout) -> Rows:
     try:
         if not (first := window.peek()):
             return
-        for row in _listed(window, layout.text) if first == "[" else _values(window, layout.text):
+        for row in _listed(window, layout) if first == "[" else _values(window, layout):
             number = row.number + 1
             yield row
     except DamagedError as error:
@@ -44,7 +54,7 @@ def json_rows(part: Part, layout: Layout) -> Rows:
         raise
 
 
-def _listed(window: _Window, column: str) -> Rows:
+def _listed(window: _Window, layout: Layout) -> Rows:
     window.position += 1
     number = 0
     closed = window.peek() == "]"
@@ -52,7 +62,7 @@ def _listed(window: _Window, column: str) -> Rows:
         number += 1
         try:
             value = window.value()
-            yield _element(number, value, column)
+            yield _element(number, value, layout)
             if (mark := window.peek()) not in (",", "]"):
                 number += 1
                 raise _SyntaxFault(f"{mark!r} where , or ] has to be" if mark else "the list does not end")
@@ -67,7 +77,7 @@ def _listed(window: _Window, column: str) -> Rows:
         yield BadRow(number + 1, "not JSON", "is not JSON (text after the end of the list); nothing of it is read")
 
 
-def _values(window: _Window, column: str) -> Rows:
+def _values(window: _Window, layout: Layout) -> Rows:
     """The rows of a document that is one value, or of values one after the other, which is what JSON lines are."""
     line = window.line()
     try:
@@ -76,9 +86,9 @@ def _values(window: _Window, column: str) -> Rows:
         yield BadRow(1, "not JSON", f"is not JSON ({fault}); nothing after it is read")
         return
     if not window.peek():
-        yield from _document(value, column)
+        yield from _document(value, layout)
         return
-    yield _element(line, value, column)
+    yield _element(line, value, layout)
     while window.peek():
         line = window.line()
         try:
@@ -87,26 +97,28 @@ def _values(window: _Window, column: str) -> Rows:
             yield BadRow(line, "not JSON", f"is not JSON ({fault})")
             window.skip_line()
         else:
-            yield _element(line, value, column)
+            yield _element(line, value, layout)
 
 
-def _document(value: Any, column: str) -> Rows:
-    if isinstance(value, dict) and column not in value:
+def _document(value: Any, layout: Layout) -> Rows:
+    if isinstance(value, dict) and layout.text not in value:
         lists = [rows for rows in value.values() if isinstance(rows, list) and rows and _all_objects(rows)]
         if len(lists) == 1:
             for number, row in enumerate(lists[0], start=1):
-                yield object_row(number, row, column)
+                yield _element(number, row, layout)
             return
-    yield _element(1, value, column)
+    yield _element(1, value, layout)
 
 
 def _all_objects(rows: list[Any]) -> bool:
     return all(isinstance(row, dict) for row in rows)
 
 
-def _element(number: int, value: Any, column: str) -> Row | BadRow:
+def _element(number: int, value: Any, layout: Layout) -> Row | BadRow:
+    if layout.whole:
+        return whole_row(number, value)
     if isinstance(value, dict):
-        return object_row(number, value, column)
+        return object_row(number, value, layout.text)
     if isinstance(value, str):
         return checked_row(number, value)
     return BadRow(number, "not text", f"is {kind_of(value)}, neither a text nor an object")

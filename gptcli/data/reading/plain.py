@@ -22,7 +22,12 @@ _BREAK = re.compile(rb"\n((?:[ \t\r\v\f]*+\n)++)")
 
 
 def plain_rows(part: Part, layout: Layout) -> Rows:
-    """The documents of a plain text; a row's number is the line on which it begins, from 1."""
+    """The documents of a plain text; a row's number is the line on which it begins, from 1.
+
+    Whole rows are lines, of one column.
+    """
+    if layout.whole:
+        return _columns(part, layout.text)
     if layout.documents == "line":
         return _lines(part)
     return _paragraphs(part) if layout.documents == "blank-line" else _whole(part)
@@ -35,6 +40,11 @@ def line_records(part: Part, layout: Layout) -> Records:
             yield row
         else:
             yield Record(row.number, row.text, json.dumps({layout.text: row.text}, ensure_ascii=False))
+
+
+def _columns(part: Part, column: str) -> Rows:
+    for row in _lines(part):
+        yield row if isinstance(row, BadRow) else Row(row.number, "", values={column: row.text})
 
 
 def _whole(part: Part) -> Rows:

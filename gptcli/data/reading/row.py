@@ -15,17 +15,31 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from gptcli.errors import DataError
 from gptcli.reporting import one_line
 
-Kind: TypeAlias = Literal["not UTF-8", "not JSON", "wrong columns", "not text", "damaged file"]
+Kind: TypeAlias = Literal[
+    "not UTF-8",
+    "not JSON",
+    "wrong columns",
+    "not text",
+    "damaged file",
+    "no completion",
+    "no conversation",
+    "not in the template",
+]
 
 
 @dataclass(slots=True)  # not frozen: a frozen one takes 0.8 µs to make instead of 0.2 µs, and every line is one
 class Row:
-    """The text of one row; `identity` when the file names its rows itself, `member` when it stands in an archive."""
+    """The text of one row; `identity` when the file names its rows itself, `member` when it stands in an archive.
+
+    A row that is read whole has no text but all its columns, as `values`; what a format makes of them is its `example`.
+    """
 
     number: int
     text: str
     identity: str | None = None
     member: str | None = None
+    values: dict[str, Any] | None = None
+    example: Any = None
 
 
 class Record(NamedTuple):
@@ -70,13 +84,17 @@ NAME_IT = (
 class Layout:
     """How to find the documents of a file: `documents` for plain text, the column `text` (and names) for tables.
 
-    `remedy` is said where there is no such column; `{hint}` in it becomes the column that may be meant.
+    `remedy` is said where there is no such column; `{hint}` in it becomes the column that may be meant. `whole`: rows
+    have all their columns as `values`, of which `text` has to be one ("": none has to); in columnar files only those
+    that are `needed`.
     """
 
     documents: str = "file"
     text: str = "text"
     columns: tuple[str, ...] | None = None
     remedy: str = NAME_IT
+    whole: bool = False
+    needed: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +149,13 @@ def object_row(number: int, value: dict[str, Any], column: str) -> Row | BadRow:
     return value_row(number, value[column], column)
 
 
+def whole_row(number: int, value: Any) -> Row | BadRow:
+    """A row from one object, with all its columns."""
+    if not isinstance(value, dict):
+        return BadRow(number, "not JSON", f"is not a JSON object but {kind_of(value)}")
+    return Row(number, "", values=value)
+
+
 def not_utf8_row(number: int, error: UnicodeDecodeError) -> BadRow:
     """The bad row of bytes that are not UTF-8."""
     reason = f"is not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason})"
@@ -140,17 +165,23 @@ def not_utf8_row(number: int, error: UnicodeDecodeError) -> BadRow:
 def require_column(layout: Layout, columns: list[str], place: str, what: str) -> None:
     """Raise a `DataError` that names the columns there are, unless that of the text is one of them."""
     column = layout.text
-    if column in columns:
+    if column in columns or not column:
         return
-    import difflib
-
-    near = difflib.get_close_matches(column, columns, n=1, cutoff=0.5)
-    hint = near[0] if near else next((name for name in columns if name.isidentifier()), "NAME")
+    near = nearest(column, columns)
+    hint = near if near else next((name for name in columns if name.isidentifier()), "NAME")
     raise DataError(
         f"{what} has no column {column!r}, only {listed(columns)}",
         where=f"{place}:1",
         remedy=layout.remedy.replace("{hint}", hint),
     )
+
+
+def nearest(column: str, columns: Iterable[str]) -> str | None:
+    """The column that may be meant."""
+    import difflib
+
+    near = difflib.get_close_matches(column, [*columns], n=1, cutoff=0.5)
+    return near[0] if near else None
 
 
 def listed(columns: Iterable[str]) -> str:

@@ -62,7 +62,7 @@ def byte_range(path: Path, span: Span, layout: Layout, suffix: str) -> tuple[int
 
 def is_cut_at_blank(layout: Layout, suffix: str) -> bool:
     """Whether documents begin at blank lines, not at any line."""
-    return suffix != ".jsonl" and layout.documents == "blank-line"
+    return suffix != ".jsonl" and layout.documents == "blank-line" and not layout.whole
 
 
 def next_begin(file: io.BufferedReader, position: int, *, blank: bool) -> int:

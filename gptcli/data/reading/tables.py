@@ -23,6 +23,7 @@ from gptcli.data.reading.row import (
     object_row,
     require_column,
     value_row,
+    whole_row,
 )
 from gptcli.data.reading.streams import raw_lines, text_lines
 from gptcli.errors import DataError
@@ -33,6 +34,9 @@ _raw_decode = json.JSONDecoder().raw_decode
 def jsonl_rows(part: Part, layout: Layout) -> Rows:
     """The rows of JSON lines; lines of nothing but white space are left out."""
     column = layout.text
+    if layout.whole:
+        yield from _whole_jsonl(part)
+        return
     for first, lines, _ in text_lines(part):
         for number, line in enumerate(lines, first):
             if isinstance(line, BadRow):
@@ -52,6 +56,18 @@ def jsonl_rows(part: Part, layout: Layout) -> Rows:
                     yield _value_row(number, value, column)
 
 
+def _whole_jsonl(part: Part) -> Rows:
+    for first, lines, _ in text_lines(part):
+        for number, line in enumerate(lines, first):
+            if isinstance(line, BadRow):
+                yield line
+            elif line and not line.isspace():
+                try:
+                    yield whole_row(number, json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    yield BadRow(number, "not JSON", f"is not a JSON object ({error})")
+
+
 def _json_row(number: int, line: str, column: str) -> Row | BadRow:
     try:
         value = json.loads(line)
@@ -68,22 +84,26 @@ def _value_row(number: int, value: Any, column: str) -> Row | BadRow:
 
 def tsv_rows(part: Part, layout: Layout) -> Rows:
     """The rows of tab-separated values without quoting, as they are written in practice."""
+    if layout.whole:
+        return _whole(_tsv(part), layout, part.place)
     return _table(_tsv(part), layout, part.place)
 
 
 def tsv_records(part: Part, layout: Layout) -> Records:
     """The whole rows of tab-separated values."""
-    return _whole(_tsv(part), layout, part.place)
+    return _as_records(_whole(_tsv(part), layout, part.place), layout.text)
 
 
 def csv_rows(part: Part, layout: Layout) -> Rows:
     """The rows of CSV, in which a quoted field may hold line ends."""
+    if layout.whole:
+        return _whole(_csv(part), layout, part.place)
     return _table(_csv(part), layout, part.place)
 
 
 def csv_records(part: Part, layout: Layout) -> Records:
     """The whole rows of CSV."""
-    return _whole(_csv(part), layout, part.place)
+    return _as_records(_whole(_csv(part), layout, part.place), layout.text)
 
 
 def jsonl_records(part: Part, layout: Layout) -> Records:
@@ -132,7 +152,7 @@ def _table(records: Iterator[tuple[int, Any]], layout: Layout, place: str) -> Ro
             yield value_row(number, record[chosen], layout.text)
 
 
-def _whole(records: Iterator[tuple[int, Any]], layout: Layout, place: str) -> Records:
+def _whole(records: Iterator[tuple[int, Any]], layout: Layout, place: str) -> Rows:
     for number, columns, record in _records(records, layout, place):
         if isinstance(record, BadRow):
             yield record
@@ -142,8 +162,16 @@ def _whole(records: Iterator[tuple[int, Any]], layout: Layout, place: str) -> Re
             raise DataError(f"the header has more than one column {twice!r}", where=f"{place}:1")
         checked = [value_row(number, value, name) for name, value in zip(columns, record, strict=True)]
         bad = next((value for value in checked if isinstance(value, BadRow)), None)
-        row = dict(zip(columns, record, strict=True))
-        yield bad or Record(number, row[layout.text], json.dumps(row, ensure_ascii=False))
+        yield bad or Row(number, "", values=dict(zip(columns, record, strict=True)))
+
+
+def _as_records(rows: Rows, column: str) -> Records:
+    for row in rows:
+        if isinstance(row, BadRow):
+            yield row
+        else:
+            assert row.values is not None
+            yield Record(row.number, row.values[column], json.dumps(row.values, ensure_ascii=False))
 
 
 def _records(

@@ -73,7 +73,7 @@ def test_preference_data_and_its_methods_are_for_finetune_and_belong_together(re
     for command in ("tokenize", "pretrain", "eval"):
         with pytest.raises(RecipeError, match=f"preference is not available to {command} yet"):
             check_available(load_recipe(recipe, ["model=null", *pairs]), command)
-    with pytest.raises(RecipeError, match="learns from preference data, and data.format is text"):
+    with pytest.raises(RecipeError, match=r"learns from preference data, and data\.format is text"):
         check_available(load_recipe(recipe, ["finetune.method=kto"]), "finetune")
 
 

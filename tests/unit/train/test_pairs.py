@@ -49,7 +49,6 @@ def test_kto_reads_labels_or_takes_pairs_apart(folder: Path) -> None:
 
 
 def test_messages_go_through_the_chat_template_and_end_with_its_turn(folder: Path) -> None:
-    pytest.importorskip("gptcli.data.columns", reason="columns of lists are read since the formats chat and prompt")
     said = [{"role": "user", "content": "the mat"}]
     good, bad = ([{"role": "assistant", "content": text}] for text in ("cat", "hello"))
     asked = prepared(
@@ -68,7 +67,7 @@ def test_messages_go_through_the_chat_template_and_end_with_its_turn(folder: Pat
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ({"prompt": "a", "chosen": "b"}, "has no column 'rejected', only prompt and chosen"),
+        ({"prompt": "a", "chosen": "b"}, "has no column 'rejected', only 'prompt', 'chosen'"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "hold the same answer"),
         ({"prompt": "a", "chosen": " ", "rejected": "b"}, "column 'chosen' holds an empty answer"),
         ({"prompt": "a", "chosen": 1, "rejected": "b"}, "neither a text nor a list of messages"),

@@ -141,13 +141,12 @@ def test_the_completions_of_a_prompt_divide_a_step(project: Path) -> None:
         run(project, "groups", *METHODS["grpo"], "train.trainer_args.num_generations=3")
 
 
-@pytest.mark.slow_fault
 def test_grpo_raises_the_mean_reward(project: Path) -> None:
     run(
         project,
         "reward",
         *METHODS["grpo"],
-        "finetune.reward={regex: '^[^h]*$'}",
+        "finetune.reward={regex: a}",
         "train.max_steps=40",
         "train.global_batch_size=32",
         "train.micro_batch_size=32",
