@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gptcli.reporting import Reporter
 
 # Bytes, which the stand-in's tokens are: some four times the tokens of a recipe's own tokenizer.
-SEQUENCE_LENGTH = 1024
+BYTES_LENGTH = 1024
 
 
 def preference_cuts(loaded: LoadedRecipe, tiny: Path, reporter: Reporter) -> dict[str, Any]:
@@ -29,7 +29,6 @@ def preference_cuts(loaded: LoadedRecipe, tiny: Path, reporter: Reporter) -> dic
             "from": str(tiny),
             "chat_template": (recipe.tokenizer and recipe.tokenizer.chat_template) or "chatml",
         },
-        "data.sequence_length": SEQUENCE_LENGTH,
     }
     if recipe.finetune.method == "grpo":
         cuts["train.trainer_args.num_generations"] = 2

@@ -30,7 +30,7 @@ from gptcli.train.begin import Options
 from gptcli.train.decisions import Hardware
 from gptcli.train.modes import lacks
 from gptcli.train.pairs import is_preference
-from gptcli.train.preference_smoke import preference_cuts, reward_cuts, save_tiny, synthetic_row
+from gptcli.train.preference_smoke import BYTES_LENGTH, preference_cuts, reward_cuts, save_tiny, synthetic_row
 from gptcli.train.run import train
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
     cuts |= _data_cuts(loaded, folder, reporter)
     if is_preference(loaded):
         assert recipe.model is not None
+        cuts["data.sequence_length"] = BYTES_LENGTH
         return _as_overrides({**cuts, "model": {"type": recipe.model.smoke_type, "config": dict(TINY)}})
     return _as_overrides({**cuts, **_model_cuts(loaded, reporter)})
 
