@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gptcli.recipe.schema import Source
 
 _NAME_IT = "Name the columns there are in data.preference, for example preference: {{prompt: {hint}}}"
+_COLUMNS = "Name the columns there are in data.preference: {prompt: ..., chosen: ..., rejected: ...}"
 _MEND = "Mend it, or leave such rows out: data.on_bad_row: skip (they are counted)."
 _TRUE, _FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")
 Messages = list[dict[str, Any]]
@@ -93,7 +94,8 @@ class Encoder:
             made = row if isinstance(row, str) else self._made(row)
             if isinstance(made, str):
                 if self._data.on_bad_row == "error":
-                    raise DataError(made, where=place, remedy=_MEND)
+                    remedy = f"{_COLUMNS}\n{_MEND}" if made.startswith("has no column") else _MEND
+                    raise DataError(made, where=place, remedy=remedy)
                 dropped["left out: they are bad (data.on_bad_row: skip)"] += 1
                 continue
             for each in made:

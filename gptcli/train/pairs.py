@@ -18,6 +18,7 @@ from gptcli.data.tokenizer import tokenizer_fingerprint
 from gptcli.errors import DataError, RecipeError
 from gptcli.files import fingerprint
 from gptcli.train.pair_encoder import Encoder
+from gptcli.train.reward import check_reward
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
@@ -86,6 +87,8 @@ def prepare_pairs(loaded: LoadedRecipe, reporter: Reporter) -> PreparedPairs:
     data = loaded.recipe.data
     assert data is not None
     check_data(loaded)
+    if loaded.recipe.finetune.method == "grpo":
+        check_reward(loaded)
     unused: Any = None  # a tokenizer that is not trained needs no texts
     folder, _ = find_tokenizer(loaded, unused, reporter)
     tokenizer = load_tokenizer(folder)

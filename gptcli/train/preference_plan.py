@@ -57,6 +57,13 @@ def check_preference(loaded: LoadedRecipe, hardware: Hardware) -> None:
     refused = (
         ("launch.processes", hardware.processes > 1, "it trains in one process so far", one),
         ("launch.parallel", parallel.tp * parallel.cp > 1, "it trains in one process so far", "leave it out"),
+        (
+            "finetune.adapter",
+            recipe.finetune.adapter != "none",
+            "adapters are not trained on pairs so far",
+            "adapter: none",
+        ),
+        ("finetune.freeze", bool(recipe.finetune.freeze), "all modules are trained so far", "freeze: []"),
         ("train.compile", train.compile is True, "trl's trainers are not compiled", "compile: auto"),
         ("train.precision", train.precision == "fp8", "trl's trainers have no fp8", "precision: auto"),
         ("train.z_loss", train.z_loss != 0.0, "its losses have no softmax of their own", "leave it out"),

@@ -23,25 +23,41 @@ Reward = Callable[..., list[float]]
 EXACT = "exact_match"
 
 
+def check_reward(loaded: LoadedRecipe) -> None:
+    """Refuse a reward that cannot be, before anything is read and without running any of it.
+
+    Raises:
+        RecipeError: a pattern that is none, or a file that is not there.
+    """
+    given, where = loaded.recipe.finetune.reward, loaded.where("finetune.reward")
+    if isinstance(given, RegexReward):
+        _by_pattern(given.regex, loaded.where("finetune.reward.regex"))
+    elif given != EXACT:
+        file, colon, name = given.rpartition(":")
+        if not (colon and file.endswith(".py") and name.isidentifier()):
+            raise RecipeError(
+                f"finetune.reward: {given!r} is no reward",
+                where=where,
+                remedy="Rewards are exact_match, {regex: PATTERN} and file.py:FUNCTION.",
+            )
+        if not Path(file).is_file():
+            raise RecipeError(f"finetune.reward: there is no file {file}", where=where)
+
+
 def reward_of(loaded: LoadedRecipe) -> Reward:
     """The recipe's reward, a function with trl's signature.
 
     Raises:
-        RecipeError: a pattern that is none, or a file or function that is not there.
+        RecipeError: see `check_reward`; or a file that cannot be imported, or has no such function.
     """
+    check_reward(loaded)
     given, where = loaded.recipe.finetune.reward, loaded.where("finetune.reward")
     if isinstance(given, RegexReward):
         return _by_pattern(given.regex, loaded.where("finetune.reward.regex"))
     if given == EXACT:
         preference = loaded.recipe.data.preference if loaded.recipe.data else None
         return _by_reference(preference.reference if preference else "reference")
-    file, colon, name = given.rpartition(":")
-    if not (colon and file.endswith(".py") and name.isidentifier()):
-        raise RecipeError(
-            f"finetune.reward: {given!r} is no reward",
-            where=where,
-            remedy="exact_match, {regex: PATTERN}, or file.py:NAME",
-        )
+    file, _, name = given.rpartition(":")
     return _checked(_from_file(Path(file), name, where), f"{Path(file).name}:{name}", where)
 
 
@@ -78,8 +94,6 @@ def _texts(reference: Any) -> list[str]:
 
 
 def _from_file(file: Path, name: str, where: str) -> Callable[..., Any]:
-    if not file.is_file():
-        raise RecipeError(f"finetune.reward: there is no file {file}", where=where)
     spec = importlib.util.spec_from_file_location(f"gptcli_reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
