@@ -29,7 +29,7 @@ def plan(
     from gptcli.recipe.availability import check_available
     from gptcli.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides or ()).used_by("plan")
     check_available(loaded, "plan")
     loaded.require("plan", "data.train", "model", "train.max_tokens")
 

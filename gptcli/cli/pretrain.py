@@ -65,7 +65,8 @@ def train_command(
     from gptcli.recipe.availability import check_available
     from gptcli.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, overrides or ())
+    whole = load_recipe(recipe, overrides or ())
+    loaded = whole.used_by(command)
     check_available(loaded, command)
     model = "model.from" if command == "finetune" else "model"
     loaded.require(command, "data.train", model, "train.max_tokens")
@@ -73,6 +74,8 @@ def train_command(
     from gptcli.cli.console import console
 
     out = console(json=json, quiet=quiet)
+    if whole.recipe.finetune.model_dump() != loaded.recipe.finetune.model_dump():
+        out.say("finetune: left aside; gptcli finetune uses that section")
     asked = loaded.recipe.launch
     here = 0 if smoke else processes_to_start(asked.processes, asked.nodes, asked.rendezvous)
     if here:

@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptcli.data.tokenizer import kept_tokenizer
+from gptcli.data.tokenizer import kept_tokenizer, load_fast
 from gptcli.errors import RecipeError
 from gptcli.files import read_json, write_json
 
@@ -75,16 +75,37 @@ def template_file(tokenizer: Path) -> Path:
 
 
 def with_template(tokenizer: Path, template: ChatTemplate) -> Path:
-    """A folder (in the cache, named by content) of the same tokenizer with this template."""
+    """A folder (in the cache, named by content) of the same tokenizer with this template.
+
+    Tokens of the template that it lacks are added, with the next ids.
+    """
     with tempfile.TemporaryDirectory(prefix="gptcli-tokenizer-") as name:
         work = Path(name)
         for path in tokenizer.iterdir():
             shutil.copyfile(path, work / path.name)
         (work / FILE).write_text(template.text, encoding="utf-8")
         config = read_json(work / "tokenizer_config.json")
-        if config.pop("chat_template", None) is not None:
+        changed = config.pop("chat_template", None) is not None
+        if added := absent_tokens(work, template):
+            _add(work, added)
+            config["additional_special_tokens"] = [*(config.get("additional_special_tokens") or []), *added]
+        if changed or added:
             write_json(work / "tokenizer_config.json", config)
         return kept_tokenizer(work)
+
+
+def absent_tokens(tokenizer: Path, template: ChatTemplate) -> list[str]:
+    """The tokens by which a template marks turns that a folder's tokenizer has not."""
+    vocabulary = load_fast(tokenizer).get_vocab(with_added_tokens=True)
+    return [token for token in template.special_tokens if token not in vocabulary]
+
+
+def _add(folder: Path, texts: list[str]) -> None:
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def _check(text: str) -> None:

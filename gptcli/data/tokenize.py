@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.data import report as reports
-from gptcli.data.chat_template import find_template, with_template
+from gptcli.data.chat_template import absent_tokens, find_template, with_template
 from gptcli.data.fast import Unequal, distrust
 from gptcli.data.finish import finish
 from gptcli.data.job import Job, find_job
@@ -24,7 +24,7 @@ from gptcli.data.pieces import Piece
 from gptcli.data.readers import shown
 from gptcli.data.shards import Shards
 from gptcli.data.stages import FORMAT, repeated_marks, run_stage, survey_folder, waiting
-from gptcli.data.tokenizer import load_fast, tokenizer_fingerprint
+from gptcli.data.tokenizer import tokenizer_fingerprint
 from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.data.tokenizer_training import trained_tokenizer
 from gptcli.data.tokens import TokensInput
@@ -170,9 +170,10 @@ def find_tokenizer(loaded: LoadedRecipe, job: Job, reporter: Reporter) -> tuple[
         raise RecipeError("tokenizer is empty", where=loaded.where("tokenizer"))
     if template is None:
         return folder, trained
-    vocabulary = load_fast(folder).get_vocab(with_added_tokens=True)
-    if absent := [token for token in template.special_tokens if token not in vocabulary]:
-        reporter.say(f"the tokenizer has no {', '.join(absent)}: the chat template spells them as ordinary text")
+    if absent := absent_tokens(folder, template):
+        reporter.say(
+            f"the tokenizer has no {', '.join(absent)}, by which the chat template marks turns: they are added"
+        )
     return with_template(folder, template), trained
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gptcli.errors import CheckpointError, GptcliError, MissingError, UsageError, first_line, not_installed
 from gptcli.model.folder import absurd_size
 from gptcli.model.load import load_model, quiet
+from gptcli.model.resize import resize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 NAME = "default"
+UNUSED_ROWS = 4096  # numbers without a token, which some tokenizers have
 # What makes a base another model before its weights change, or is code to import by name.
 _REFUSED = ("layer_replication", "megatron_config")
 
@@ -127,6 +129,7 @@ def load_merged(folder: Path, **options: Any) -> PreTrainedModel:
     if getattr(model.config, "quantization_config", None) is not None:
         raise UsageError("the base is quantized, so an adapter cannot be merged into it", where=str(base))
     with quiet(), _adapter_errors(folder):
+        resize(model, _rows(settings, model, folder))
         _untie(model, named)
         return _merge(model, settings, folder)
 
@@ -151,6 +154,26 @@ def _tensors(folder: Path) -> set[str]:
             where=str(folder / CONFIG),
         )
     return named
+
+
+def _rows(settings: Any, model: PreTrainedModel, folder: Path) -> int:
+    """The rows of embeddings that an adapter needs: it may have been trained on tokens that its base has not.
+
+    Raises:
+        CheckpointError: it names rows far behind the last one, for which memory would be taken.
+    """
+    named = getattr(settings, "trainable_token_indices", None) or ()
+    embeddings: Any = model.get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
+    beyond = {number for each in (named.values() if isinstance(named, dict) else [named]) for number in each}
+    beyond = {number for number in beyond if number >= rows}
+    last = max(beyond, default=rows - 1)
+    if last - rows > len(beyond) + UNUSED_ROWS:
+        raise CheckpointError(
+            f"damaged: an adapter of {len(beyond):,} new tokens names the number {last:,}, and its base has {rows:,}",
+            where=str(folder / CONFIG),
+        )
+    return int(last) + 1
 
 
 def _merge(model: PreTrainedModel, settings: Any, folder: Path) -> PreTrainedModel:
@@ -182,7 +205,9 @@ def _untie(model: PreTrainedModel, adapted: set[str]) -> None:
     import torch
 
     ends = {name for name, module in model.named_modules() if module in _ends(model)}
-    if _is_tied(model) and any(f".{end}." in f".{key}." for key in adapted for end in ends):
+    # Rows of new tokens are trained as one where the matrices are.
+    changed = {key for key in adapted if ".token_adapter." not in key}
+    if _is_tied(model) and any(f".{end}." in f".{key}." for key in changed for end in ends):
         _, output = _ends(model)
         output.weight = torch.nn.Parameter(output.weight.detach().clone())
         _say_tied(model, False)

@@ -59,6 +59,9 @@ class Counts:
         heads: of attention.
         largest_units: those of the largest two units that FSDP gathers: a layer, the embedding, the head.
         kept, kept_half: what a forward pass keeps in fp32 and under autocast; None where that could not be counted.
+        frozen, frozen_matrix, frozen_hidden: those of `total`, `matrix` and `hidden_matrices` that are not trained.
+        frozen_head: whether the output head is one of them.
+        quantized: those that are held in 4 bits.
     """
 
     total: int
@@ -71,6 +74,16 @@ class Counts:
     largest_units: int = 0
     kept: Kept | None = None
     kept_half: Kept | None = None
+    frozen: int = 0
+    frozen_matrix: int = 0
+    frozen_hidden: int = 0
+    frozen_head: bool = False
+    quantized: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Those that take gradients."""
+        return self.total - self.frozen
 
     @property
     def vocabulary(self) -> int:
@@ -152,14 +165,19 @@ def looks_only_back(model: PreTrainedModel) -> bool:
     return bool(torch.allclose(before, after, atol=1e-4))
 
 
-def count_parameters(config: PreTrainedConfig) -> Counts:
-    """Count a model's parameters, and what its layers keep, without allocating them (on torch's meta device)."""
+def count_parameters(config: PreTrainedConfig, prepare: Callable[[PreTrainedModel], None] | None = None) -> Counts:
+    """Count a model's parameters, and what its layers keep, without allocating them (on torch's meta device).
+
+    `prepare` is done to the model first: an adapter that is put on it, modules that are frozen.
+    """
     import torch
 
     from gptcli.model.kept import kept_bytes
 
     with torch.device("meta"):
         model = _from_config(copy.deepcopy(config), dtype=torch.float32)
+        if prepare is not None:
+            prepare(model)
     counts = counts_of(model)
     return replace(counts, kept=kept_bytes(model, half=False), kept_half=kept_bytes(model, half=True))
 
@@ -169,7 +187,9 @@ def counts_of(model: PreTrainedModel) -> Counts:
     matrices = hidden_matrices(model)
     hidden = sum(parameter.numel() for parameter in matrices.values())
     head = output_head(model)
-    head_size = 0 if head is None else sum(p.numel() for p in head.parameters() if p.ndim >= 2)
+    weights = [] if head is None else [p for p in head.parameters() if p.ndim >= 2]
+    frozen_head = bool(weights) and not any(p.requires_grad for p in weights)
+    head_size = max((p.numel() for p in weights), default=0)  # an adapter on it is little beside it
     text_config = model.config.get_text_config()
     return Counts(
         total=sum(parameter.numel() for parameter in model.parameters()),
@@ -180,6 +200,10 @@ def counts_of(model: PreTrainedModel) -> Counts:
         width=int(getattr(text_config, "hidden_size", 0) or 0),
         heads=int(getattr(text_config, "num_attention_heads", 0) or 0),
         largest_units=sum(sorted(_units(model))[-2:]),
+        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        frozen_matrix=sum(p.numel() for p in matrices.values() if not p.requires_grad) + frozen_head * head_size,
+        frozen_hidden=sum(p.numel() for p in matrices.values() if p.ndim == 2 and not p.requires_grad),
+        frozen_head=frozen_head,
     )
 
 
@@ -204,14 +228,21 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return None if find is None else find()
 
 
+def is_product(head: nn.Module | None) -> bool:
+    """Whether a head may give logits as a product with its `weight`: a linear layer, also with rows of new tokens."""
+    from torch import nn
+
+    return type(head) is nn.Linear or hasattr(head, "token_adapter")
+
+
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights with two or more dimensions that are neither an embedding table nor the output head, by name."""
     from torch import nn
 
     tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    head = output_head(model)
-    if head is not None:
-        tables |= {id(p) for p in head.parameters()}
+    find: Callable[[], nn.Module | None] = getattr(model, "get_input_embeddings", lambda: None)
+    for end in (find(), output_head(model)):  # with what an adapter adds to them
+        tables |= {id(p) for p in end.parameters()} if end is not None else set()
     return {name: p for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in tables}
 
 
@@ -219,13 +250,12 @@ def uses_a_matrix_twice(model: nn.Module) -> bool:
     """Whether several places of a model multiply with one matrix, as in models that share layers; embeddings aside."""
     from torch import nn
 
-    matrices = [
-        id(module.weight)
+    owned = [  # not what an adapter's layer shows as its own, and is that of the layer in it
+        module._parameters.get("weight")
         for _, module in model.named_modules(remove_duplicate=False)
-        if isinstance(getattr(module, "weight", None), nn.Parameter)
-        and module.weight.ndim >= 2
-        and not isinstance(module, nn.Embedding)
+        if not isinstance(module, nn.Embedding)
     ]
+    matrices = [id(weight) for weight in owned if weight is not None and weight.ndim >= 2]
     return len(set(matrices)) < len(matrices)
 
 

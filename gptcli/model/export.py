@@ -20,7 +20,7 @@ from gptcli.model.card import card_head
 from gptcli.model.folder import is_adapter
 from gptcli.model.load import load_config, load_model, load_tokenizer, memory_errors, model_home, quiet
 from gptcli.model.quantize import Quantized, check_can_save, model_bytes, quantize
-from gptcli.reporting import Reporter, mebibytes
+from gptcli.reporting import Reporter, Silent, mebibytes
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SavedPrecision = Literal["auto", "fp32", "bf16"]
 # Of configuration, tokenizer and card.
 ROOM_BESIDE_WEIGHTS = 16 << 20
+ADAPTER = "adapter"  # beside a model that it was merged into
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,21 @@ def export(
         write_atomic(work / "README.md", _card(source, done, model))
     reporter.say(f"{target}: {parameters:,} parameters, {done.dtype}, {mebibytes(size)}")
     return done
+
+
+def merge(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Make a plain model in fp32 of an adapter's folder, in place: its base with it merged in, as `export` does.
+
+    The adapter stays, in `adapter/` of the folder. Raises as `export` does.
+    """
+    kept, whole = folder / ADAPTER, folder / "whole"
+    kept.mkdir()
+    for path in [path for path in folder.iterdir() if path != kept]:
+        path.rename(kept / path.name)
+    export(kept, whole, precision="fp32", reporter=Silent(), trust_remote_code=trust_remote_code)
+    for path in list(whole.iterdir()):
+        path.rename(folder / path.name)
+    whole.rmdir()
 
 
 def check_room(target: Path, needed: int) -> None:

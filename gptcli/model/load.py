@@ -110,6 +110,7 @@ def load_model(
     attention: str = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    four_bits: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode onto `device` (default: the best one).
 
@@ -121,6 +122,7 @@ def load_model(
         attention: a name of transformers' attention implementations; `auto` leaves the choice to transformers.
         trust_remote_code: run Python code that comes with the model.
         revision: branch, tag or commit of a Hub model.
+        four_bits: hold the matrices of linear layers in 4 bits (bitsandbytes' NF4, scales quantized too).
 
     Raises:
         MissingError: no config, no safetensors weights, or the Hub cannot give them.
@@ -150,6 +152,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # they are told below, with their shapes
             output_loading_info=True,
             **({} if attention == "auto" else {"attn_implementation": attention}),
+            **(_in_four_bits(device) if four_bits else {}),
             **shared,
         )
         model, info = loaded
@@ -170,6 +173,20 @@ def load_model(
         with memory_errors("Try --precision bf16, or a machine with more memory."):
             placed: PreTrainedModel = model.to(device).eval()
         return placed
+
+
+def _in_four_bits(device: torch.device) -> dict[str, Any]:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    make: Any = BitsAndBytesConfig
+    quantization = make(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if has_fast_bf16(device) else torch.float32,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:

@@ -56,11 +56,6 @@ TABLE: tuple[Row, ...] = (
     Row("train.profile", feature="a profile"),
     Row("train.best_metric", ("validation.loss", "validation.bits_per_byte")),
     Row("finetune.train_on", ("completion",)),
-    Row("finetune.adapter", ("none",)),
-    Row("finetune.adapter_from", feature="continuing an adapter"),
-    Row("finetune.lora", feature="an adapter"),
-    Row("finetune.merge", (False,)),
-    Row("finetune.freeze", feature="freezing modules"),
 )
 
 _TRAINING = ("tokenizer", "data", "model", "train", "launch", "tokenize", "tracking", "generate")
@@ -68,7 +63,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "tokenize": ("tokenizer", "data", "tokenize"),
     "pretrain": _TRAINING,
     "finetune": (*_TRAINING, "finetune"),
-    "plan": _TRAINING,
+    "plan": (*_TRAINING, "finetune"),
     "generate": ("generate",),
     "eval": ("data.validation", "data.format", "eval"),
 }

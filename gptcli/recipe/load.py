@@ -18,7 +18,7 @@ from gptcli.errors import RecipeError, UsageError
 from gptcli.recipe import layers, paths, problems, tree
 from gptcli.recipe.catalog import find_builtin, not_found, recipes_root
 from gptcli.recipe.schema import Recipe
-from gptcli.recipe.sections_train import FLOOR_SCHEDULERS
+from gptcli.recipe.sections_train import FLOOR_SCHEDULERS, Finetune
 from gptcli.recipe.tree import Node, dump_yaml, plain
 
 __all__ = ["LoadedRecipe", "dump_yaml", "load_recipe", "resolved"]
@@ -63,6 +63,15 @@ class LoadedRecipe:
         """Where a dotted key was written: "file:line", "override KEY=VALUE", or the file's name if it was not."""
         node, _ = problems.find(self.root, key.split("."))
         return node.where if node is not None else self.label
+
+    def used_by(self, command: str) -> LoadedRecipe:
+        """The recipe as a training command uses it: `pretrain`, and a plan of a new model, leave `finetune` aside."""
+        model = self.recipe.model
+        if command == "finetune" or (command == "plan" and model is not None and model.from_ is not None):
+            return self
+        written = {key: value for key, value in self.written.items() if key != "finetune"}
+        recipe = self.recipe.model_copy(update={"finetune": Finetune.model_construct()})
+        return replace(self, recipe=recipe, written=written)
 
     def require(self, command: str, *sections: str) -> None:
         """Raise a `RecipeError` for a section or dotted key that a command needs and the recipe lacks.

@@ -223,10 +223,16 @@ class Lora(Section):
     """The shape of a LoRA adapter."""
 
     r: Count = Field(default=16, description="The rank.")
-    alpha: Positive = Field(default=32.0, description="The scale, over the rank.")
+    alpha: Positive = Field(default=32.0, description="What an adapter adds is multiplied by this over the rank.")
     dropout: Ratio = Field(default=0.0, description="Dropout before the adapter.")
-    target_modules: str | list[str] = Field(default="all-linear", description="Module names, or all-linear.")
-    rank_stabilized: bool = Field(default=False, description="Scale by the square root of the rank.")
+    target_modules: str | list[str] = Field(
+        default="all-linear",
+        description="The last words of module names (q_proj), a regular expression of whole names, or all-linear: all "
+        "linear layers but the output head.",
+    )
+    rank_stabilized: bool = Field(
+        default=False, description="Over the square root of the rank instead (Kalajdzievski 2023)."
+    )
 
 
 class RegexReward(Section):
@@ -249,15 +255,36 @@ class Finetune(Section):
     method: Literal["sft", "dpo", "kto", "orpo", "grpo"] = Field(default="sft", description="The method.")
     train_on: Literal["completion", "all"] = Field(default="completion", description="Which tokens are supervised.")
     adapter: Literal["none", "lora", "dora", "qlora"] = Field(
-        default="none", description="Full fine-tuning, or an adapter."
+        default="none",
+        description="Full fine-tuning, or an adapter: small matrices that are trained beside the model's own (peft). "
+        "qlora: lora on a model in 4 bits, on a GPU with bitsandbytes.",
     )
-    adapter_from: str | None = Field(default=None, description="Go on with this adapter.")
+    adapter_from: str | None = Field(
+        default=None, description="Go on with the adapter in this folder, which belongs to `model.from`."
+    )
     lora: Lora = Field(default_factory=Lora.model_construct, description="The adapter's shape.")
-    merge: bool = Field(default=False, description="Merge the adapter into `final/`.")
+    merge: bool = Field(default=False, description="`final/` is a whole model, with the adapter in `final/adapter/`.")
     beta: Positive = Field(default=0.1, description="dpo, kto, orpo: how far from the reference model.")
     reward: Annotated[
         str | RegexReward,
         BeforeValidator(_reward),
         accepts({"type": "string"}, {"type": "object", "required": ["regex"]}),
     ] = Field(default="exact_match", description="grpo: exact_match, file.py:function, or {regex: PATTERN}.")
-    freeze: list[str] = Field(default=[], description="Prefixes of the names of modules that are not trained.")
+    freeze: list[str] = Field(
+        default=[],
+        description="Names of modules that are not trained (`embed_tokens`, `layers.0`), nor what is in them; they get "
+        "no adapter.",
+    )
+
+    @model_validator(mode="after")
+    def _adapter_is_said(self) -> Finetune:
+        if self.adapter == "none":
+            for name, is_set in (("adapter_from", self.adapter_from is not None), ("merge", self.merge)):
+                if is_set:
+                    raise ValueError(f"{name} needs an adapter; set adapter: lora")
+        if self.adapter_from is not None:
+            given = self.lora.model_dump() != Lora().model_dump()
+            for name, is_set in (("lora", given), ("freeze", bool(self.freeze))):
+                if is_set:
+                    raise ValueError(f"{name} is that of adapter_from; remove it")
+        return self

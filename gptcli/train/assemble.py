@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from gptcli.device import best_device, c_compiler, capability, device_name, tota
 from gptcli.errors import RecipeError
 from gptcli.files import fingerprint
 from gptcli.launch import world_size
+from gptcli.model.adapt import freeze, put_adapter
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
@@ -26,12 +27,13 @@ from gptcli.train.pairs import PreparedPairs, is_preference, prepare_pairs
 from gptcli.train.plan import Plan, make_plan, without_compiler
 from gptcli.train.preference_plan import NAMES, plan_preference, preference_fingerprints
 from gptcli.train.shortage import explained, out_of_memory
-from gptcli.train.strategy import check_strategy
+from gptcli.train.strategy import check_finetune, check_quantized, check_strategy
+from gptcli.train.vocabulary import vocabulary_of
 from gptcli.train.zero_settings import check_zero
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from gptcli.data.mixing import Proportions
     from gptcli.model.build import Counts
@@ -39,7 +41,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assembly:
-    """What is known before the first step; `uncompiled`: the plan for a compiler that fails, None without compiling."""
+    """What is known before the first step.
+
+    Attributes:
+        uncompiled: the plan for a compiler that fails; None without compiling.
+        new_tokens: ids that `model.from` was not trained on.
+    """
 
     loaded: LoadedRecipe
     prepared: Prepared | PreparedPairs
@@ -50,6 +57,7 @@ class Assembly:
     device: torch.device
     run: RunFolder
     fingerprints: dict[str, str]
+    new_tokens: tuple[int, ...] = ()
 
 
 def assemble(
@@ -82,10 +90,13 @@ def assemble(
         prepared = prepare_pairs(loaded, reporter)
     else:
         prepared = prepare(loaded, reporter, verify=verify)
-    config = model_config(loaded, prepared, reporter)
+    config, new_tokens = model_config(loaded, prepared, reporter)
     device = torch.device("cpu") if hardware is not None and hardware.kind == "cpu" else best_device()
-    counts = count_parameters(config)
     hardware, usable = hardware or look_at(device), usable_attention(config)
+    check_quantized(loaded, hardware)
+    counts = count_parameters(config, partial(set_trained, loaded=loaded, new_tokens=new_tokens))
+    if loaded.recipe.finetune.adapter == "qlora":
+        counts = replace(counts, quantized=counts.frozen_hidden)
     planned: Callable[..., Plan]
     if isinstance(prepared, PreparedPairs):
         planned = partial(plan_preference, prepared=prepared, counts=counts, decided=decided, usable=usable)
@@ -104,6 +115,7 @@ def assemble(
     check_modes(loaded, plan, hardware, usable)
     check_strategy(loaded, plan)
     check_zero(loaded, plan, here=hardware.here)
+    check_finetune(loaded, plan)
     uncompiled = without_compiler(planned(_not_compiling(loaded), hardware=hardware)) if plan.compile else None
     fingerprints = {
         "recipe": fingerprint(loaded.written),
@@ -116,7 +128,7 @@ def assemble(
         fingerprints["prepared"] = prepared.train.folder.parent.name
     else:
         fingerprints |= preference_fingerprints(loaded)
-    return Assembly(loaded, prepared, config, counts, plan, uncompiled, device, run, fingerprints)
+    return Assembly(loaded, prepared, config, counts, plan, uncompiled, device, run, fingerprints, new_tokens)
 
 
 def look_at(device: torch.device) -> Hardware:
@@ -151,21 +163,35 @@ def look_at(device: torch.device) -> Hardware:
     )
 
 
-def model_config(loaded: LoadedRecipe, prepared: Prepared | PreparedPairs, reporter: Reporter) -> PreTrainedConfig:
-    """The configuration of the recipe's model; names in the recipe are checked against what is installed."""
+def set_trained(model: PreTrainedModel, *, loaded: LoadedRecipe, new_tokens: Sequence[int]) -> None:
+    """Put the recipe's adapter on a model, or freeze modules of it: what takes gradients is what will be trained."""
+    finetune = loaded.recipe.finetune
+    if finetune.adapter != "none":
+        put_adapter(model, loaded, new_tokens)
+    elif finetune.freeze:
+        freeze(model, loaded)
+
+
+def model_config(
+    loaded: LoadedRecipe, prepared: Prepared | PreparedPairs, reporter: Reporter
+) -> tuple[PreTrainedConfig, tuple[int, ...]]:
+    """The configuration of the recipe's model, and the ids of tokens that are new to it.
+
+    Names in the recipe are checked against what is installed.
+    """
     from gptcli.model.build import TokenIds, build_config
     from gptcli.train.arguments import check_names
 
     check_names(loaded)
     assert loaded.recipe.model is not None
     if loaded.recipe.model.from_ is not None or isinstance(prepared, PreparedPairs):
-        return _config_of(loaded, prepared)
+        return _config_of(loaded, prepared, reporter)
     special = prepared.train.specials
     ids = TokenIds(prepared.train.vocab_size, special.bos, special.eos, special.pad)
     config, notes = build_config(loaded, ids)
     for note in notes:
         reporter.say(f"model: {note}")
-    return config
+    return config, ()
 
 
 def describe(assembly: Assembly) -> list[str]:
@@ -186,12 +212,30 @@ def describe(assembly: Assembly) -> list[str]:
         parts += f", {plan.strategy}"
     lines = [
         f"model: {kind}, {plan.parameters / 1e6:.2f} M parameters",
+        *_adapter_lines(assembly),
         f"train: {plan.steps:,} steps of {batch} ({parts}), {tokens}{epochs}",
         *_mixing_lines(assembly),
         f"device: {device_name(assembly.device)}, {plan.precision}",
     ]
     lines += [f"auto: {d.key} = {d.value} ({d.reason})" for d in plan.decisions]
     return lines
+
+
+def trained_text(plan: Plan) -> str:
+    """How many of the parameters are trained."""
+    return f"{plan.trained_parameters:,} parameters ({plan.trained_parameters / plan.parameters:.2%})"
+
+
+def _adapter_lines(assembly: Assembly) -> list[str]:
+    finetune, plan = assembly.loaded.recipe.finetune, assembly.plan
+    if plan.trained_parameters == plan.parameters:
+        return []
+    what = f"freeze {', '.join(finetune.freeze)}"
+    if finetune.adapter_from is not None:
+        what = f"{finetune.adapter}, going on with {finetune.adapter_from}"
+    elif finetune.adapter != "none":
+        what = f"{finetune.adapter}, r {finetune.lora.r}, alpha {finetune.lora.alpha:g}"
+    return [f"trained: {trained_text(plan)}, {what}"]
 
 
 def decided_recipe(loaded: LoadedRecipe, plan: Plan) -> dict[str, Any]:
@@ -228,29 +272,28 @@ def _proportions(loaded: LoadedRecipe, prepared: Prepared) -> Proportions:
     return proportions(sources, _length(loaded), loaded.recipe.data.weights)
 
 
-def _config_of(loaded: LoadedRecipe, prepared: Prepared | PreparedPairs) -> PreTrainedConfig:
-    """The configuration of `model.from`, checked against the data's tokenizer and the row length."""
+def _config_of(
+    loaded: LoadedRecipe, prepared: Prepared | PreparedPairs, reporter: Reporter
+) -> tuple[PreTrainedConfig, tuple[int, ...]]:
+    """The configuration of `model.from` with the tokenizer's tokens, and which are new; the row length is checked."""
     from gptcli.model.load import load_config
 
     model = loaded.recipe.model
     assert model is not None and model.from_ is not None
     config = load_config(Path(model.from_), trust_remote_code=model.trust_remote_code, revision=model.revision)
     text = config.get_text_config()
-    vocabulary, limit = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
-    entries = prepared.vocab_size if isinstance(prepared, PreparedPairs) else prepared.train.vocab_size
-    if isinstance(vocabulary, int) and entries > vocabulary:
-        raise RecipeError(
-            f"the tokenizer has {entries:,} entries and the model {vocabulary:,}: not a pair",
-            where=loaded.where("tokenizer"),
-            remedy="Leave out tokenizer: to use the model's own.",
-        )
+    vocabulary, limit = vocabulary_of(loaded, prepared, config), getattr(text, "max_position_embeddings", None)
+    if vocabulary.new:
+        before, text.vocab_size = text.vocab_size, vocabulary.size
+        grown = f"; embeddings {before:,} -> {vocabulary.size:,} rows" if before < vocabulary.size else ""
+        reporter.say(f"model: {vocabulary}{grown}")
     if isinstance(limit, int) and _length(loaded) > limit:
         raise RecipeError(
             f"data.sequence_length: {_length(loaded):,} is longer than the model's context of {limit:,}",
             where=loaded.where("data.sequence_length"),
             remedy=f"Set data.sequence_length to {limit} or less.",
         )
-    return config
+    return config, tuple(vocabulary.new)
 
 
 def _not_compiling(loaded: LoadedRecipe) -> LoadedRecipe:

@@ -18,6 +18,7 @@ import transformers.utils
 
 from gptcli.device import is_out_of_memory
 from gptcli.errors import CheckpointError, GptcliError, first_line
+from gptcli.model.adapt import is_adapted, read
 from gptcli.model.saved import saved_state
 from gptcli.train import random_state, sharding
 
@@ -69,6 +70,9 @@ class Trainer(_Trainer):
         del model
         with restoring("the weights", resume_from_checkpoint):
             mine, folder = cast("PreTrainedModel", self.model), Path(resume_from_checkpoint)
+            if is_adapted(mine):
+                read(mine, folder)
+                return
             if sharding.is_divided(mine):
                 result = sharding.load_weights(mine, folder)
             else:

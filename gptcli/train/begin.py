@@ -17,10 +17,13 @@ from gptcli.data.tokenize import Prepared
 from gptcli.errors import CheckpointError
 from gptcli.files import cache_root, write_atomic
 from gptcli.launch import is_main_process, restarted
+from gptcli.model.adapt import check_adapter_from
+from gptcli.model.folder import is_adapter
 from gptcli.recipe.load import LoadedRecipe, dump_yaml, resolved
 from gptcli.reporting import Reporter, mebibytes
 from gptcli.runs.folder import RunFolder
 from gptcli.train import group
+from gptcli.train.adapter_base import BASE, find_base
 from gptcli.train.assemble import Assembly, assemble, decided_recipe, describe
 from gptcli.train.finish import write_run_report
 from gptcli.train.record import now
@@ -89,6 +92,9 @@ def begin(
         assembly = assemble(
             loaded, run, reporter, decided=decided_before(start, resolved(loaded)), verify=options.verify or None
         )
+        if (base := find_base(loaded, assembly.config)) is not None:
+            check_adapter_from(loaded, base)
+            assembly = replace(assembly, fingerprints={**assembly.fingerprints, BASE: base.fingerprint})
         plan = assembly.plan
         if start.checkpoint is not None:
             result = _check_resume(assembly, options, start, reporter)
@@ -132,7 +138,9 @@ def _check_resume(assembly: Assembly, options: Options, start: Start, reporter: 
         prepared=assembly.prepared.train.folder.parent if isinstance(assembly.prepared, Prepared) else cache_root(),
     )
     whole = start.step >= steps or ended_early(start, loaded.recipe.train)
-    if whole and run.final.is_dir() and run.read().get("status") == "done":
+    finetune = loaded.recipe.finetune
+    as_asked = finetune.adapter == "none" or is_adapter(run.final) is not finetune.merge
+    if whole and as_asked and run.final.is_dir() and run.read().get("status") == "done":
         if not run.report.is_file():
             write_run_report(run, reporter)
         reporter.say(f"{run.name} is finished: {start.step:,} steps, {run.final}")

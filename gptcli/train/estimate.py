@@ -11,7 +11,7 @@ from gptcli.device import CARDS, Card, best_device, card_named, device_name, pea
 from gptcli.errors import UsageError
 from gptcli.reporting import Reporter, mebibytes
 from gptcli.runs.folder import RunFolder
-from gptcli.train.assemble import assemble, look_at
+from gptcli.train.assemble import assemble, look_at, trained_text
 from gptcli.train.decisions import Hardware
 from gptcli.train.memory import SHARINGS, memory_estimate
 from gptcli.train.modes import AMPERE, PACKAGES
@@ -73,6 +73,7 @@ class Estimate:
         size = f"{plan.global_batch_size} rows = {plan.global_batch_size * plan.sequence_length:,} tokens"
         work = [
             ["parameters", f"{plan.parameters:,} ({plan.matrix_parameters:,} in matrix products)"],
+            *([["trained", trained_text(plan)]] if plan.trained_parameters < plan.parameters else []),
             ["data", data],
             ["steps", f"{plan.steps:,} (warm-up {plan.warmup_steps:,}, decay {plan.decay_steps:,})"],
             ["a step", size],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gptcli.device import peak_resident_bytes
 from gptcli.errors import GptcliError, writing
 from gptcli.files import committed_folder, system_errors, write_atomic
+from gptcli.model.export import merge
 from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
@@ -57,6 +58,7 @@ def write_final(assembly: Assembly, trainer: RecordedTrainer, result: dict[str, 
         CheckpointError: it cannot be written.
     """
     best = group.from_first(lambda: _good_best(assembly.run, trainer))
+    trusted = bool(assembly.loaded.recipe.model and assembly.loaded.recipe.model.trust_remote_code)
 
     def collect(writers: list[int]) -> Write | None:
         if best is not None:
@@ -69,6 +71,8 @@ def write_final(assembly: Assembly, trainer: RecordedTrainer, result: dict[str, 
             copy_model(best, work)
         else:
             trainer.save_tokenizer(work)
+        if assembly.loaded.recipe.finetune.merge:
+            merge(work, trust_remote_code=trusted)
         write_atomic(work / "README.md", model_card(assembly.loaded, assembly.plan, result))
 
     write_together(_committing(assembly.run.final), collect, rest)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from gptcli.model.build import output_head
+from gptcli.model.build import is_product, output_head
 from gptcli.model.load import evaluating
 from gptcli.train import liger
 
@@ -87,7 +87,7 @@ class TrainingLoss:
         compiled: bool = False,
     ) -> None:
         head = output_head(model)
-        self._head = head if type(head) is torch.nn.Linear else None
+        self._head: Any = head if is_product(head) else None
         self._block = block
         self._z_loss = z_loss
         self._labels = threading.local()
@@ -132,7 +132,7 @@ class TrainingLoss:
         self._labels.flat = labels.flatten()
         with self._taking_lock:
             self._takers += 1
-            head.forward = self._take  # type: ignore[method-assign, assignment]
+            head.forward = self._take
         try:
             yield
         finally:
@@ -147,10 +147,11 @@ class TrainingLoss:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
         rows = hidden.flatten(0, -2).to(dtype)
+        bias = getattr(head, "bias", None)
         if self.kernel == "liger":
-            return liger.losses(rows, head.weight, head.bias, self._labels.flat, self._z_loss)
+            return liger.losses(rows, head.weight, bias, self._labels.flat, self._z_loss)
         values: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            rows, head.weight, head.bias, self._labels.flat, self._block, self._z_loss, self._slopes
+            rows, head.weight, bias, self._labels.flat, self._block, self._z_loss, self._slopes
         )
         return values
 

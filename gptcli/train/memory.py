@@ -31,6 +31,8 @@ HALF_BYTES = 34
 # Newton-Schulz (train/optim.py) works on all matrices of a shape at once: their updates, a stack of these and the
 # iteration's own, of about half of all matrices in models of usual shape.
 MUON_BYTES = 10
+# Of a value in 4 bits, with its scales quantized too (Dettmers et al. 2023, arXiv:2305.14314, section 3: 4.127 bits).
+QUANTIZED_BYTES = 4.127 / 8
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,11 @@ def memory_estimate(counts: Counts, train: Train, step: Step) -> dict[str, int]:
     activations, layers = _activations(counts, train, step), max(1, counts.layers)
     logits = _logits(counts, step)
     # A block's loss works out the head's gradient in the forward pass, in each thread.
-    head = 0 if step.block is None else 4 * counts.head * (2 if step.halves else 1)
+    head = 0 if step.block is None or counts.frozen_head else 4 * counts.head * (2 if step.halves else 1)
     before = gradients if step.accumulation > 1 else 0
     if step.sharing.startswith("zero"):
         before, head = gradients, 0  # in buffers of DeepSpeed's own, always there
-    working = MUON_BYTES * counts.hidden_matrices if train.optimizer == "muon" else 0
+    working = MUON_BYTES * (counts.hidden_matrices - counts.frozen_hidden) if train.optimizer == "muon" else 0
     twice = 2 if step.halves and step.accumulation > 1 else 1
     moments = (
         {"gradients": before + head, "activations": activations, "logits": logits},  # the backward pass begins
@@ -98,27 +100,30 @@ def memory_estimate(counts: Counts, train: Train, step: Step) -> dict[str, int]:
 
 
 def optimizer_bytes(counts: Counts, optimizer: str) -> int:
-    """Bytes of an optimizer's state, whole."""
+    """Bytes of an optimizer's state, whole: of the parameters that are trained."""
     if optimizer == "muon":
-        return 4 * counts.hidden_matrices + 8 * (counts.total - counts.hidden_matrices)
+        hidden = counts.hidden_matrices - counts.frozen_hidden
+        return 4 * hidden + 8 * (counts.trained - hidden)
     if optimizer == "sgd":  # as transformers builds it, without momentum
         return 0
     if optimizer == "adafactor":  # a row and a column of each matrix
-        return 8 * counts.total // max(1, counts.width)
+        return 8 * counts.trained // max(1, counts.width)
     moments = 1 if "lion" in optimizer else 2
-    return moments * (1 if "8bit" in optimizer else 4) * counts.total
+    return moments * (1 if "8bit" in optimizer else 4) * counts.trained
 
 
 def _states(counts: Counts, train: Train, step: Step) -> dict[str, int]:
-    total, divided = counts.total // step.tensor_parallel, step.sharers
+    total, trained = counts.total // step.tensor_parallel, counts.trained // step.tensor_parallel
+    divided = step.sharers
     optimizer = optimizer_bytes(counts, train.optimizer) // step.tensor_parallel
     if step.sharing == "ddp":
-        buckets = 4 * total if divided > 1 else 0
-        return {"weights": 4 * total, "gradients": 4 * total, "optimizer": optimizer, "buckets": buckets}
+        buckets = 4 * trained if divided > 1 else 0
+        weights = 4 * (total - counts.quantized) + int(QUANTIZED_BYTES * counts.quantized)
+        return {"weights": weights, "gradients": 4 * trained, "optimizer": optimizer, "buckets": buckets}
     if step.sharing == "fsdp":
         return {
             "weights": 4 * total // divided,
-            "gradients": 4 * total // divided,
+            "gradients": 4 * trained // divided,
             "optimizer": optimizer // divided,
             "unsharded layers": 8 * counts.largest_units // step.tensor_parallel,
         }
@@ -126,9 +131,9 @@ def _states(counts: Counts, train: Train, step: Step) -> dict[str, int]:
     size = 2 if half else 4
     return {
         "weights": size * total // (divided if stage >= 3 else 1),
-        "gradients": size * total // (divided if stage >= 2 else 1),
+        "gradients": size * trained // (divided if stage >= 2 else 1),
         # The fp32 weights once more, but where they are the divided ones themselves.
-        "optimizer": (optimizer + (4 * total if half or stage < 3 else 0)) // (divided if stage >= 1 else 1),
+        "optimizer": (optimizer + (4 * trained if half or stage < 3 else 0)) // (divided if stage >= 1 else 1),
     }
 
 

@@ -134,6 +134,9 @@ def build_optimizer(model: PreTrainedModel, train: Train) -> Optimizer | None:
     others = {name: p for name, p in trained.items() if name not in matrices}
     decayed = {name: p for name, p in others.items() if p.ndim >= 2}
     rest = {name: p for name, p in others.items() if p.ndim < 2}
+    rate = train.learning_rate if train.muon_learning_rate is None else train.muon_learning_rate
+    if not others:  # an adapter's matrices
+        return Muon(list(matrices.items()), lr=rate, weight_decay=train.weight_decay)
     adamw = AdamW(
         [
             *({"params": alike, "weight_decay": train.weight_decay} for alike in _by_mesh(decayed)),
@@ -146,7 +149,6 @@ def build_optimizer(model: PreTrainedModel, train: Train) -> Optimizer | None:
     )
     if not matrices:
         return adamw
-    rate = train.learning_rate if train.muon_learning_rate is None else train.muon_learning_rate
     return MuonAdamW(adamw, Muon(list(matrices.items()), lr=rate, weight_decay=train.weight_decay))
 
 
@@ -155,7 +157,7 @@ def _by_mesh(parameters: dict[str, torch.nn.Parameter]) -> list[list[tuple[str, 
     groups: dict[Any, list[tuple[str, torch.nn.Parameter]]] = defaultdict(list)
     for name, parameter in parameters.items():
         groups[getattr(parameter, "device_mesh", None)].append((name, parameter))
-    return list(groups.values()) or [[]]
+    return list(groups.values())
 
 
 def build_schedule(

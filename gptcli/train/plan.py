@@ -49,6 +49,7 @@ class Plan:
         processes: those, or groups of them, that split the batch: the world divided by what splits a model (`tp * cp`).
         world_size: all of them, on all machines.
         strategy: ddp, fsdp or deepspeed; `sharing`: what of the model its processes divide (see `memory.Step`).
+        parameters, trained_parameters: all of the model's, and those that take gradients.
         dry_step: the micro-batch is an estimate, which a dry step on the device is to put right before training.
         memory: at the fullest moment of a step on one device, by use (see `memory_estimate`).
     """
@@ -84,6 +85,7 @@ class Plan:
     block_kernel: str
     halves: bool
     parameters: int
+    trained_parameters: int
     matrix_parameters: int
     flops_per_token: int
     total_flops: int
@@ -199,6 +201,8 @@ def make_plan(
         return memory_estimate(counts, train, step)
 
     strategy: str = recipe.launch.strategy
+    if strategy == "auto" and counts.frozen:
+        strategy = "ddp"  # what else there is divides parameters that take gradients
     if strategy == "auto":
         # Not taken from a checkpoint: a resume on other processes is allowed, and the strategy changes no result.
         strategy, why = (
@@ -216,14 +220,19 @@ def make_plan(
         decisions,
         whole=sharing == "ddp" and parallel.tp == 1,
     )
-    halves = not compiled and _halves(hardware, micro, 6 * counts.matrix * micro * length, decided or {}, decisions)
+    # Two multiplications a weight forward and two for each of its gradients; a weight that is not trained has one.
+    products = 6 * counts.matrix - 2 * counts.frozen_matrix
+    halves = not compiled and _halves(hardware, micro, products * micro * length, decided or {}, decisions)
     block_kernel = modes.block_kernel(hardware, compiled=compiled)
     # A head that is divided gives whole logits: our blocks multiply with its matrix themselves.
     block = None
     if parallel.tp == 1:
         block = _loss(micro * length // parallel.cp, counts, halves, logit_bytes, block_kernel, decisions)
-    flops_per_token = 6 * counts.matrix + 12 * counts.layers * counts.width * length
-    checkpoint = 4 * counts.total + optimizer_bytes(counts, train.optimizer)
+    flops_per_token = products + 12 * counts.layers * counts.width * length
+    finetune = recipe.finetune
+    saved = 4 * (counts.total if finetune.adapter == "none" else counts.trained)
+    checkpoint = saved + optimizer_bytes(counts, train.optimizer)
+    final = saved + (4 * counts.total if finetune.merge else 0)
     plan = Plan(
         kind=hardware.kind,
         sequence_length=length,
@@ -256,14 +265,14 @@ def make_plan(
         block_kernel=block_kernel,
         halves=halves,
         parameters=counts.total,
+        trained_parameters=counts.trained,
         matrix_parameters=counts.matrix,
         flops_per_token=flops_per_token,
         total_flops=flops_per_token * total_rows * length,
         memory={},
         memory_bytes=0,
         checkpoint_bytes=checkpoint,
-        disk_bytes=checkpoint * (train.save_total_limit + (1 if train.early_stopping_patience is None else 2))
-        + 4 * counts.total,
+        disk_bytes=checkpoint * (train.save_total_limit + (1 if train.early_stopping_patience is None else 2)) + final,
         decisions=tuple(decisions),
     )
     return _with_memory(plan, train, counts)

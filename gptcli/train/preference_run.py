@@ -69,6 +69,7 @@ def preference_trainer(
 def _reference(loaded: LoadedRecipe, model: PreTrainedModel, assembly: Assembly) -> PreTrainedModel:
     """The model as it was before training: a second copy of `model.from`."""
     from gptcli.model.load import load_model
+    from gptcli.model.resize import resize
 
     section = loaded.recipe.model
     assert section is not None and section.from_ is not None and has_reference(loaded)
@@ -80,6 +81,7 @@ def _reference(loaded: LoadedRecipe, model: PreTrainedModel, assembly: Assembly)
         trust_remote_code=section.trust_remote_code,
         revision=section.revision,
     )
+    resize(reference, assembly.config.get_text_config().vocab_size, assembly.new_tokens)
     reference.requires_grad_(False)
     found: PreTrainedModel = reference.eval()
     return found

@@ -18,11 +18,12 @@ from gptcli.model.card import card_head
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
+    from gptcli.recipe.schema import Recipe
     from gptcli.reporting import Reporter
     from gptcli.runs.folder import RunFolder
     from gptcli.train.plan import Plan
 
-_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy", "safetensors")
+_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy", "safetensors", "peft")
 
 
 def versions() -> dict[str, str]:
@@ -74,6 +75,7 @@ def model_card(loaded: LoadedRecipe, plan: Plan, result: dict[str, Any]) -> str:
     validation = result.get("validation") or {}
     rows = [
         ("type", recipe.model.type or f"continued from {recipe.model.from_}"),
+        *_adapter_rows(recipe, plan),
         ("parameters", f"{plan.parameters:,}"),
         ("context", f"{recipe.data.sequence_length:,} tokens"),
         ("trained on", f"{result['tokens']:,} tokens in {result['step']:,} steps"),
@@ -88,12 +90,40 @@ Trained on:
 {sources}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("final")
-tokenizer = AutoTokenizer.from_pretrained("final")
+{_how_to_load(recipe)}
 ```
 """
+
+
+def _adapter_rows(recipe: Recipe, plan: Plan) -> list[tuple[str, str]]:
+    """What a card says of an adapter and its base."""
+    finetune = recipe.finetune
+    if finetune.adapter == "none":
+        return []
+    assert recipe.model is not None
+    lora = finetune.lora
+    shape = f"r {lora.r}, alpha {lora.alpha:g}" if finetune.adapter_from is None else f"of {finetune.adapter_from}"
+    merged = (
+        "merged into the weights; as it was trained: adapter/" if finetune.merge else "this folder, without its base"
+    )
+    revision = f" ({recipe.model.revision})" if recipe.model.revision else ""
+    return [
+        ("base", f"{recipe.model.from_}{revision}"),
+        ("adapter", f"{finetune.adapter}, {shape}, {plan.trained_parameters:,} parameters; {merged}"),
+    ]
+
+
+def _how_to_load(recipe: Recipe) -> str:
+    head = "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("final")'
+    if recipe.finetune.adapter == "none" or recipe.finetune.merge:
+        return f'{head}model = AutoModelForCausalLM.from_pretrained("final")\n{tokenizer}'
+    assert recipe.model is not None
+    return f"""from peft import PeftModel
+{head}{tokenizer}
+base = AutoModelForCausalLM.from_pretrained("{recipe.model.from_}")
+base.resize_token_embeddings(max(len(tokenizer), base.vocab_size))
+model = PeftModel.from_pretrained(base, "final")"""
 
 
 def _figure(value: Any) -> str:

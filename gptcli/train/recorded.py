@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from gptcli.errors import CheckpointError
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, group, optim, optimizer_state, random_state, sharding, weights
+from gptcli.train.adapter_base import base_in
 from gptcli.train.base import TRAINER_STATE_NAME, Trainer, restoring
 from gptcli.train.best import Best
 from gptcli.train.guard import StepGuard
@@ -314,8 +315,9 @@ class RecordedTrainer(Trainer):
 
     def collect(self, writers: Sequence[int], optimizer: Any = None) -> Write | None:
         """`weights.collect` of the model."""
+        base = base_in(self._recipe, self._facts["fingerprints"])
         return weights.collect(
-            self.plain_model, writers, use_cache=self._use_cache, optimizer=optimizer, zero=self._zero
+            self.plain_model, writers, use_cache=self._use_cache, optimizer=optimizer, zero=self._zero, base=base
         )
 
     def save_tokenizer(self, folder: Path) -> None:

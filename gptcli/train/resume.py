@@ -17,6 +17,7 @@ from gptcli.errors import CheckpointError, DataError, UsageError
 from gptcli.files import held_alone, read_json, remove
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import MANIFEST, RunFolder
+from gptcli.train.adapter_base import BASE
 from gptcli.train.checkpoint import newest_good, remove_leftovers, verify
 from gptcli.train.plan import MICRO_BATCH
 
@@ -40,6 +41,7 @@ _HARMLESS = (
     "train.sample_every",
     "train.save_total_limit",
     MICRO_BATCH,
+    "finetune.merge",
     "train.on_save_error",
     "train.eval_at_start",
     "train.max_time",
@@ -151,7 +153,7 @@ def check_unchanged(
     Args:
         start: the checkpoint.
         recipe: the whole recipe with defaults, `auto` undecided.
-        fingerprints: of data, prepared (what the data is made from) and tokenizer now.
+        fingerprints: of data, prepared (what the data is made from), tokenizer and an adapter's base now.
         steps: of the whole run, as planned now.
         allowed: keys that may differ (`--allow-changes`).
         prepared: the folder of the prepared data, for the message.
@@ -171,10 +173,18 @@ def check_unchanged(
     harmless: list[str] = []
     for key, (before, after) in changed.items():
         line = f"{key}: {_show(before)} -> {_show(after)}"
+        moved = key == "model.from" and then_print.get(BASE) == now_print.get(BASE) is not None
         is_path = key.startswith(("data.", "tokenizer.")) and key.rsplit(".", 1)[-1] in (*_PATHS, "from")
         longer = key in _LENGTH_KEYS and steps >= int(start.manifest["steps"])
-        fine = _under(key, _HARMLESS) or _under(key, allowed) or longer or (is_path and same_data)
+        fine = _under(key, _HARMLESS) or _under(key, allowed) or longer or moved or (is_path and same_data)
         (harmless if fine else refused).append(line)
+    if None not in (then_print.get(BASE), now_print.get(BASE)) and then_print[BASE] != now_print[BASE]:
+        raise CheckpointError(
+            "the base of this run's adapter is not the model that it was trained on: its weights are others",
+            where=str(recipe["model"]["from"]),
+            remedy="Restore it, or name where it is: model.from=FOLDER\n"
+            "To train anew: --overwrite, or another name=NAME.",
+        )
     if then_print["tokenizer"] != now_print["tokenizer"]:
         raise CheckpointError(
             f"this is not the tokenizer of the run, which is at step {start.step}: its ids mean other texts",

@@ -20,7 +20,7 @@ from gptcli.reporting import Reporter
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.train import group
-from gptcli.train.assemble import Assembly, decided_recipe
+from gptcli.train.assemble import Assembly, decided_recipe, set_trained
 from gptcli.train.begin import Options, begin, write_start
 from gptcli.train.finish import result_of, write_final, write_run_report
 from gptcli.train.modes import BLOCKS
@@ -150,6 +150,7 @@ def _build_model(assembly: Assembly, reporter: Reporter) -> PreTrainedModel:
     from gptcli.model.build import build_model
     from gptcli.model.kernels import GPU_ONLY, attend_without_mask
     from gptcli.model.load import load_model
+    from gptcli.model.resize import resize
     from gptcli.train import float8, sharding
 
     loaded, plan = assembly.loaded, assembly.plan
@@ -165,12 +166,15 @@ def _build_model(assembly: Assembly, reporter: Reporter) -> PreTrainedModel:
             attention=attention,
             trust_remote_code=recipe.model.trust_remote_code,
             revision=recipe.model.revision,
+            four_bits=recipe.finetune.adapter == "qlora",
         )
+        resize(model, assembly.config.get_text_config().vocab_size, assembly.new_tokens)
         model.train()
     else:
         model = build_model(
             loaded, assembly.config, seed=recipe.seed, attention=None if attention == "auto" else attention
         )
+    set_trained(model, loaded=loaded, new_tokens=assembly.new_tokens)
     if is_preference(loaded):
         return model  # its rows are padded, and it is trl that makes its logits
     if plan.attention == BLOCKS and not attend_in_blocks(model):

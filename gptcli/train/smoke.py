@@ -34,7 +34,7 @@ from gptcli.train.preference_smoke import BYTES_LENGTH, preference_cuts, reward_
 from gptcli.train.run import train
 
 if TYPE_CHECKING:
-    from gptcli.recipe.schema import Eval
+    from gptcli.recipe.schema import Eval, Finetune
 
 NO_GPU = Hardware("cpu", fast_bf16=False, processes=1, memory_bytes=0)
 ROWS = 64
@@ -59,15 +59,18 @@ def smoke_run(argument: str, overrides: Sequence[str], command: str, reporter: R
             remedy="Run it without the launcher: the recipe's launch section is left aside.",
         )
     began = time.monotonic()
-    loaded = load_recipe(argument, overrides)
+    loaded = load_recipe(argument, overrides).used_by(command)
     with tempfile.TemporaryDirectory(prefix="gptcli-smoke-") as name, _on_cpu():
         folder = Path(name)
         cuts = [*overrides, *_cuts(loaded, folder, reporter)]
-        toy = load_recipe(argument, cuts)
+        toy = load_recipe(argument, cuts).used_by(command)
         if is_preference(loaded):
             tiny = save_tiny(toy, folder / "base")
             cuts += _as_overrides(preference_cuts(loaded, tiny, reporter))
-            toy = load_recipe(argument, cuts)
+            toy = load_recipe(argument, cuts).used_by(command)
+        elif toy.recipe.finetune.adapter != "none":
+            base = {"from": str(_saved_model(toy, folder / "base"))}
+            toy = load_recipe(argument, [*cuts, "model=null", f"model={json.dumps(base)}"])
         reporter.say("smoke: two steps, save, stop")
         try:
             train(toy, Options(command, stop_after=2), reporter)
@@ -84,6 +87,16 @@ def smoke_run(argument: str, overrides: Sequence[str], command: str, reporter: R
     seconds = round(time.monotonic() - began, 1)
     reporter.say(f"smoke: {loaded.recipe.name} works ({seconds} s)")
     return {**result, "run": None, "smoke": True, "sample": text, "evaluation": evaluation, "wall_seconds": seconds}
+
+
+def _saved_model(toy: LoadedRecipe, folder: Path) -> Path:
+    """The tiny random model as a folder, for an adapter to belong to."""
+    from gptcli.model.build import TokenIds, build_config, build_model
+
+    config, _ = build_config(toy, TokenIds(VOCABULARY, 0, 0, None))
+    model: Any = build_model(toy, config, seed=toy.recipe.seed, attention=None)
+    model.save_pretrained(str(folder))
+    return folder
 
 
 def _generate(toy: LoadedRecipe, run: RunFolder, reporter: Reporter) -> str:
@@ -161,6 +174,7 @@ def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
         cuts["eval.data"] = [
             _cut_source(s, folder, f"eval-{i}", reporter, recipe.eval) for i, s in enumerate(recipe.eval.data)
         ]
+    cuts |= _finetune_cuts(recipe.finetune, reporter)
     cuts |= _data_cuts(loaded, folder, reporter)
     if is_preference(loaded):
         assert recipe.model is not None
@@ -173,6 +187,18 @@ def _as_overrides(cuts: dict[str, Any]) -> list[str]:
     # A mapping would be merged over the recipe's, whose fields are those of a larger model.
     removed = [f"{key}=null" for key, value in cuts.items() if isinstance(value, dict)]
     return [*removed, *(f"{key}={json.dumps(value)}" for key, value in cuts.items())]
+
+
+def _finetune_cuts(finetune: Finetune, reporter: Reporter) -> dict[str, Any]:
+    cuts: dict[str, Any] = {}
+    if finetune.adapter == "qlora":
+        reporter.say("smoke: finetune.adapter qlora needs a GPU; lora stands in for it")
+        cuts["finetune.adapter"] = "lora"
+    for name, value in (("adapter_from", finetune.adapter_from), ("freeze", finetune.freeze)):
+        if value:
+            reporter.say(f"smoke: finetune.{name} is left aside, which belongs to another model")
+            cuts[f"finetune.{name}"] = None
+    return cuts
 
 
 def _data_cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> dict[str, Any]:

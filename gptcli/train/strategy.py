@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from gptcli.errors import RecipeError
+from gptcli.errors import MissingError, RecipeError
 from gptcli.reporting import mebibytes
 
 if TYPE_CHECKING:
@@ -71,6 +72,45 @@ def check_strategy(loaded: LoadedRecipe, plan: Plan) -> None:
                 where=loaded.where(key),
                 remedy=f"{' and '.join(known)} are; or set launch.strategy: ddp.",
             )
+
+
+def check_finetune(loaded: LoadedRecipe, plan: Plan) -> None:
+    """Refuse an adapter, or frozen modules, where they are not known to work.
+
+    Raises:
+        RecipeError: with what does.
+    """
+    finetune = loaded.recipe.finetune
+    if finetune.adapter == "none" and not finetune.freeze:
+        return
+    what = f"finetune.adapter: {finetune.adapter}" if finetune.adapter != "none" else "finetune.freeze"
+    for key, value, wrong, right in (
+        (STRATEGY, plan.strategy, plan.world_size > 1 and plan.strategy != "ddp", f"{STRATEGY}: ddp"),
+        ("launch.parallel", "tp", plan.tensor_parallel > 1, "launch.parallel.tp: 1"),
+        ("launch.parallel", "cp", plan.context_parallel > 1, "launch.parallel.cp: 1"),
+        ("train.precision", "fp8", plan.precision == "fp8", "train.precision: bf16"),
+    ):
+        if wrong:
+            raise RecipeError(
+                f"{what} is not known to work with {key}: {value}", where=loaded.where(key), remedy=f"Set {right}."
+            )
+
+
+def check_quantized(loaded: LoadedRecipe, hardware: Hardware) -> None:
+    """Raise `MissingError` for `qlora` without a GPU or without bitsandbytes."""
+    if loaded.recipe.finetune.adapter != "qlora":
+        return
+    lacking = []
+    if hardware.here and importlib.util.find_spec("bitsandbytes") is None:
+        lacking.append("the package bitsandbytes, which is not installed")
+    if hardware.kind != "cuda":
+        lacking.append("a GPU with CUDA or ROCm, and there is none here")
+    if lacking:
+        raise MissingError(
+            f"finetune.adapter: qlora needs {', and '.join(lacking)}",
+            where=loaded.where("finetune.adapter"),
+            remedy="pip install 'gptcli[gpu]'\nWithout it, finetune.adapter: lora is the same with the base in fp32.",
+        )
 
 
 def _check_divided_rows(loaded: LoadedRecipe, plan: Plan) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.launch import is_main_process
+from gptcli.model import adapt
 from gptcli.model.load import quiet
 from gptcli.train import optimizer_state, sharding, together
 from gptcli.train.together import Write
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from gptcli.model.adapt import Base
+
 
 def collect(
     model: PreTrainedModel,
@@ -25,6 +28,7 @@ def collect(
     use_cache: bool | None,
     optimizer: Any = None,
     zero: Zero | None = None,
+    base: Base | None = None,
 ) -> Write | None:
     """Bring together what this process writes of a model; for all processes to call together.
 
@@ -34,6 +38,7 @@ def collect(
         use_cache: that of the model's configuration before training, which turns the key-value cache off.
         optimizer: whose state is written too.
         zero: what divides the model and that state, if DeepSpeed does; rank 0 writes then.
+        base: what the adapter on the model belongs to, which alone is written then; None: there is none.
 
     Returns:
         What writes that into a folder, rank 0 the configuration too; None where there is nothing to write.
@@ -51,7 +56,9 @@ def collect(
 
     def write(folder: Path) -> None:
         with quiet(), _as_before_training(model.config, use_cache):
-            if is_main_process():
+            if base is not None:
+                adapt.write(model, folder, base)
+            elif is_main_process():
                 model.save_pretrained(folder, state_dict=weights)
             elif weights:
                 _save_part(folder, model, weights)

@@ -14,6 +14,7 @@ from gptcli.data.chat_template import NAMED, find_template, with_template
 from gptcli.data.tokenize import Prepared
 from gptcli.data.tokenizer import load_fast, tokenizer_fingerprint, train_bpe
 from gptcli.errors import GptcliError, RecipeError
+from gptcli.model.load import load_tokenizer
 from gptcli.recipe.load import load_recipe
 
 Prepare = Callable[..., Prepared]
@@ -232,9 +233,22 @@ def test_a_template_file_is_beside_the_recipe_or_where_an_override_is_written(
 
 
 def test_the_folder_of_a_template_is_the_tokenizer_and_the_template_alone(tmp_path: Path) -> None:
-    train_bpe(["text"], tmp_path / "tok", vocab_size=258, pattern="gpt4")
+    special = NAMED["chatml"].special_tokens
+    train_bpe(["text"], tmp_path / "tok", vocab_size=260, pattern="gpt4", special_tokens=special)
     before = {path.name: path.read_bytes() for path in (tmp_path / "tok").iterdir()}
     folder = with_template(tmp_path / "tok", NAMED["chatml"])
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert after == before | {"chat_template.jinja": NAMED["chatml"].text.encode()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "tok").iterdir()} == before
+
+
+def test_tokens_of_a_template_that_a_tokenizer_lacks_follow_its_own(tmp_path: Path) -> None:
+    train_bpe(["text"], tmp_path / "tok", vocab_size=258, pattern="gpt4")
+    before = load_fast(tmp_path / "tok").get_vocab(with_added_tokens=True)
+    folder = with_template(tmp_path / "tok", NAMED["chatml"])
+    after = load_fast(folder).get_vocab(with_added_tokens=True)
+    assert after == before | {"<|im_start|>": len(before), "<|im_end|>": len(before) + 1}
+    assert load_fast(folder).encode("a<|im_end|>").ids[-1] == len(before) + 1
+    by_transformers = load_tokenizer(folder)
+    assert by_transformers.encode("<|im_start|>", add_special_tokens=False) == [len(before)]
+    assert with_template(folder, NAMED["chatml"]) == folder, "nothing is added twice"

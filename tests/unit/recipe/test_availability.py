@@ -54,9 +54,6 @@ def test_what_does_not_exist_yet_is_refused_with_its_place(recipe: str, override
 @pytest.mark.parametrize(
     "override",
     [
-        "finetune.adapter=lora",
-        "finetune.lora.r=8",
-        "finetune.freeze=[x]",
         "finetune.train_on=all",
     ],
 )
