@@ -33,6 +33,7 @@ generate: {prompts: [the cat], max_new_tokens: 6}
 """
 METHODS = {
     "dpo": ["finetune.method=dpo"],
+    "dpo-lora": ["finetune.method=dpo", "finetune.adapter=lora", "finetune.merge=true"],
     "kto": ["finetune.method=kto"],
     "orpo": ["finetune.method=orpo"],
     "grpo": ["finetune.method=grpo", "finetune.reward={regex: e}", "train.trainer_args.num_generations=4"],

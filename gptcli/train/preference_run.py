@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptcli.errors import RecipeError
 from gptcli.train.arguments import training_arguments
 from gptcli.train.pair_encoder import Encoder
 from gptcli.train.pairs import PreparedPairs
@@ -35,6 +36,12 @@ def preference_trainer(
     recipe = loaded.recipe
     assert recipe.data is not None
     method = recipe.finetune.method
+    if recipe.finetune.adapter != "none" and assembly.new_tokens:
+        raise RecipeError(  # trl multiplies with the head's own weights, which are without the rows of an adapter
+            "finetune.adapter: not with preference tuning where the tokenizer has tokens that are new to the model",
+            where=loaded.where("finetune.adapter"),
+            remedy="Train all of the model (adapter: none), or leave out tokenizer.chat_template.",
+        )
     more: dict[str, Any] = {"max_length": recipe.data.sequence_length, "beta": recipe.finetune.beta}
     if method == "grpo":
         more = {"max_completion_length": recipe.generate.max_new_tokens, "num_generations": generations(loaded)}
