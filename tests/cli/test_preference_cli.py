@@ -28,4 +28,4 @@ def test_dpo_of_200_pairs_raises_the_margin_of_held_out_ones_and_goes_on(run_cli
     assert result["tokens"] == lines[-2]["tokens"]
     # A longer run goes on from there, without a second look at what is done.
     more = run_cli("finetune", *settings, "train.max_steps=22", cwd=folder)
-    assert more.code == 0 and "resuming pairs from checkpoint-20" in more.err
+    assert more.code == 0 and "resuming pairs from checkpoint-20" in more.out
