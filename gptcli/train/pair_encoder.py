@@ -25,6 +25,11 @@ _NAME_IT = "Name the columns there are in data.preference, for example preferenc
 _COLUMNS = "Name the columns there are in data.preference: {prompt: ..., chosen: ..., rejected: ...}"
 _MEND = "Mend it, or leave such rows out: data.on_bad_row: skip (they are counted)."
 _TRUE, _FALSE = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")
+# What trl calls a reward function with, and columns that it would take for pictures.
+_OF_TRL = (
+    *("prompts", "completion", "completions", "completion_ids", "image", "images"),
+    *("trainer_state", "log_extra", "log_metric", "environments"),
+)
 Messages = list[dict[str, Any]]
 
 
@@ -153,8 +158,7 @@ class Encoder:
                 )
             if not isinstance(row[self._reference], str | int | float | list):
                 return f"column {self._reference!r} holds {kind_of(row[self._reference])}, no reference"
-        others = {name: value for name, value in row.items() if name not in ("completion", "completions", "prompts")}
-        return [{**others, "prompt": prompt}]
+        return [{**{name: value for name, value in row.items() if name not in _OF_TRL}, "prompt": prompt}]
 
     def _with_answers(self, row: dict[str, Any], prompt: str | Messages) -> list[dict[str, Any]]:
         names = [name for name in ("chosen", "rejected", "completion") if name in self._columns]

@@ -104,6 +104,10 @@ def prepare_pairs(loaded: LoadedRecipe, reporter: Reporter) -> PreparedPairs:
         for place, row, _ in encoder.rows(source, where, dropped):
             _add(validation, place, row, encoder)
     _check_sides(loaded, train, validation, dropped)
+    if encoder.method == "grpo":  # a reward function is given a value of every column for every row
+        columns = dict.fromkeys(name for side in (train, validation) for row in side.rows for name in row)
+        for side in (train, validation):
+            side.rows[:] = [{**columns, **row} for row in side.rows]
     for reason, count in dropped.items():
         reporter.say(f"data: {count:,} {'row' if count == 1 else 'rows'} {reason}")
     of_tokenizer = tokenizer_fingerprint(folder)

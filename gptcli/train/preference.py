@@ -72,7 +72,8 @@ class PreferenceTrainer(RecordedTrainer):
         others: dict[str, Any],
     ) -> None:
         self._order, self._places = order, train.places
-        self._held_out = None if validation is None else Dataset.from_list(validation.rows)
+        self._rows = train.rows
+        self._held_out = None if validation is None else validation.rows
         self._begun, self._tokens_before = -1, 0
         self._evaluated: dict[str, list[float]] = {}
         meter = RowMeter(record["plan"], args.device, lambda: self.tokens_at(0))
@@ -80,7 +81,8 @@ class PreferenceTrainer(RecordedTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=Dataset.from_list(train.rows),
+            # trl wants a data set of its kind, and reads none of it: the loader has the rows.
+            train_dataset=Dataset.from_dict({"row": list(range(len(train.rows)))}),
             processing_class=tokenizer,
             callbacks=[record["schedule"]],
             **others,
@@ -111,7 +113,7 @@ class PreferenceTrainer(RecordedTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The micro-batches of the run, from its first step to its last."""
-        rows: Any = self.train_dataset
+        rows: Any = self._rows
         return DataLoader(
             rows,
             batch_sampler=self._order,
@@ -201,7 +203,7 @@ class PreferenceTrainer(RecordedTrainer):
     def _validate(self) -> tuple[dict[str, Any], str] | None:
         if self._held_out is None:
             return None
-        rows: Any = self._held_out
+        rows = self._held_out
         model: Any = self.model
         totals: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
@@ -325,7 +327,7 @@ class Grpo(PreferenceTrainer, GRPOTrainer):  # type: ignore[misc]
         """The mean reward of completions of the held-out prompts, drawn from the same random numbers every time."""
         if self._held_out is None:
             return None
-        rows: Any = self._held_out
+        rows = self._held_out
         model: Any = self.model
         rewards: list[float] = []
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -362,10 +364,10 @@ def _without_notices() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _parts(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a data set, `size` at a time."""
+def _parts(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows, `size` at a time."""
     for first in range(0, len(rows), size):
-        yield [rows[index] for index in range(first, min(first + size, len(rows)))]
+        yield rows[first : first + size]
 
 
 def _padded(rows: list[list[int]], value: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from gptcli.errors import DataError, RecipeError
 from gptcli.recipe.load import load_recipe
@@ -51,16 +52,10 @@ def test_kto_reads_labels_or_takes_pairs_apart(folder: Path) -> None:
 def test_messages_go_through_the_chat_template_and_end_with_its_turn(folder: Path) -> None:
     said = [{"role": "user", "content": "the mat"}]
     good, bad = ([{"role": "assistant", "content": text}] for text in ("cat", "hello"))
-    asked = prepared(
-        folder,
-        [
-            {"prompt": said, "chosen": good, "rejected": bad},
-            {"prompt": "the mat", "chosen": [*said, *good], "rejected": bad},
-        ],
-        f"tokenizer={{from: {folder}/base, chat_template: chatml}}",
-    ).train.rows
-    text = shared_tokenizer().decode(asked[0]["prompt_ids"] + asked[0]["chosen_ids"])
-    assert "user\nthe mat" in text and text.endswith("cat<|endoftext|>")
+    chat = prepared(folder, [apart, repeated], f"tokenizer={{from: {folder}/base, chat_template: chatml}}")
+    asked = chat.train.rows
+    text = AutoTokenizer.from_pretrained(chat.tokenizer).decode(asked[0]["prompt_ids"] + asked[0]["chosen_ids"])
+    assert text == "<|im_start|>user\nthe mat<|im_end|>\n<|im_start|>assistant\ncat<|im_end|>"
     assert asked[0] == asked[1]
 
 
@@ -106,6 +101,16 @@ def test_rows_with_the_same_prompt_are_on_one_side(folder: Path) -> None:
 def test_nothing_held_out_of_a_share_is_told(folder: Path) -> None:
     with pytest.raises(DataError, match="none is left for validation"):
         prepared(folder, [pair(1)], "data.validation=1%")
+
+
+def test_grpo_keeps_the_columns_that_a_reward_may_read(folder: Path) -> None:
+    rows = [{"prompt": "a", "reference": 1, "image": "x"}, {"prompt": "b", "reference": "c", "level": [2]}]
+    assert prepared(folder, rows, "finetune.reward=exact_match", method="grpo").train.rows == [
+        {"prompt": "a", "reference": 1, "level": None},
+        {"prompt": "b", "reference": "c", "level": [2]},
+    ]
+    with pytest.raises(DataError, match=r"has no column 'reference' to compare with \(data\.preference\.reference\)"):
+        prepared(folder, [{"prompt": "a"}], "finetune.reward=exact_match", method="grpo")
 
 
 def test_the_columns_of_another_method_are_refused(folder: Path) -> None:
