@@ -12,16 +12,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from gptcli.data.columns import Maps, filled, mapped, missing_text, text_of, what_of
-from gptcli.data.readers import BadRow, Layout, Row, readable_suffixes, shown
+from gptcli.data.named_rows import named_rows
+from gptcli.data.readers import BadRow
 from gptcli.data.reading.row import listed
-from gptcli.data.sources import FileInput, Reading, find_inputs, input_rows, mark, place
-from gptcli.data.tokens import TokensInput
 from gptcli.errors import DataError, UsageError
 from gptcli.recipe.template import Template
 
 if TYPE_CHECKING:
     from gptcli.evaluation.corpus import Corpus
-    from gptcli.recipe.schema import Source
     from gptcli.reporting import Reporter
 
 _NAME_IT = "Name the columns there are in eval.prompt, for example eval.prompt: '{{hint}}'"
@@ -75,7 +73,7 @@ def read_examples(corpus: Corpus, asked: Asked, reporter: Reporter) -> list[Exam
 
 def _examples(corpus: Corpus, asked: Asked, skipped: list[str]) -> Iterator[Example]:
     for source, where in corpus.sources:
-        for at, row in islice(_rows(source, asked.prompt, where), source.limit):
+        for at, row in islice(named_rows(source, asked.prompt.columns[0], _NAME_IT, where), source.limit):
             made = row.reason if isinstance(row, BadRow) else _example(at, row.values or {}, source.map or {}, asked)
             if isinstance(made, Example):
                 yield made
@@ -104,19 +102,3 @@ def _example(place: str, row: dict[str, Any], maps: Maps, asked: Asked) -> Examp
         if (wrong := asked.check(references)) is not None:
             return f"column {asked.references!r}: {wrong}"
     return Example(place, filled(asked.prompt, values), references)
-
-
-def _rows(source: Source, template: Template, where: str | None) -> Iterator[tuple[str, Row | BadRow]]:
-    """Where each row of a source stands, and the row."""
-    columns = tuple(source.columns) if source.columns else None
-    layout = Layout("line", template.columns[0], columns, remedy=_NAME_IT, whole=True)
-    for part in find_inputs(source, where=where):
-        if isinstance(part, TokensInput) or (isinstance(part, FileInput) and part.builtin):
-            raise DataError(
-                f"{shown(part.path)} is no file of rows with columns",
-                where=where,
-                remedy=f"Read are {readable_suffixes()}.",
-            )
-        reading = Reading(layout, "error", where)
-        for row in input_rows(part, reading):
-            yield place(part, mark(0, row), layout), row

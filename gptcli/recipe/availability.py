@@ -27,17 +27,19 @@ class Row:
         key: dotted; `*` is any item of a list.
         allowed: the values that are available (lists: each item has to be one of them).
         feature: what the key is for, in the message.
+        commands: the row is for these alone; without any: for all.
     """
 
     key: str
     allowed: tuple[Any, ...] = ()
     feature: str = ""
+    commands: tuple[str, ...] = ()
 
 
 TABLE: tuple[Row, ...] = (
     Row("eval.data.*.tokens", feature="evaluation on tokens made before"),
-    Row("data.format", ("text", "prompt", "chat")),
-    Row("data.preference", feature="preference data"),
+    Row("data.format", ("text", "prompt", "chat", "preference")),
+    Row("data.format", ("text", "prompt", "chat"), commands=("tokenize", "pretrain", "eval")),
     Row("data.images", feature="training on images"),
     Row("data.audios", feature="training on sounds"),
     Row("data.videos", feature="training on videos"),
@@ -47,9 +49,6 @@ TABLE: tuple[Row, ...] = (
     Row("model.rope_scaling", feature="a longer context by rope_scaling"),
     Row("train.objective", ("causal", "fim")),
     Row("train.profile", feature="a profile"),
-    Row("finetune.method", ("sft",)),
-    Row("finetune.beta", feature="preference tuning"),
-    Row("finetune.reward", feature="a reward"),
 )
 
 _TRAINING = ("tokenizer", "data", "model", "train", "launch", "tokenize", "tracking", "generate")
@@ -66,7 +65,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 def check_available(loaded: LoadedRecipe, command: str) -> None:
     """Raise a `RecipeError` (code 2) when the sections that a command uses ask for what there is not."""
     sections = SECTIONS[command]
-    rows = [row for row in TABLE if any(f"{row.key}.".startswith(f"{section}.") for section in sections)]
+    rows = [
+        row
+        for row in TABLE
+        if any(f"{row.key}.".startswith(f"{section}.") for section in sections)
+        and (not row.commands or command in row.commands)
+    ]
     defaults = Recipe.model_validate({"data": {"train": "-"}}).model_dump(mode="json", by_alias=True)
     found = []
     for row in rows:
@@ -75,14 +79,22 @@ def check_available(loaded: LoadedRecipe, command: str) -> None:
             refused = _refused(row, value, default)
             if refused is not None:
                 node, name = problems.find(loaded.root, location)
+                here = f" to {command}" if row.commands else ""
                 remedy = (
                     f"available: {', '.join(_text(item) for item in row.allowed)}" if row.allowed else "leave it out"
                 )
                 where = node.where if node is not None else loaded.label
-                found.append(Problem(where, f"{name}: {refused} is not available yet", remedy))
+                found.append(Problem(where, f"{name}: {refused} is not available{here} yet", remedy))
     problems.raise_problems(found)
     if "train" in sections:
         check_best_metric(loaded)
+    method, data = loaded.recipe.finetune.method, loaded.recipe.data
+    if command == "finetune" and method != "sft" and data is not None and data.format != "preference":
+        raise RecipeError(
+            f"finetune.method: {method} learns from preference data, and data.format is {data.format}",
+            where=loaded.where("finetune.method"),
+            remedy="data: {format: preference, preference: {prompt: ..., chosen: ..., rejected: ...}}",
+        )
 
 
 def usable_by(loaded: LoadedRecipe) -> dict[str, str | None]:

@@ -251,6 +251,9 @@ class Preference(Section):
     rejected: str | None = Field(default=None, description="The column of the worse answer.")
     completion: str | None = Field(default=None, description="kto: the column of the answer.")
     label: str | None = Field(default=None, description="kto: the column that says whether the answer is good.")
+    reference: str = Field(
+        default="reference", description="grpo: the column of the right answer, for the reward exact_match."
+    )
 
 
 class Data(Section):
@@ -293,7 +296,9 @@ class Data(Section):
         "several documents a row, each seeing only itself; none: one document a row.",
     )
     overlong: Literal["split", "truncate", "drop", "error"] = Field(
-        default="split", description="isolated and none: a document longer than a row."
+        default="split",
+        description="isolated and none: a document longer than a row. Preference data: truncate (its default), drop "
+        "or error.",
     )
     deduplicate: Literal["none", "exact"] = Field(
         default="none", description="Drop documents whose text was seen before."
@@ -310,6 +315,13 @@ class Data(Section):
     def _packing_follows_the_format(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("format", "text") != "text" and value.get("packing") is None:
             return {**value, "packing": "isolated"}
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs_are_not_split(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("format") == "preference" and value.get("overlong") is None:
+            return {**value, "overlong": "truncate"}
         return value
 
     @model_validator(mode="after")

@@ -80,12 +80,6 @@ class AheadTrainer(BackOffTrainer):
             generator=torch.Generator(),  # a loader draws a seed, which is not to be one of the model's
         )
 
-    def wait(self) -> None:
-        """Let a GPU finish where something other than a step follows, so that a step's time is its own."""
-        follows = self.control.should_log or self.control.should_evaluate or self.control.should_save
-        if follows and self.args.device.type == "cuda":
-            torch.cuda.synchronize(self.args.device)
-
     def _get_num_items_in_batch(self, batch_samples: list[torch.Tensor], device: torch.device) -> Any:
         """The labels that count of an optimizer step, over all processes."""
         count = sum(label_count(batch) for batch in batch_samples)

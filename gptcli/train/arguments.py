@@ -38,6 +38,24 @@ _OPTIMIZER_PACKAGES = {
     "lion": ("bitsandbytes", "gptcli[gpu]"),
     "ademamix": ("bitsandbytes", "gptcli[gpu]"),
 }
+# Fields of trl's arguments that keys of the recipe set, and those that our order of rows and our resume do not know.
+_TRL_OF_RECIPE = {
+    "beta": "finetune.beta",
+    "max_length": "data.sequence_length",
+    "max_completion_length": "generate.max_new_tokens",
+    "truncation_mode": "data.overlong",
+    "shuffle_dataset": "data.shuffle",
+}
+_TRL_REFUSED = (
+    "generation_batch_size",
+    "steps_per_generation",
+    "num_iterations",
+    "precompute_ref_log_probs",
+    "sync_ref_model",
+    "use_adaptive_entropy",
+    "use_vllm",
+    "use_transformers_continuous_batching",
+)
 _TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
 
 
@@ -56,9 +74,13 @@ def check_names(loaded: LoadedRecipe) -> None:
     _known(loaded, "train.optimizer", train.optimizer, optimizers)
     schedulers = {*(name.value for name in SchedulerType), *_SCHEDULERS}
     _known(loaded, "train.lr_scheduler", train.lr_scheduler, schedulers)
-    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    arguments = config_class(loaded)
+    fields = {field.name for field in dataclasses.fields(arguments) if field.init}
     for name in train.trainer_args:
-        _known(loaded, f"train.trainer_args.{name}", name, fields)
+        key = f"train.trainer_args.{name}"
+        _known(loaded, key, name, fields)
+        if arguments is not TrainingArguments and (why := _not_of_trl(loaded, name)) is not None:
+            raise RecipeError(f"{key}: {why}", where=loaded.where(key), remedy="Leave it out.")
     behind = next((found for part, found in _OPTIMIZER_PACKAGES.items() if part in train.optimizer), None)
     if behind is not None:
         check_installed(loaded, "train.optimizer", train.optimizer, *behind)
@@ -66,6 +88,34 @@ def check_names(loaded: LoadedRecipe) -> None:
         check_installed(
             loaded, "tracking.to", tracker, _TRACKERS[tracker], "gptcli[track]" if tracker != "mlflow" else tracker
         )
+
+
+def check_trl(loaded: LoadedRecipe) -> None:
+    """Raise a `MissingError`, with the command that installs it, where trl is not there."""
+    check_installed(loaded, "finetune.method", loaded.recipe.finetune.method, "trl", "gptcli[rl]")
+
+
+def config_class(loaded: LoadedRecipe) -> type[TrainingArguments]:
+    """The class of the Trainer's arguments: transformers' own, or trl's for a method that learns preferences."""
+    from transformers import TrainingArguments
+
+    method = loaded.recipe.finetune.method
+    if loaded.recipe.data is None or loaded.recipe.data.format != "preference":
+        return TrainingArguments
+    if method == "orpo":
+        module, name = importlib.import_module("trl.experimental.orpo"), "ORPOConfig"
+    else:
+        module, name = importlib.import_module("trl"), f"{method.upper()}Config"
+    found: type[TrainingArguments] = getattr(module, name)
+    return found
+
+
+def _not_of_trl(loaded: LoadedRecipe, name: str) -> str | None:
+    """Why a field of trl's arguments is not the recipe's to set; None: it is."""
+    key = _TRL_OF_RECIPE.get(name)
+    if key is not None and (name, loaded.recipe.finetune.method) != ("beta", "grpo"):
+        return f"it is set by {key}; use that instead"
+    return "not available yet: a run with it would not resume exactly" if name in _TRL_REFUSED else None
 
 
 def check_installed(loaded: LoadedRecipe, key: str, value: str, package: str, requirement: str) -> None:
@@ -78,10 +128,13 @@ def check_installed(loaded: LoadedRecipe, key: str, value: str, package: str, re
         )
 
 
-def training_arguments(loaded: LoadedRecipe, plan: Plan, run: Path, device_kind: str) -> TrainingArguments:
-    """The Trainer's arguments; its own logging, evaluation and saving strategies are off (see `callbacks`)."""
-    from transformers import TrainingArguments
+def training_arguments(
+    loaded: LoadedRecipe, plan: Plan, run: Path, device_kind: str, more: dict[str, Any] | None = None
+) -> TrainingArguments:
+    """The Trainer's arguments; its own logging, evaluation and saving strategies are off (see `callbacks`).
 
+    `more`: fields of the class that `config_class` gives.
+    """
     recipe = loaded.recipe
     train = recipe.train
     _tracker_environment(loaded, run)
@@ -127,15 +180,16 @@ def training_arguments(loaded: LoadedRecipe, plan: Plan, run: Path, device_kind:
     if device_kind == "cuda" and "accelerator_config" not in train.trainer_args:
         given["accelerator_config"] = {"non_blocking": True}
     try:
-        arguments = TrainingArguments(**given, **train.trainer_args)
+        arguments = config_class(loaded)(**given, **(more or {}), **train.trainer_args)
         if plan.precision == "fp8":
             arguments.mixed_precision = "fp8"
         # With several GPUs in sight the Trainer would split each batch over them (DataParallel).
         arguments._n_gpu = min(1, arguments.n_gpu)
         return arguments
     except (ValueError, TypeError, ImportError) as error:
+        library = config_class(loaded).__module__.partition(".")[0]
         raise RecipeError(
-            f"transformers refuses the settings: {str(error).splitlines()[0][:300]}", where=loaded.where("train")
+            f"{library} refuses the settings: {str(error).splitlines()[0][:300]}", where=loaded.where("train")
         ) from error
 
 

@@ -19,10 +19,13 @@ from gptcli.model.adapt import freeze, put_adapter
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
+from gptcli.train.arguments import check_trl
 from gptcli.train.choices import SHORT_FLOPS, choose_bf16
 from gptcli.train.decisions import Hardware
 from gptcli.train.modes import BLOCKS, check_modes
+from gptcli.train.pairs import PreparedPairs, is_preference, prepare_pairs
 from gptcli.train.plan import Plan, make_plan, without_compiler
+from gptcli.train.preference_plan import NAMES, plan_preference, preference_fingerprints
 from gptcli.train.shortage import explained, out_of_memory
 from gptcli.train.strategy import check_finetune, check_quantized, check_strategy
 from gptcli.train.vocabulary import vocabulary_of
@@ -47,8 +50,8 @@ class Assembly:
     """
 
     loaded: LoadedRecipe
-    prepared: Prepared
-    rows: Rows
+    prepared: Prepared | PreparedPairs
+    rows: Rows | None
     config: PreTrainedConfig
     counts: Counts
     plan: Plan
@@ -84,9 +87,15 @@ def assemble(
     from gptcli.model.build import count_parameters
     from gptcli.model.kernels import usable_attention
 
-    prepared = prepare(loaded, reporter, verify=verify)
-    _check_metric(loaded, prepared)
-    rows = training_rows(prepared.train, prepared.index, loaded.recipe, _batch(loaded))
+    prepared: Prepared | PreparedPairs
+    rows: Rows | None = None
+    if is_preference(loaded):
+        check_trl(loaded)
+        prepared = prepare_pairs(loaded, reporter)
+    else:
+        prepared = prepare(loaded, reporter, verify=verify)
+        _check_metric(loaded, prepared)
+        rows = training_rows(prepared.train, prepared.index, loaded.recipe, _batch(loaded))
     config, new_tokens = model_config(loaded, prepared, reporter)
     device = torch.device("cpu") if hardware is not None and hardware.kind == "cpu" else best_device()
     hardware, usable = hardware or look_at(device), usable_attention(config)
@@ -94,11 +103,14 @@ def assemble(
     counts = count_parameters(config, partial(set_trained, loaded=loaded, new_tokens=new_tokens))
     if loaded.recipe.finetune.adapter == "qlora":
         counts = replace(counts, quantized=counts.frozen_hidden)
-    about: dict[str, Any] = {"rows_per_epoch": rows.rows_per_epoch}
-    if isinstance(rows, PackedRows):
-        about |= {"tokens_per_epoch": rows.index.tokens, "padding": partial(padding, rows)}
 
     def planned(recipe: LoadedRecipe, hardware: Hardware) -> Plan:
+        if isinstance(prepared, PreparedPairs):
+            return plan_preference(recipe, prepared, counts, hardware=hardware, decided=decided, usable=usable)
+        assert rows is not None
+        about: dict[str, Any] = {"rows_per_epoch": rows.rows_per_epoch}
+        if isinstance(rows, PackedRows):
+            about |= {"tokens_per_epoch": rows.index.tokens, "padding": partial(padding, rows)}
         return make_plan(recipe, counts, hardware, decided=decided, usable=usable, **about)
 
     plan = planned(loaded, hardware=hardware)
@@ -118,11 +130,14 @@ def assemble(
     fingerprints = {
         "recipe": fingerprint(loaded.written),
         "data": prepared.fingerprint,
-        # The key of the cache: the sources' content and how they are made into tokens. As long as it is the same,
-        # another `data` means that the prepared files were replaced.
-        "prepared": prepared.train.folder.parent.name,
         "tokenizer": prepared.tokenizer_fingerprint,
     }
+    if isinstance(prepared, Prepared):
+        # The key of the cache: the sources' content and how they are made into tokens. As long as it is the same,
+        # another `data` means that the prepared files were replaced.
+        fingerprints["prepared"] = prepared.train.folder.parent.name
+    else:
+        fingerprints |= preference_fingerprints(loaded)
     return Assembly(loaded, prepared, rows, config, counts, plan, uncompiled, device, run, fingerprints, new_tokens)
 
 
@@ -168,7 +183,7 @@ def set_trained(model: PreTrainedModel, *, loaded: LoadedRecipe, new_tokens: Seq
 
 
 def model_config(
-    loaded: LoadedRecipe, prepared: Prepared, reporter: Reporter
+    loaded: LoadedRecipe, prepared: Prepared | PreparedPairs, reporter: Reporter
 ) -> tuple[PreTrainedConfig, tuple[int, ...]]:
     """The configuration of the recipe's model, and the ids of tokens that are new to it.
 
@@ -179,7 +194,7 @@ def model_config(
 
     check_names(loaded)
     assert loaded.recipe.model is not None
-    if loaded.recipe.model.from_ is not None:
+    if loaded.recipe.model.from_ is not None or isinstance(prepared, PreparedPairs):
         return _config_of(loaded, prepared, reporter)
     special = prepared.train.specials
     ids = TokenIds(prepared.train.vocab_size, special.bos, special.eos, special.pad)
@@ -195,7 +210,10 @@ def describe(assembly: Assembly) -> list[str]:
     assert loaded.recipe.model is not None
     kind = loaded.recipe.model.type or str(assembly.config.model_type)
     epochs = "" if plan.epochs is None else f" ({plan.epochs:.2f} epochs of {plan.rows_per_epoch:,} rows)"
-    batch = f"{plan.global_batch_size} rows x {plan.sequence_length}"
+    batch, tokens = f"{plan.global_batch_size} rows x {plan.sequence_length}", f"{plan.total_tokens:,} tokens"
+    if is_preference(loaded):
+        what = NAMES[loaded.recipe.finetune.method]
+        batch, tokens = f"{plan.global_batch_size} {what} of at most {plan.sequence_length:,} tokens", f"about {tokens}"
     parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} at once"
     if plan.world_size > 1:
         parts = f"{plan.micro_batch_size} x {plan.gradient_accumulation_steps} on each of {plan.processes} processes"
@@ -205,7 +223,7 @@ def describe(assembly: Assembly) -> list[str]:
     lines = [
         f"model: {kind}, {plan.parameters / 1e6:.2f} M parameters",
         *_adapter_lines(assembly),
-        f"train: {plan.steps:,} steps of {batch} ({parts}), {plan.total_tokens:,} tokens{epochs}{padding_text(plan)}",
+        f"train: {plan.steps:,} steps of {batch} ({parts}), {tokens}{epochs}{padding_text(plan)}",
         *_mixing_lines(assembly),
         f"device: {device_name(assembly.device)}, {plan.precision}",
     ]
@@ -248,6 +266,8 @@ def decided_recipe(loaded: LoadedRecipe, plan: Plan) -> dict[str, Any]:
 
 def _mixing_lines(assembly: Assembly) -> list[str]:
     """What each of several sources gives to the planned run, and how often it is gone through."""
+    if isinstance(assembly.prepared, PreparedPairs) or assembly.rows is None:
+        return []
     streams = assembly.prepared.train.streams
     if len(streams) == 1:
         return []
@@ -258,7 +278,7 @@ def _mixing_lines(assembly: Assembly) -> list[str]:
 
 def _check_metric(loaded: LoadedRecipe, prepared: Prepared) -> None:
     train, held_out = loaded.recipe.train, prepared.validation
-    if train.best_metric == "validation.loss" or train.early_stopping_patience is None or held_out is None:
+    if train.best_metric != "validation.bits_per_byte" or train.early_stopping_patience is None or held_out is None:
         return
     if held_out.has_supervision and prepared.index is not None:
         raise RecipeError(
@@ -279,7 +299,7 @@ def padding_text(plan: Plan) -> str:
 
 
 def _config_of(
-    loaded: LoadedRecipe, prepared: Prepared, reporter: Reporter
+    loaded: LoadedRecipe, prepared: Prepared | PreparedPairs, reporter: Reporter
 ) -> tuple[PreTrainedConfig, tuple[int, ...]]:
     """The configuration of `model.from` with the tokenizer's tokens, and which are new; the row length is checked."""
     from gptcli.model.load import load_config

@@ -45,11 +45,6 @@ class BackOffTrainer(ZeroTrainer):
     _micro_batches: list[torch.Tensor]
     in_pass = False
 
-    @property
-    def plan(self) -> Plan:
-        """The run's plan, with the micro-batch that is used now."""
-        return self._plan
-
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a micro-batch, and of the step's earlier ones again when memory ran out."""
         if self._step != self.state.global_step:

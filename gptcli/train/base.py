@@ -50,6 +50,15 @@ class Trainer(_Trainer):
         """Processes with the same number draw the same: those that divide matrices drop the same of what all have."""
         return int(self.args.process_index) // self._plan.tensor_parallel
 
+    @property
+    def plan(self) -> Plan:
+        """The run's plan, with the micro-batch that is used now."""
+        return self._plan
+
+    def drop_gradient(self, model: Any) -> None:
+        """Leave out the update of a step: without gradients an optimizer changes neither weights nor its own state."""
+        model.zero_grad(set_to_none=True)
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from a checkpoint whose state can be read if one is given."""
         if resume_from_checkpoint is not None:

@@ -13,9 +13,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gptcli.data.tokenize import Prepared
 from gptcli.errors import CheckpointError
 from gptcli.evaluation.tasks import Task
-from gptcli.files import write_atomic
+from gptcli.files import cache_root, write_atomic
 from gptcli.launch import is_main_process, restarted
 from gptcli.model.adapt import check_adapter_from
 from gptcli.model.folder import is_adapter
@@ -138,7 +139,7 @@ def _check_resume(assembly: Assembly, options: Options, start: Start, reporter: 
         fingerprints=assembly.fingerprints,
         steps=steps,
         allowed=options.allow_changes,
-        prepared=assembly.prepared.train.folder.parent,
+        prepared=assembly.prepared.train.folder.parent if isinstance(assembly.prepared, Prepared) else cache_root(),
     )
     whole = start.step >= steps or ended_early(start, loaded.recipe.train)
     finetune = loaded.recipe.finetune

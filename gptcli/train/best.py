@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from gptcli.recipe.measures import is_better
+from gptcli.recipe.measures import PREFIX, is_better
 
 
 @dataclass
@@ -50,3 +50,12 @@ class Best:
         """Go on from a checkpoint; from one of a run without patience, or by another metric, as from the start."""
         if state and state["step"] and state.get("metric", self.metric) == self.metric:
             self.step, self.value, self.waited = state["step"], state["value"], state["waited"]
+
+
+def value_of(line: dict[str, Any], metric: str) -> float | None:
+    """What `train.best_metric` names of an evaluation's line in metrics.jsonl; None: it has no such number."""
+    name = metric.removeprefix(PREFIX)
+    if name == "perplexity":
+        return None if line["loss"] is None else math.exp(min(line["loss"], 700.0))
+    value: float | None = {**line, **line.get("metrics", {})}.get(name)
+    return value

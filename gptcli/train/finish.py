@@ -22,13 +22,13 @@ from gptcli.train.record import model_card
 from gptcli.train.together import Write, write_together
 
 if TYPE_CHECKING:
-    from gptcli.train.trainer import CausalTrainer
+    from gptcli.train.recorded import RecordedTrainer
 
 # As many processes write `final/` as it has files of this size: one, but for a model of billions of parameters.
 FILE_BYTES = 5 * 10**9
 
 
-def result_of(assembly: Assembly, trainer: CausalTrainer, step: int, wall_seconds: float) -> dict[str, Any]:
+def result_of(assembly: Assembly, trainer: RecordedTrainer, step: int, wall_seconds: float) -> dict[str, Any]:
     """What a run came to: printed by `--json`, kept in run.json; its validation is that of the weights in `final/`."""
     # From the file, not from this process: a resume may have had nothing left to do but `final/`.
     lines = metrics.read(assembly.run.metrics)
@@ -43,8 +43,7 @@ def result_of(assembly: Assembly, trainer: CausalTrainer, step: int, wall_second
         **({"best_step": best} if best else {}),
         "tokens": trainer.tokens_at(step),
         "loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
-        "validation": validation
-        and {key: validation[key] for key in ("loss", "bits_per_byte", "metrics") if key in validation},
+        "validation": validation and {key: value for key, value in validation.items() if key not in ("tokens", "rows")},
         "tokens_per_second": trainer.meter.tokens_per_second,
         "wall_seconds": round(wall_seconds, 2),
         "peak_bytes": trainer.meter.peak_bytes,
@@ -52,7 +51,7 @@ def result_of(assembly: Assembly, trainer: CausalTrainer, step: int, wall_second
     }
 
 
-def write_final(assembly: Assembly, trainer: CausalTrainer, result: dict[str, Any]) -> None:
+def write_final(assembly: Assembly, trainer: RecordedTrainer, result: dict[str, Any]) -> None:
     """Write `final/`, the trained model: the best checkpoint's where there is a best one. For all processes to call.
 
     Raises:
@@ -79,7 +78,7 @@ def write_final(assembly: Assembly, trainer: CausalTrainer, result: dict[str, An
     write_together(_committing(assembly.run.final), collect, rest)
 
 
-def _good_best(run: RunFolder, trainer: CausalTrainer) -> Path | None:
+def _good_best(run: RunFolder, trainer: RecordedTrainer) -> Path | None:
     best = run.checkpoint(trainer.best.step) if trainer.best else None
     return best if best is not None and verify(best) is None else None
 

@@ -12,7 +12,6 @@ from gptcli.errors import DivergedError
 from gptcli.evaluation.answers import Answers, Share, answer, encode, merged
 from gptcli.evaluation.corpus import rows_in_training
 from gptcli.evaluation.tasks import Task, measure, read_task, say_how, task_metrics
-from gptcli.recipe.measures import PREFIX
 from gptcli.train import group
 from gptcli.train.validation import as_evaluated
 
@@ -118,12 +117,3 @@ def as_text(line: dict[str, Any]) -> str:
     names = {"loss": "validation loss", "bits_per_byte": "bits per byte"}
     values = {name: line[key] for key, name in names.items()} | line.get("metrics", {})
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
-
-
-def value_of(line: dict[str, Any], result: LossResult | None, metric: str) -> float | None:
-    """What `train.best_metric` names of an evaluation; None: it has no such number."""
-    name = metric.removeprefix(PREFIX)
-    if name == "perplexity":
-        return None if result is None else result.perplexity
-    value: float | None = {**line, **line.get("metrics", {})}.get(name)
-    return value

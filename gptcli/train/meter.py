@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -17,10 +17,19 @@ from gptcli.reporting import mebibytes
 
 if TYPE_CHECKING:
     from gptcli.train.plan import Plan
-    from gptcli.train.rows import RunRows
 
 MEMORY_SECONDS = 2.0
 Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Counted(Protocol):
+    """What the steps of a run hold."""
+
+    def tokens_at(self, step: int) -> int:
+        """Inputs, without padding, of the first `step` steps."""
+
+    def labels_at(self, step: int) -> int:
+        """Labels that count of the first `step` steps."""
 
 
 class Meter:
@@ -36,7 +45,7 @@ class Meter:
         peak_bytes: the highest memory that was seen.
     """
 
-    def __init__(self, plan: Plan, rows: RunRows, device: torch.device) -> None:
+    def __init__(self, plan: Plan, rows: Counted, device: torch.device) -> None:
         self._plan = plan
         self._rows = rows
         self._device = device

@@ -77,7 +77,7 @@ def model_card(loaded: LoadedRecipe, plan: Plan, result: dict[str, Any]) -> str:
         ("type", recipe.model.type or f"continued from {recipe.model.from_}"),
         *_adapter_rows(recipe, plan),
         ("parameters", f"{plan.parameters:,}"),
-        ("context", f"{plan.sequence_length:,} tokens"),
+        ("context", f"{recipe.data.sequence_length:,} tokens"),
         ("trained on", f"{result['tokens']:,} tokens in {result['step']:,} steps"),
         ("training loss", _figure(result.get("loss"))),
         ("validation loss (nats a token)", _figure(validation.get("loss"))),

@@ -47,6 +47,11 @@ _HARMLESS = (
     "train.max_time",
     "data.workers",
 )
+# Files that a recipe names and that a run reads again, by the key that names them.
+_PARTS = (
+    ("reference", "model.from", "the weights there are not those that the run began with, its reference model"),
+    ("reward", "finetune.reward", "the file was changed"),
+)
 LOCK = ".lock"
 _PATHS = ("path", "tokens")
 
@@ -186,6 +191,9 @@ def check_unchanged(
             where=str(start.checkpoint),
             remedy="\n".join([*refused[:4], "To train anew: --overwrite, or another name=NAME."]),
         )
+    for part, key, what in _PARTS:
+        if part in then_print and then_print[part] != now_print.get(part) and not _under(key, allowed):
+            refused.append(f"{key}: {what}")
     if not same_data and "data" not in allowed and not any(line.startswith("data") for line in refused):
         if not refused and then_print.get("prepared") == now_print.get("prepared") is not None:
             raise _replaced(start, now_print["data"], prepared)

@@ -24,6 +24,7 @@ from gptcli.train.assemble import Assembly, decided_recipe, set_trained
 from gptcli.train.begin import Options, begin, write_start
 from gptcli.train.finish import result_of, write_final, write_run_report
 from gptcli.train.modes import BLOCKS
+from gptcli.train.pairs import PreparedPairs, is_preference
 from gptcli.train.plan import MICRO_BATCH, Plan, with_micro_batch
 from gptcli.train.record import now, record_end
 from gptcli.train.resume import Start, ended_early
@@ -34,7 +35,7 @@ from gptcli.train.zero_settings import zero_settings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gptcli.train.trainer import CausalTrainer
+    from gptcli.train.recorded import RecordedTrainer
 
 
 def train(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> dict[str, Any]:
@@ -174,6 +175,8 @@ def _build_model(assembly: Assembly, reporter: Reporter) -> PreTrainedModel:
             loaded, assembly.config, seed=recipe.seed, attention=None if attention == "auto" else attention
         )
     set_trained(model, loaded=loaded, new_tokens=assembly.new_tokens)
+    if is_preference(loaded):
+        return model  # its rows are padded, and it is trl that makes its logits
     if plan.attention == BLOCKS and not attend_in_blocks(model):
         reporter.say("attention: this model has its own, which stays")
     elif plan.attention == "sdpa" and (plan.compile or assembly.device.type == "cuda") and plan.context_parallel == 1:
@@ -208,25 +211,45 @@ def _fitted(assembly: Assembly, model: PreTrainedModel, reporter: Reporter) -> A
 
 def _build_trainer(
     assembly: Assembly, model: PreTrainedModel, stop: Any, reporter: Reporter, progress: Any
-) -> CausalTrainer:
+) -> RecordedTrainer:
     from gptcli.model.load import load_tokenizer, quiet
-    from gptcli.train.arguments import training_arguments
     from gptcli.train.callbacks import Schedule
     from gptcli.train.measured import Tasks
     from gptcli.train.samples import Sampler
-    from gptcli.train.trainer import CausalTrainer
-    from gptcli.train.zero import Zero
 
     loaded, plan = assembly.loaded, assembly.plan
     recipe = loaded.recipe
-    assert recipe.data is not None
     tokenizer = load_tokenizer(assembly.prepared.tokenizer)
-    arguments = training_arguments(loaded, plan, assembly.run.path, assembly.device.type)
-    facts = {
-        "processes": plan.world_size,
-        "fingerprints": assembly.fingerprints,
-        "recipe": resolved(loaded),
+    record = {
+        "recipe": recipe,
+        "plan": plan,
+        "run": assembly.run,
+        "facts": {
+            "processes": plan.world_size,
+            "fingerprints": assembly.fingerprints,
+            "recipe": resolved(loaded),
+        },
+        "schedule": Schedule(
+            plan,
+            recipe.train,
+            stop,
+            has_validation=assembly.prepared.validation is not None or assembly.task is not None,
+            has_prompts=bool(recipe.generate.prompts),
+        ),
+        "sample": Sampler(recipe, tokenizer, assembly.run, reporter),
+        "reporter": reporter,
+        "progress": progress,
     }
+    if isinstance(assembly.prepared, PreparedPairs):
+        from gptcli.train.preference_run import preference_trainer
+
+        return preference_trainer(assembly, assembly.prepared, model, tokenizer, record)
+    from gptcli.train.arguments import training_arguments
+    from gptcli.train.trainer import CausalTrainer
+    from gptcli.train.zero import Zero
+
+    assert assembly.rows is not None
+    arguments = training_arguments(loaded, plan, assembly.run.path, assembly.device.type)
     zero = Zero(model, recipe.train, zero_settings(loaded, plan)) if by_zero(plan) else None
     tasks = None
     if assembly.task is not None:
@@ -236,26 +259,13 @@ def _build_trainer(
         return CausalTrainer(
             model=model,
             args=arguments,
-            recipe=recipe,
-            plan=plan,
             rows=assembly.rows,
             validation=assembly.prepared.validation,
             tasks=tasks,
             tokenizer=tokenizer,
-            run=assembly.run,
-            facts=facts,
             replan=partial(_replan, assembly),
-            schedule=Schedule(
-                plan,
-                recipe.train,
-                stop,
-                has_validation=assembly.prepared.validation is not None or tasks is not None,
-                has_prompts=bool(recipe.generate.prompts),
-            ),
-            sample=Sampler(recipe, tokenizer, assembly.run, reporter),
-            reporter=reporter,
-            progress=progress,
             zero=zero,
+            **record,
         )
 
 
@@ -272,7 +282,7 @@ def _out_of_memory(assembly: Assembly, plan: Plan, what: str) -> OutOfMemoryErro
     return out_of_memory(what, assembly.loaded, assembly.config, assembly.counts, plan, assembly.device)
 
 
-def _what_ran_out(trainer: CausalTrainer) -> str:
+def _what_ran_out(trainer: RecordedTrainer) -> str:
     done, plan = int(trainer.state.global_step), trainer.plan
     if not trainer.in_pass:  # the optimizer's own state at the first step; evaluating, writing samples, saving
         return f"out of memory after {done:,} finished steps, outside of a forward or backward pass"

@@ -29,10 +29,12 @@ from gptcli.runs.folder import RunFolder
 from gptcli.train.begin import Options
 from gptcli.train.decisions import Hardware
 from gptcli.train.modes import lacks
+from gptcli.train.pairs import is_preference
+from gptcli.train.preference_smoke import BYTES_LENGTH, preference_cuts, reward_cuts, save_tiny, synthetic_row
 from gptcli.train.run import train
 
 if TYPE_CHECKING:
-    from gptcli.recipe.schema import Data, Eval, Finetune
+    from gptcli.recipe.schema import Eval, Finetune
 
 NO_GPU = Hardware("cpu", fast_bf16=False, processes=1, memory_bytes=0)
 ROWS = 64
@@ -62,7 +64,11 @@ def smoke_run(argument: str, overrides: Sequence[str], command: str, reporter: R
         folder = Path(name)
         cuts = [*overrides, *_cuts(loaded, folder, reporter)]
         toy = load_recipe(argument, cuts).used_by(command)
-        if toy.recipe.finetune.adapter != "none":
+        if is_preference(loaded):
+            tiny = save_tiny(toy, folder / "base")
+            cuts += _as_overrides(preference_cuts(loaded, tiny, reporter))
+            toy = load_recipe(argument, cuts).used_by(command)
+        elif toy.recipe.finetune.adapter != "none":
             base = {"from": str(_saved_model(toy, folder / "base"))}
             toy = load_recipe(argument, [*cuts, "model=null", f"model={json.dumps(base)}"])
         reporter.say("smoke: two steps, save, stop")
@@ -114,7 +120,7 @@ def _evaluate(run: RunFolder, toy: LoadedRecipe, reporter: Reporter) -> dict[str
     assert toy.recipe.data is not None
     if toy.recipe.eval.tasks:
         reporter.say(f"smoke: eval.tasks are not run, they bring their own data: {', '.join(toy.recipe.eval.tasks)}")
-    if not toy.recipe.eval.data and toy.recipe.data.validation == 0:
+    if is_preference(toy) or (not toy.recipe.eval.data and toy.recipe.data.validation == 0):
         return None
     reporter.say("smoke: evaluate")
     tasks = task_metrics(toy)
@@ -171,8 +177,15 @@ def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
             _cut_source(s, folder, f"eval-{i}", reporter, recipe.eval) for i, s in enumerate(recipe.eval.data)
         ]
     cuts |= _finetune_cuts(recipe.finetune, reporter)
-    cuts |= _data_cuts(recipe.data, folder, reporter)
-    cuts |= _model_cuts(loaded, reporter)
+    cuts |= _data_cuts(loaded, folder, reporter)
+    if is_preference(loaded):
+        assert recipe.model is not None
+        cuts["data.sequence_length"] = BYTES_LENGTH
+        return _as_overrides({**cuts, "model": {"type": recipe.model.smoke_type, "config": dict(TINY)}})
+    return _as_overrides({**cuts, **_model_cuts(loaded, reporter)})
+
+
+def _as_overrides(cuts: dict[str, Any]) -> list[str]:
     # A mapping would be merged over the recipe's, whose fields are those of a larger model.
     removed = [f"{key}=null" for key, value in cuts.items() if isinstance(value, dict)]
     return [*removed, *(f"{key}={json.dumps(value)}" for key, value in cuts.items())]
@@ -190,7 +203,10 @@ def _finetune_cuts(finetune: Finetune, reporter: Reporter) -> dict[str, Any]:
     return cuts
 
 
-def _data_cuts(data: Data | None, folder: Path, reporter: Reporter) -> dict[str, Any]:
+def _data_cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    data = loaded.recipe.data
+    if is_preference(loaded):
+        return _pairs_cuts(loaded, folder, reporter)
     train_sources = [Source(path="hub:none/none")] if data is None else data.train
     cuts: dict[str, Any] = {
         "data.train": [_cut_source(source, folder, f"train-{i}", reporter) for i, source in enumerate(train_sources)]
@@ -204,6 +220,30 @@ def _data_cuts(data: Data | None, folder: Path, reporter: Reporter) -> dict[str,
     elif isinstance(data.validation, Tail) or data.validation > 0:
         # A share of 64 rows may be no row at all.
         cuts["data.validation"] = {"tail": 0.1}
+    return cuts
+
+
+def _pairs_cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """As `_data_cuts`; sources that are not here are rows with the recipe's columns."""
+    data = loaded.recipe.data
+    assert data is not None
+    sides = {"train": data.train, "validation": data.validation if isinstance(data.validation, list) else []}
+    cuts: dict[str, Any] = {"data.validation": 0.1} if not sides["validation"] and data.validation != 0 else {}
+    for side, sources in sides.items():
+        cut = []
+        for index, source in enumerate(sources):
+            written = source.model_dump(mode="json", by_alias=True, exclude_unset=True)
+            if isinstance(source.path, str) and _is_here(source.path):
+                cut.append({**written, "limit": min(ROWS, source.limit or ROWS)})
+                continue
+            path = folder / f"{side}-{index}.jsonl"
+            reporter.say(f"smoke: {source.path} is not read; {ROWS} synthetic rows stand in for it")
+            rows = (synthetic_row(loaded, _WORDS, ROWS * index + seed) for seed in range(ROWS))
+            path.write_text("".join(rows), encoding="utf-8")
+            cut.append({"path": str(path)})
+            cuts |= reward_cuts(loaded, reporter)
+        if cut:
+            cuts[f"data.{side}"] = cut
     return cuts
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from gptcli.data.tokenizer import load_fast
 from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.errors import DataError, MissingError, RecipeError
+from gptcli.train.pairs import PreparedPairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -40,7 +41,7 @@ class Vocabulary:
         )
 
 
-def vocabulary_of(loaded: LoadedRecipe, prepared: Prepared, config: PreTrainedConfig) -> Vocabulary:
+def vocabulary_of(loaded: LoadedRecipe, prepared: Prepared | PreparedPairs, config: PreTrainedConfig) -> Vocabulary:
     """Compare the tokenizer of the data with the one that lies beside `model.from`, if one does.
 
     Raises:
@@ -49,9 +50,10 @@ def vocabulary_of(loaded: LoadedRecipe, prepared: Prepared, config: PreTrainedCo
     model = loaded.recipe.model
     assert model is not None and model.from_ is not None
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    rows = rows if isinstance(rows, int) else prepared.train.vocab_size
+    entries = prepared.vocab_size if isinstance(prepared, PreparedPairs) else prepared.train.vocab_size
+    rows = rows if isinstance(rows, int) else entries
     given = _entries(prepared.tokenizer)
-    size = max(rows, prepared.train.vocab_size, max(given, default=0) + 1)
+    size = max(rows, entries, max(given, default=0) + 1)
     try:
         own = import_tokenizer(model.from_, revision=model.revision)
     except (MissingError, DataError):  # the model comes without one: nothing is known but its size

@@ -294,9 +294,9 @@ class ZeroTrainer(LeanTrainer):
         return norm
 
     def drop_gradient(self, model: Any) -> None:
-        """Leave out the update of a step: without gradients an optimizer changes neither weights nor its own state."""
+        """As the Trainer's, of gradients that may be divided."""
         if self._zero is None:
-            model.zero_grad(set_to_none=True)
+            super().drop_gradient(model)
         else:
             self._zero.drop()
 

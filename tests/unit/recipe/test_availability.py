@@ -43,17 +43,14 @@ def test_what_does_not_exist_yet_is_refused_with_its_place(recipe: str, override
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "finetune.method=dpo",
-    ],
-)
-def test_finetune_refuses_what_pretrain_does_not_look_at(recipe: str, override: str) -> None:
-    loaded = load_recipe(recipe, [override])
-    check_available(loaded, "pretrain")
-    with pytest.raises(RecipeError, match="not available yet"):
-        check_available(loaded, "finetune")
+def test_preference_data_and_its_methods_are_for_finetune_and_belong_together(recipe: str) -> None:
+    pairs = ["data.format=preference", "finetune.method=dpo", "model={from: base}"]
+    check_available(load_recipe(recipe, ["model=null", *pairs]), "finetune")
+    for command in ("tokenize", "pretrain", "eval"):
+        with pytest.raises(RecipeError, match=f"preference is not available to {command} yet"):
+            check_available(load_recipe(recipe, ["model=null", *pairs]), command)
+    with pytest.raises(RecipeError, match=r"learns from preference data, and data\.format is text"):
+        check_available(load_recipe(recipe, ["finetune.method=kto"]), "finetune")
 
 
 @pytest.mark.parametrize("override", ["eval.data={tokens: x}"])
