@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +43,7 @@ def reward_cuts(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     return {"finetune.reward": {"regex": "e"}}
 
 
-def synthetic_row(loaded: LoadedRecipe, words: Sequence[str], seed: int) -> str:
+def synthetic_pair(loaded: LoadedRecipe, words: Sequence[str], seed: int) -> dict[str, Any]:
     """A row with the columns that a recipe names."""
     draw = random.Random(seed)
     preference = loaded.recipe.data.preference if loaded.recipe.data else None
@@ -52,7 +51,7 @@ def synthetic_row(loaded: LoadedRecipe, words: Sequence[str], seed: int) -> str:
     values = {**texts, "completion": texts["chosen"], "label": bool(seed % 2)}
     row: dict[str, Any] = {column: values[name] for name, column in columns_of(loaded).items()}
     row[preference.reference if preference else "reference"] = texts["chosen"]
-    return json.dumps(row) + "\n"
+    return row
 
 
 def save_tiny(toy: LoadedRecipe, folder: Path) -> Path:

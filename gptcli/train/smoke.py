@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import tempfile
 import time
@@ -22,28 +21,27 @@ from typing import TYPE_CHECKING, Any
 from gptcli.errors import CheckpointError, StoppedError, UsageError
 from gptcli.launch import world_size
 from gptcli.recipe.load import LoadedRecipe, load_recipe
-from gptcli.recipe.schema import Source, Tail
-from gptcli.recipe.template import PROMPT, parse_template
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
 from gptcli.train.begin import Options
 from gptcli.train.decisions import Hardware
 from gptcli.train.modes import lacks
 from gptcli.train.pairs import is_preference
-from gptcli.train.preference_smoke import BYTES_LENGTH, preference_cuts, reward_cuts, save_tiny, synthetic_row
+from gptcli.train.preference_smoke import BYTES_LENGTH, preference_cuts, save_tiny
 from gptcli.train.run import train
+from gptcli.train.smoke_data import cut_source, data_cuts, synthetic_question
 
 if TYPE_CHECKING:
-    from gptcli.recipe.schema import Eval, Finetune
+    from gptcli.recipe.schema import Finetune
 
 NO_GPU = Hardware("cpu", fast_bf16=False, processes=1, memory_bytes=0)
-ROWS = 64
 VOCABULARY = 512
 SEQUENCE_LENGTH = 64
+# Of rows, which are not cut: in tokens of a small vocabulary.
+ROW_LENGTH = 1024
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
 # Fields of model.config that set a size, or go by one; the others (activation, tied embeddings, rope) stay.
 _SIZES = re.compile(r"size|num_|(^|_)[nd]_|_dim|layer_types|max_position_embeddings|window|token_id")
-_WORDS = ("the", "model", "reads", "a", "text", "and", "learns", "to", "write", "what", "comes", "next")
 
 
 def smoke_run(argument: str, overrides: Sequence[str], command: str, reporter: Reporter) -> dict[str, Any]:
@@ -147,7 +145,9 @@ def _on_cpu() -> Iterator[None]:
 
 def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
     recipe = loaded.recipe
-    length = SEQUENCE_LENGTH if recipe.data is None else min(SEQUENCE_LENGTH, recipe.data.sequence_length)
+    rows = recipe.data is not None and recipe.data.format != "text"
+    most = ROW_LENGTH if rows else SEQUENCE_LENGTH
+    length = most if recipe.data is None else min(most, recipe.data.sequence_length)
     cuts = {
         "output_dir": str(folder / "runs"),
         "name": "smoke",
@@ -174,10 +174,11 @@ def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
             reporter.say(f"smoke: train.{key} {value} needs a GPU; {cuts[f'train.{key}']} stands in for it")
     if recipe.eval.data:
         cuts["eval.data"] = [
-            _cut_source(s, folder, f"eval-{i}", reporter, recipe.eval) for i, s in enumerate(recipe.eval.data)
+            cut_source(loaded, source, folder, f"eval-{i}", reporter, synthetic_question)
+            for i, source in enumerate(recipe.eval.data)
         ]
     cuts |= _finetune_cuts(recipe.finetune, reporter)
-    cuts |= _data_cuts(loaded, folder, reporter)
+    cuts |= data_cuts(loaded, folder, reporter)
     if is_preference(loaded):
         assert recipe.model is not None
         cuts["data.sequence_length"] = BYTES_LENGTH
@@ -203,80 +204,6 @@ def _finetune_cuts(finetune: Finetune, reporter: Reporter) -> dict[str, Any]:
     return cuts
 
 
-def _data_cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> dict[str, Any]:
-    data = loaded.recipe.data
-    if is_preference(loaded):
-        return _pairs_cuts(loaded, folder, reporter)
-    train_sources = [Source(path="hub:none/none")] if data is None else data.train
-    cuts: dict[str, Any] = {
-        "data.train": [_cut_source(source, folder, f"train-{i}", reporter) for i, source in enumerate(train_sources)]
-    }
-    if data is None:
-        return cuts
-    if isinstance(data.validation, list):
-        cuts["data.validation"] = [
-            _cut_source(source, folder, f"validation-{i}", reporter) for i, source in enumerate(data.validation)
-        ]
-    elif isinstance(data.validation, Tail) or data.validation > 0:
-        # A share of 64 rows may be no row at all.
-        cuts["data.validation"] = {"tail": 0.1}
-    return cuts
-
-
-def _pairs_cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> dict[str, Any]:
-    """As `_data_cuts`; sources that are not here are rows with the recipe's columns."""
-    data = loaded.recipe.data
-    assert data is not None
-    sides = {"train": data.train, "validation": data.validation if isinstance(data.validation, list) else []}
-    cuts: dict[str, Any] = {"data.validation": 0.1} if not sides["validation"] and data.validation != 0 else {}
-    for side, sources in sides.items():
-        cut = []
-        for index, source in enumerate(sources):
-            written = source.model_dump(mode="json", by_alias=True, exclude_unset=True)
-            if isinstance(source.path, str) and _is_here(source.path):
-                cut.append({**written, "limit": min(ROWS, source.limit or ROWS)})
-                continue
-            path = folder / f"{side}-{index}.jsonl"
-            reporter.say(f"smoke: {source.path} is not read; {ROWS} synthetic rows stand in for it")
-            rows = (synthetic_row(loaded, _WORDS, ROWS * index + seed) for seed in range(ROWS))
-            path.write_text("".join(rows), encoding="utf-8")
-            cut.append({"path": str(path)})
-            cuts |= reward_cuts(loaded, reporter)
-        if cut:
-            cuts[f"data.{side}"] = cut
-    return cuts
-
-
-def _cut_source(
-    source: Source, folder: Path, name: str, reporter: Reporter, task: Eval | None = None
-) -> dict[str, Any]:
-    written = source.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    if isinstance(source.path, str) and _is_here(source.path):
-        return {**written, "limit": min(ROWS, source.limit or ROWS)}
-    path = folder / f"{name}.jsonl"
-    reporter.say(f"smoke: {source.path or source.tokens} is not read; {ROWS} synthetic rows stand in for it")
-    path.write_text("".join(_synthetic_row(source.text, seed, task) for seed in range(ROWS)), encoding="utf-8")
-    weight = {} if source.weight is None else {"weight": source.weight}
-    return {"path": str(path), "text": source.text, **weight}
-
-
-def _synthetic_row(column: str, seed: int, task: Eval | None = None) -> str:
-    words = random.Random(seed).choices(_WORDS, k=60)
-    row = {column: f"row {seed}: {' '.join(words)}."}
-    if task is not None:
-        row |= {name: f"row {seed}" for name in parse_template(task.prompt or PROMPT).columns if name != column}
-        if task.references is not None:
-            row[task.references] = task.labels[seed % len(task.labels)] if task.labels else f"row {seed}"
-    return json.dumps(row) + "\n"
-
-
-def _is_here(path: str) -> bool:
-    if path.startswith("hub:"):
-        return False
-    is_pattern = any(character in path for character in "*?[")
-    return path.startswith("builtin:") or is_pattern or Path(path).exists()
-
-
 def _model_cuts(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     cuts: dict[str, Any] = {}
     tokenizer, model = loaded.recipe.tokenizer, loaded.recipe.model
@@ -286,6 +213,8 @@ def _model_cuts(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
     elif tokenizer is None or not Path(tokenizer.from_ or "").exists():
         reporter.say(f"smoke: a tokenizer of {VOCABULARY} entries is trained in place of the recipe's")
         cuts["tokenizer.train"] = {"algorithm": "bpe", "vocab_size": VOCABULARY}
+        if loaded.recipe.data is not None and loaded.recipe.data.format == "chat":
+            cuts["tokenizer.chat_template"] = (tokenizer and tokenizer.chat_template) or "chatml"
     if model is None or model.from_ is not None:
         smoke_type = "llama" if model is None else model.smoke_type
         replaced = "the model to evaluate" if model is None else str(model.from_)
