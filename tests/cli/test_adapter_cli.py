@@ -195,6 +195,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not (here / "runs" / "refused").exists()
 
 
+@pytest.mark.slow_fault
 def test_smoke_takes_an_adapter_through_every_stage(here: Path, forks: Forks) -> None:
     done = forks("finetune", "ft.yaml", "--smoke", "finetune.adapter=dora", cwd=here)
     assert done.code == 0 and "works" in done.out, done.err

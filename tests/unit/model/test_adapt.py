@@ -241,3 +241,16 @@ def test_a_file_holds_the_adapter_alone(tmp_path: Path) -> None:
     assert sum(value.numel() for value in saved.values()) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
+
+
+def test_the_matrices_of_a_base_in_four_bits_are_as_they_were_after_training(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the package bitsandbytes: pip install 'gptcli[gpu]'")
+    base = save_model(tmp_path / "base", hidden_size=64, intermediate_size=128, head_dim=32)
+    model: Any = load_model(base, dtype="fp32", device=CPU, four_bits=True)
+    packed = model.model.layers[0].mlp.up_proj.weight
+    before, start = packed.data.clone(), logits(model)
+    loaded = recipe(tmp_path, "finetune.adapter=qlora")
+    put_adapter(model, loaded)
+    train(model, loaded)
+    assert torch.equal(packed.data, before) and packed.dtype == torch.uint8
+    assert (logits(model) - start).abs().max() > 0.05
