@@ -119,7 +119,9 @@ def find_start(run: RunFolder, *, resume: str, overwrite: bool, reporter: Report
 def ended_early(start: Start, train: Train) -> bool:
     """Whether a checkpoint is the end of a run that stopped early, by the patience of the recipe now."""
     patience, best = train.early_stopping_patience, start.manifest.get("best")
-    return patience is not None and best is not None and int(best["waited"]) >= patience
+    if patience is None or best is None or best.get("metric", train.best_metric) != train.best_metric:
+        return False
+    return int(best["waited"]) >= patience
 
 
 def clear(run: RunFolder) -> None:

@@ -14,7 +14,7 @@ from tests.runs import Forks, assert_same_model, lines
 
 TASK = """\
 eval:
-  data: rows.jsonl
+  data: {path: rows.jsonl, text: prompt}
   references: answer
   metrics: [perplexity, accuracy, chrf, quality]
   labels: [reads, writes]
@@ -87,6 +87,6 @@ def test_early_stopping_by_a_task_keeps_the_first_of_equals(trained: Path, forks
 
 def test_a_wrong_row_ends_a_run_before_it_begins(trained: Path, forks: Forks) -> None:
     (trained / "wrong.jsonl").write_text('{"prompt": "The"}\n', encoding="utf-8")
-    done = forks("pretrain", "task.yaml", "name=wrong", "eval.data=wrong.jsonl", cwd=trained)
+    done = forks("pretrain", "task.yaml", "name=wrong", "eval.data.path=wrong.jsonl", cwd=trained)
     assert done.code == 3 and "wrong.jsonl:1" in done.err
     assert not (trained / "runs" / "wrong").exists()
