@@ -52,6 +52,8 @@ def test_kto_reads_labels_or_takes_pairs_apart(folder: Path) -> None:
 def test_messages_go_through_the_chat_template_and_end_with_its_turn(folder: Path) -> None:
     said = [{"role": "user", "content": "the mat"}]
     good, bad = ([{"role": "assistant", "content": text}] for text in ("cat", "hello"))
+    apart = {"prompt": said, "chosen": good, "rejected": bad}
+    repeated = {"prompt": "the mat", "chosen": [*said, *good], "rejected": bad}
     chat = prepared(folder, [apart, repeated], f"tokenizer={{from: {folder}/base, chat_template: chatml}}")
     asked = chat.train.rows
     text = AutoTokenizer.from_pretrained(chat.tokenizer).decode(asked[0]["prompt_ids"] + asked[0]["chosen_ids"])
