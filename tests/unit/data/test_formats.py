@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gptcli.data import tokenize
+from gptcli.data.pieces import Piece
 from gptcli.data.shards import Shards
 from gptcli.data.tokenize import Prepared
 from gptcli.data.tokenizer import load_fast
-from gptcli.errors import DataError, RecipeError
+from gptcli.errors import DataError, RecipeError, StoppedError
 from gptcli.recipe.load import load_recipe
 
 ROWS = [{"en": "the cat", "de": "die Katze"}, {"en": "a\nhouse", "de": "ein Haus"}, {"en": "wörld", "de": "Welt 世界"}]
@@ -326,3 +328,31 @@ def test_pieces_of_a_file_on_several_processes_are_the_same_shards(
     found = examples(pieces.train, pieces.tokenizer)
     assert found == examples(whole.train, whole.tokenizer) and len(found) == 350
     assert found[349][1].startswith("say 349<|im_end|>")
+
+
+def test_a_job_of_rows_that_was_interrupted_goes_on_with_the_pieces_that_are_missing(
+    tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl(tmp_path / "a.jsonl", [{"messages": turns(f"ask {n}", f"say {n}")} for n in range(400)])
+    monkeypatch.setattr("gptcli.data.pieces.SMALLEST", 10_000)
+    data = "{train: a.jsonl, validation: 10%, format: chat}"
+    whole = prepared(data, tokenizer=CHAT)
+    monkeypatch.setenv("GPTCLI_CACHE", str(tmp_path / "other"))
+    encode, done = tokenize.encode, []
+
+    def second_is_interrupted(piece: Piece, *others: Any) -> Any:
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(piece.index)
+        return encode(piece, *others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenize, "encode", second_is_interrupted)
+        with pytest.raises(StoppedError, match="1 of 4 pieces are done and kept"):
+            prepared(data, "tokenize.processes=1", tokenizer=CHAT)
+    again = prepared(data, "tokenize.processes=1", tokenizer=CHAT)
+    assert again.fingerprint == whole.fingerprint
+    files = sorted(path.name for path in whole.train.folder.iterdir())
+    assert files == sorted(path.name for path in again.train.folder.iterdir())
+    for name in files:
+        assert (whole.train.folder / name).read_bytes() == (again.train.folder / name).read_bytes()
