@@ -297,6 +297,12 @@ def test_a_tokenizer_without_a_template_is_a_fault_of_the_recipe(tmp_path: Path,
     assert str(caught.value.where).endswith("recipe.yaml:1")
 
 
+def test_shards_of_rows_are_no_source_of_tokens_that_are_all_trained_on(tmp_path: Path, prepared: Prepare) -> None:
+    made = prepared(f"{{train: {write(tmp_path, 'a.jsonl')}, {PROMPT}}}")
+    with pytest.raises(DataError, match="some tokens are not trained on"):
+        prepared(f"{{train: {{tokens: {made.train.folder}}}, validation: 0}}")
+
+
 def test_a_share_is_held_out_by_what_an_example_says_and_repetitions_are_left_out(
     tmp_path: Path, prepared: Prepare
 ) -> None:
