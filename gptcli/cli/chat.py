@@ -58,7 +58,7 @@ def talk(folder: Path, settings: Settings, system: str, asked: Asked, *, quiet: 
 
 def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let the token with which the chat template ends an answer end the model's too, beside its own."""
-    from gptcli.data.turns import end_of_turn
+    from gptcli.data.templater import end_of_turn
 
     if tokens := end_of_turn(tokenizer):
         own: Any = model.generation_config.eos_token_id

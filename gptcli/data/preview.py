@@ -17,9 +17,9 @@ from gptcli.data.job import Job, Part
 from gptcli.data.readers import shown as shown_path
 from gptcli.data.sources import Document, place, read_documents
 from gptcli.data.supervise import encode_parts, parts_of, templater_of
+from gptcli.data.templater import TemplateFault, Templater
 from gptcli.data.tokenizer import bytes_of, load_fast
 from gptcli.data.tokens import TokensInput, read_tokens
-from gptcli.data.turns import TemplateFault, Templater
 from gptcli.errors import DataError
 
 SHOWN_TOKENS = 200

@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 
 from gptcli.data.encode import Encoded, Encoder, utf8_size
 from gptcli.data.formats import Conversation, Pair
+from gptcli.data.templater import Rendered, Templater, open_templater
 from gptcli.data.tokenizer import load_fast, prompt_beginning
-from gptcli.data.turns import Rendered, Templater, open_templater, supervised
+from gptcli.data.turns import supervised
 
 UNSUPERVISED = "no supervised token"
 _LINE = "\n"
@@ -62,6 +63,7 @@ def _cut(rendered: Rendered, templater: Templater) -> tuple[str, ...]:
     for begin, end in rendered.spans:
         if templater.eats_space(text, end):  # it stays with its token, which is all that is left of it
             end += len(text[end:]) - len(text[end:].lstrip())
+        begin = max(begin, at)
         parts += [text[at:begin], text[begin:end]]
         at = end
     return (*parts, text[at:])

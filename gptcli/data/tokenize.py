@@ -27,11 +27,11 @@ from gptcli.data.readers import shown
 from gptcli.data.row_index import RowIndex, check_held_out, row_index
 from gptcli.data.shards import Shards
 from gptcli.data.stages import FORMAT, repeated_marks, run_stage, survey_folder, waiting
+from gptcli.data.templater import open_templater
 from gptcli.data.tokenizer import tokenizer_fingerprint
 from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.data.tokenizer_training import trained_tokenizer
 from gptcli.data.tokens import TokensInput
-from gptcli.data.turns import open_templater
 from gptcli.data.work import RESULT, Task, encode, encoder_of
 from gptcli.errors import DataError, RecipeError
 from gptcli.files import cache_root, committed_folder, fingerprint, locked, read_json, remove_uncommitted

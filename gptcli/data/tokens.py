@@ -149,6 +149,12 @@ def _of_shards(folder: Path, where: str | None) -> list[TokensInput]:
         remedy = "Give the folder of prepared data, as `gptcli tokenize` prints it, or its train/ or validation/."
         raise DataError(f"the folder {shown(folder)} holds no token shards", where=where, remedy=remedy)
     shards = Shards.open(folder)
+    if shards.has_supervision:
+        raise DataError(
+            f"{shown(folder)} is rows of which some tokens are not trained on, and a source of tokens trains on all",
+            where=where,
+            remedy="Give the rows themselves: path, with data.format.",
+        )
     sources = shards.manifest["sources"]
     files = [tuple(folder / shard["files"]["tokens"]["name"] for shard in source["shards"]) for source in sources]
     tokenizer = str(shards.manifest["tokenizer"])

@@ -26,9 +26,9 @@ from gptcli.data.readers import BadRow
 from gptcli.data.sources import Document, Tally, bad_row, read_documents
 from gptcli.data.split import DIGEST_BYTES, SIDES, Split, digest_of, sample_bucket
 from gptcli.data.supervise import UNSUPERVISED, Parts, encode_parts, parts_of, templater_of
+from gptcli.data.templater import TemplateFault
 from gptcli.data.tokenizer import load_fast
 from gptcli.data.tokens import TokenDocument, TokensInput, check_ids, read_tokens, size_of, token_bytes
-from gptcli.data.turns import TemplateFault
 from gptcli.data.writer import ShardWriter
 from gptcli.files import committed_folder, read_json, write_json
 

@@ -157,3 +157,38 @@ def test_ray_that_is_not_installed_is_code_7_with_what_to_install(folder: Path) 
     )
     assert result.returncode == 7, result.stderr
     assert "pip install 'gptcli[ray]'" in result.stderr
+
+
+CHAT = """\
+tokenizer: {train: {algorithm: bpe, vocab_size: 300}, chat_template: chatml}
+data: {train: chat.jsonl, format: chat, validation: 0}
+"""
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Path:
+    (tmp_path / "chat.yaml").write_text(CHAT)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns[:1]}))
+    return tmp_path
+
+
+def test_what_is_trained_on_of_a_conversation_is_shown_and_counted(chat: Path) -> None:
+    shown = run(chat, "chat.yaml", "--preview", "1")
+    assert shown.returncode == 0, shown.stderr
+    assert "chat.jsonl:1" in shown.stdout
+    assert "⟦h|e|l|l|o|<|im_end|>⟧⏎" in shown.stdout and shown.stdout.count("⟦") == 2, "the legend, and the answer"
+    (document,) = json.loads(run(chat, "chat.yaml", "--preview", "1", "--json").stdout)["documents"]
+    assert [token["text"] for token in document["tokens"] if token["supervised"]] == [*"hello", "<|im_end|>"]
+    done = run(chat, "chat.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "training: 1 rows, " in done.stdout and "(6 supervised, " in done.stdout
+    assert "dropped: 1 no supervised token; first: chat.jsonl:2" in done.stdout
+
+
+def test_a_bad_conversation_is_code_3_with_file_and_row(chat: Path) -> None:
+    (chat / "chat.jsonl").write_text('{"messages": [{"role": "robot", "content": "hi"}]}\n')
+    result = run(chat, "chat.yaml")
+    assert result.returncode == 3
+    assert result.stderr.startswith("chat.jsonl:1: error: message 1 has the unknown role 'robot'")
+    assert "on_bad_row: skip" in result.stderr and len(result.stderr.splitlines()) <= 3

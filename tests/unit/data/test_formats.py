@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gptcli.data import tokenize
+from gptcli.data.pieces import Piece
 from gptcli.data.shards import Shards
 from gptcli.data.tokenize import Prepared
 from gptcli.data.tokenizer import load_fast
-from gptcli.errors import DataError, RecipeError
+from gptcli.errors import DataError, RecipeError, StoppedError
 from gptcli.recipe.load import load_recipe
 
 ROWS = [{"en": "the cat", "de": "die Katze"}, {"en": "a\nhouse", "de": "ein Haus"}, {"en": "wörld", "de": "Welt 世界"}]
@@ -302,6 +304,12 @@ def test_a_tokenizer_without_a_template_is_a_fault_of_the_recipe(tmp_path: Path,
     assert str(caught.value.where).endswith("recipe.yaml:1")
 
 
+def test_shards_of_rows_are_no_source_of_tokens_that_are_all_trained_on(tmp_path: Path, prepared: Prepare) -> None:
+    made = prepared(f"{{train: {write(tmp_path, 'a.jsonl')}, {PROMPT}}}")
+    with pytest.raises(DataError, match="some tokens are not trained on"):
+        prepared(f"{{train: {{tokens: {made.train.folder}}}, validation: 0}}")
+
+
 def test_a_share_is_held_out_by_what_an_example_says_and_repetitions_are_left_out(
     tmp_path: Path, prepared: Prepare
 ) -> None:
@@ -342,3 +350,31 @@ def test_one_of_parallel_files_can_be_the_text(tmp_path: Path, prepared: Prepare
         "one line",
         "and another",
     ]
+
+
+def test_a_job_of_rows_that_was_interrupted_goes_on_with_the_pieces_that_are_missing(
+    tmp_path: Path, prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl(tmp_path / "a.jsonl", [{"messages": turns(f"ask {n}", f"say {n}")} for n in range(400)])
+    monkeypatch.setattr("gptcli.data.pieces.SMALLEST", 10_000)
+    data = "{train: a.jsonl, validation: 10%, format: chat}"
+    whole = prepared(data, tokenizer=CHAT)
+    monkeypatch.setenv("GPTCLI_CACHE", str(tmp_path / "other"))
+    encode, done = tokenize.encode, []
+
+    def second_is_interrupted(piece: Piece, *others: Any) -> Any:
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(piece.index)
+        return encode(piece, *others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenize, "encode", second_is_interrupted)
+        with pytest.raises(StoppedError, match="1 of 4 pieces are done and kept"):
+            prepared(data, "tokenize.processes=1", tokenizer=CHAT)
+    again = prepared(data, "tokenize.processes=1", tokenizer=CHAT)
+    assert again.fingerprint == whole.fingerprint
+    files = sorted(path.name for path in whole.train.folder.iterdir())
+    assert files == sorted(path.name for path in again.train.folder.iterdir())
+    for name in files:
+        assert (whole.train.folder / name).read_bytes() == (again.train.folder / name).read_bytes()

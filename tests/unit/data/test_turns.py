@@ -12,8 +12,8 @@ import pytest
 from gptcli.data.encode import make_encoder
 from gptcli.data.formats import Conversation
 from gptcli.data.supervise import encode_parts, parts_of
+from gptcli.data.templater import TemplateFault, Templater, end_of_turn, open_templater
 from gptcli.data.tokenizer import load_fast
-from gptcli.data.turns import TemplateFault, Templater, end_of_turn, open_templater
 from gptcli.errors import RecipeError
 from gptcli.generation.window import template_ids
 from tests.tiny import END, fallback_tokenizer

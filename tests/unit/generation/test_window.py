@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptcli.data.chat_template import NAMED
-from gptcli.data.turns import end_of_turn
+from gptcli.data.templater import end_of_turn
 from gptcli.errors import CheckpointError, UsageError
 from gptcli.generation.chat import Chat, Turn, messages
 from gptcli.generation.settings import Settings
