@@ -67,7 +67,7 @@ class Encoder:
     """Checks rows and makes ids of them, by the method and the columns of a recipe."""
 
     def __init__(self, loaded: LoadedRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
-        from gptcli.data.turns import end_of_turn
+        from gptcli.data.templater import end_of_turn
         from gptcli.generation.window import has_template
 
         data, recipe = loaded.recipe.data, loaded.recipe
