@@ -15,7 +15,7 @@ import termios
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from gptcli.cli.console import Console, print_error
 from gptcli.errors import DataError, GptcliError, UsageError
@@ -24,8 +24,6 @@ from gptcli.generation import window as windows
 from gptcli.reporting import visible
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from gptcli.generation.ready import Asked, Ready
     from gptcli.generation.settings import Settings
 
@@ -36,6 +34,7 @@ REMEDY = "Try a smaller max_new_tokens, /reset, or --precision bf16."
 
 def talk(folder: Path, settings: Settings, system: str, asked: Asked, *, quiet: bool) -> None:
     """Talk with the model of a folder until the user ends it."""
+    from gptcli.generation.carried import stop_at_end_of_turn
     from gptcli.generation.ready import ready
     from gptcli.model.load import load_tokenizer, memory_errors
 
@@ -54,16 +53,6 @@ def talk(folder: Path, settings: Settings, system: str, asked: Asked, *, quiet: 
     if terminal:
         out.say("/help shows the commands; Ctrl+C stops an answer, Ctrl+D ends the chat")
     _Session(it, chats.Chat(settings, chats.message_of(f" {system}")[1:]), folder, terminal).run()
-
-
-def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let the token with which the chat template ends an answer end the model's too, beside its own."""
-    from gptcli.data.templater import end_of_turn
-
-    if tokens := end_of_turn(tokenizer):
-        own: Any = model.generation_config.eos_token_id
-        named = own if isinstance(own, list) else [] if own is None else [own]
-        model.generation_config.eos_token_id = [*named, *tokens]
 
 
 class _Session:

@@ -212,6 +212,7 @@ def _fitted(assembly: Assembly, model: PreTrainedModel, reporter: Reporter) -> A
 def _build_trainer(
     assembly: Assembly, model: PreTrainedModel, stop: Any, reporter: Reporter, progress: Any
 ) -> RecordedTrainer:
+    from gptcli.generation.carried import carry
     from gptcli.model.load import load_tokenizer, quiet
     from gptcli.train.callbacks import Schedule
     from gptcli.train.measured import Tasks
@@ -220,6 +221,7 @@ def _build_trainer(
     loaded, plan = assembly.loaded, assembly.plan
     recipe = loaded.recipe
     tokenizer = load_tokenizer(assembly.prepared.tokenizer)
+    carry(model, tokenizer, loaded.written.get("generate"))
     record = {
         "recipe": recipe,
         "plan": plan,
