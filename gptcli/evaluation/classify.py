@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcli.errors import DataError, UsageError
-from gptcli.evaluation.loss import Forward, Window, each_batch, padded, scoring
+from gptcli.evaluation.loss import Forward, each_batch, scoring
+from gptcli.evaluation.windows import Window, padded
 
 if TYPE_CHECKING:
     import torch

@@ -30,9 +30,9 @@ from gptcli.data.tokenize import prepare
 from gptcli.data.tokenizer import load_fast, special_ids
 from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.errors import DataError, MissingError, UsageError, not_available
-from gptcli.evaluation.loss import Document
 from gptcli.evaluation.scores import Sizes
 from gptcli.evaluation.supervised import Stream, packing_for, supervised_windows
+from gptcli.evaluation.windows import Document
 from gptcli.files import fingerprint
 from gptcli.recipe.load import LoadedRecipe
 from gptcli.recipe.schema import Source

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptcli.evaluation.loss import Document, Forward, Window, padded
+from gptcli.evaluation.loss import Forward
 from gptcli.evaluation.scores import read_arrays, write_arrays
+from gptcli.evaluation.windows import Document, Window, padded
 
 if TYPE_CHECKING:
     import torch

@@ -14,14 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gptcli.device import keep_freed_memory
-from gptcli.errors import DataError, UsageError
+from gptcli.evaluation.windows import Document, Window, batches, padded, shared, windows_of
 from gptcli.launch import world_size
 from gptcli.model.load import evaluating, quiet
 
@@ -29,7 +25,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-BUFFERED_BATCHES = 32
 LOGIT_BYTES = 64 << 20
 BATCH_LOGIT_BYTES = 512 << 20
 PROBE_TOKENS = 4
@@ -37,7 +32,6 @@ PROBE_TOKENS = 4
 # other less than two that share every operation.
 CPU_BATCH_TOKENS = 1024
 
-Document = tuple[NDArray[np.int64], int | None]
 # Inputs [rows, length] and the mask of the positions to score -> their logits in blocks of [positions, vocabulary].
 Forward = Callable[["torch.Tensor", "torch.Tensor"], Iterator["torch.Tensor"]]
 # (forward, batch, device, pad id) -> something for each window of the batch.
@@ -71,26 +65,6 @@ class LossResult:
     def bits_per_byte(self) -> float | None:
         """Summed nats / ln 2 / UTF-8 bytes of the documents."""
         return self.nats / math.log(2) / self.bytes if self.bytes else None
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of one document: `ids[:-1]` are the inputs, `ids[1:]` the targets, of which the last `scored` count.
-
-    With `wanted` (bool, one a target) those that count are where it is True, `scored` of them. `first` is the number,
-    from 0, of the first that counts among the tokens of the document.
-    """
-
-    document: int
-    ids: NDArray[np.int64]
-    scored: int
-    wanted: NDArray[np.bool_] | None = None
-    first: int = 0
-
-    @property
-    def length(self) -> int:
-        """The number of inputs."""
-        return len(self.ids) - 1
 
 
 class Watch(Protocol):
@@ -130,7 +104,7 @@ def document_loss(
         UsageError: `sequence_length` or `stride` make no sense.
         DataError: a token id is outside the model's vocabulary.
     """
-    stream = _windows(documents, prefix_id, sequence_length, stride, _vocabulary(model))
+    stream = windows_of(documents, prefix_id, sequence_length, stride, _vocabulary(model))
     return loss_of(
         model,
         stream,
@@ -189,39 +163,6 @@ class _Tally:
             yield from windows
 
 
-def _windows(
-    documents: Iterable[Document], prefix_id: int, length: int, stride: int | None, vocabulary: int | None
-) -> Iterator[tuple[int | None, Iterable[Window]]]:
-    if length < 1:
-        raise UsageError(f"sequence_length is {length}; it must be at least 1")
-    step = length if stride is None else stride
-    if not 1 <= step <= length:
-        raise UsageError(
-            f"stride is {step}; it must lie between 1 and the window of {length} tokens",
-            remedy="A larger stride would leave tokens unscored.",
-        )
-    for number, (ids, size) in enumerate(documents):
-        if vocabulary is not None and len(ids) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
-            bad = int(ids.max() if ids.max() >= vocabulary else ids.min())
-            raise DataError(
-                f"token {bad} in document {number + 1}, but the model knows {vocabulary} tokens",
-                remedy="The tokens were made by another tokenizer than the model's.",
-            )
-        yield size, document_windows(number, ids, prefix_id, length, step)
-
-
-def document_windows(number: int, ids: NDArray[np.int64], prefix_id: int, length: int, stride: int) -> Iterator[Window]:
-    """Cut one document into windows in which every token is scored once, with the longest context there is."""
-    whole = np.concatenate((np.array([prefix_id], dtype=np.int64), ids.astype(np.int64, copy=False)))
-    scored = 0
-    for begin in range(0, len(ids), stride):
-        end = min(begin + length, len(ids))
-        yield Window(number, whole[begin : end + 1], end - scored, first=scored)
-        scored = end
-        if end == len(ids):
-            return
-
-
 @contextmanager
 def scoring(model: PreTrainedModel) -> Iterator[None]:
     """What `score_windows` runs in: evaluation mode, no gradients, nothing of transformers on the screen."""
@@ -276,7 +217,7 @@ def each_batch(
     limit = _batch_limit(model, batch_tokens)
     # The passes of a model that is divided over processes have to come in the same order on all of them.
     if model.device.type != "cpu" or threads < 2 or world_size() > 1:
-        for batch, counts in _shared(_batches(windows, limit), *part):
+        for batch, counts in shared(batches(windows, limit), *part):
             forward = forward or _choose_forward(model, pad_id)
             scored = score(forward, batch, model.device, pad_id)
             if counts:
@@ -284,7 +225,7 @@ def each_batch(
         return
     running: deque[tuple[list[Window], Future[list[Scored]]]] = deque()
     with ThreadPoolExecutor(2, "scoring", initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
-        for batch, counts in _shared(_batches(windows, limit), *part):
+        for batch, counts in shared(batches(windows, limit), *part):
             forward = forward or _choose_forward(model, pad_id)
             if not counts:
                 continue
@@ -300,57 +241,6 @@ def _batch_limit(model: PreTrainedModel, batch_tokens: int) -> int:
     """Inputs a batch: `batch_tokens`, or fewer where a batch's whole logits might be made."""
     vocabulary = _vocabulary(model) or 1
     return max(1, min(batch_tokens, BATCH_LOGIT_BYTES // (4 * vocabulary)))
-
-
-def _batches(windows: Iterable[Window], limit: int) -> Iterator[list[Window]]:
-    buffer: list[Window] = []
-    tokens = 0
-    for window in windows:
-        buffer.append(window)
-        tokens += window.length
-        if tokens >= BUFFERED_BATCHES * limit:
-            yield from _cut(buffer, limit)
-            buffer, tokens = [], 0
-    yield from _cut(buffer, limit)
-
-
-def _shared(batches: Iterator[list[Window]], index: int, count: int) -> Iterator[tuple[list[Window], bool]]:
-    """One of each `count` batches; where the last ones do not suffice, one that another scores and that does not count.
-
-    The passes of a model that is divided over processes need all of these.
-    """
-    while several := list(islice(batches, count)):
-        yield several[min(index, len(several) - 1)], index < len(several)
-
-
-def _cut(buffer: list[Window], limit: int) -> Iterator[list[Window]]:
-    """Batches of at most `limit` padded inputs, longest first (so that too little memory shows at once)."""
-    batch: list[Window] = []
-    for window in sorted(buffer, key=lambda window: -window.length):
-        if batch and batch[0].length * (len(batch) + 1) > limit:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
-
-
-def padded(batch: list[Window], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inputs, the targets and the mask of what counts of a batch, [windows, longest]."""
-    import torch
-
-    width = max(window.length for window in batch)
-    inputs = np.full((len(batch), width), pad_id, dtype=np.int64)
-    targets = np.zeros((len(batch), width), dtype=np.int64)
-    wanted = np.zeros((len(batch), width), dtype=bool)
-    for row, window in enumerate(batch):
-        inputs[row, : window.length] = window.ids[:-1]
-        targets[row, : window.length] = window.ids[1:]
-        if window.wanted is not None:
-            wanted[row, : window.length] = window.wanted
-        else:
-            wanted[row, window.length - window.scored : window.length] = True
-    return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(wanted)
 
 
 def _score(forward: Forward, batch: list[Window], device: torch.device, pad_id: int) -> list[float]:

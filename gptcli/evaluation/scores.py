@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcli.evaluation.intervals import Ratio, ratio
-from gptcli.evaluation.loss import Document, LossResult
+from gptcli.evaluation.loss import LossResult
+from gptcli.evaluation.windows import Document
 from gptcli.files import cache_root, write_atomic
 
 FORMAT = 1

@@ -13,7 +13,7 @@ import numpy as np
 
 from gptcli.data.packed import packing_of
 from gptcli.data.packing import pieces
-from gptcli.evaluation.loss import Window
+from gptcli.evaluation.windows import Window
 
 if TYPE_CHECKING:
     from gptcli.data.packing import Packing

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 from gptcli.errors import CheckpointError
 from gptcli.evaluation.curves import Collecting, ScoredText, TokenScores, calibration
 from gptcli.evaluation.evaluate import Evaluation
-from gptcli.evaluation.loss import document_windows
 from gptcli.evaluation.page import page, write_page
 from gptcli.evaluation.scores import Scores
 from gptcli.evaluation.surprise import changes, pieces
 from gptcli.evaluation.tasks import TaskResult
+from gptcli.evaluation.windows import document_windows
 from tests.tiny import byte_tokenizer, fallback_tokenizer
 
 HOSTILE = "<script>alert('x')</script>\"& \u202e"
