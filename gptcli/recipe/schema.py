@@ -13,9 +13,7 @@ from pydantic import Field, field_validator
 from gptcli.recipe.fields import Section
 from gptcli.recipe.sections_data import (
     Data,
-    Messages,
     Model,
-    Preference,
     PresetName,
     Source,
     Tail,
@@ -23,6 +21,7 @@ from gptcli.recipe.sections_data import (
     TokenizerTraining,
 )
 from gptcli.recipe.sections_rest import Eval, Fsdp, Generate, Launch, Parallel, Tokenize, Tracking
+from gptcli.recipe.sections_rows import Messages, Preference
 from gptcli.recipe.sections_train import Finetune, Lora, Profile, RegexReward, Train
 
 __all__ = [

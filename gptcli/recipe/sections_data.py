@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from gptcli.recipe import units
 from gptcli.recipe.fields import SHARE, AutoOrCountOrZero, Count, Positive, Section, Texts, accepts
-from gptcli.recipe.template import parse_template
+from gptcli.recipe.sections_rows import EXAMPLES, Messages, Preference, as_messages, checked_template
 
 PresetName: TypeAlias = Literal["1m", "10m", "30m", "124m", "350m", "774m", "1.5b", "vision-1m", "audio-1m"]
 Documents: TypeAlias = Literal["file", "line", "blank-line"]
@@ -210,52 +210,6 @@ Validation: TypeAlias = Annotated[
 ]
 
 
-class Messages(Section):
-    """Which column holds a conversation, and in which shape."""
-
-    column: str | None = Field(
-        default=None,
-        description="The column of the conversation: `messages` (openai), `conversations` (sharegpt). None in alpaca.",
-    )
-    shape: Literal["openai", "sharegpt", "alpaca"] = Field(
-        default="openai",
-        description="openai: messages of role and content; sharegpt: of from and value; alpaca: the columns "
-        "instruction, input and output.",
-    )
-
-    @model_validator(mode="after")
-    def _alpaca_has_its_columns(self) -> Messages:
-        if self.shape == "alpaca" and self.column is not None:
-            raise ValueError("shape alpaca has the columns instruction, input and output; remove column")
-        return self
-
-
-def _messages(value: object) -> object:
-    return {"column": value} if isinstance(value, str) else value
-
-
-EXAMPLES = {"prompt": "question", "completion": "answer"}
-
-
-def _template(value: str | None) -> str | None:
-    if value is not None:
-        parse_template(value)
-    return value
-
-
-class Preference(Section):
-    """The columns of preference data: chosen and rejected, or completion and label (kto)."""
-
-    prompt: str = Field(default="prompt", description="The column of the prompt.")
-    chosen: str | None = Field(default=None, description="The column of the better answer.")
-    rejected: str | None = Field(default=None, description="The column of the worse answer.")
-    completion: str | None = Field(default=None, description="kto: the column of the answer.")
-    label: str | None = Field(default=None, description="kto: the column that says whether the answer is good.")
-    reference: str = Field(
-        default="reference", description="grpo: the column of the right answer, for the reward exact_match."
-    )
-
-
 class Data(Section):
     """What is trained on, what is held out, and how texts become rows."""
 
@@ -267,14 +221,14 @@ class Data(Section):
     )
     format: Literal["text", "prompt", "chat", "preference"] = Field(default="text", description="What a row is.")
     documents: Documents = Field(default="file", description="For plain .txt: what one document is.")
-    prompt: Annotated[str | None, AfterValidator(_template)] = Field(
+    prompt: Annotated[str | None, AfterValidator(checked_template)] = Field(
         default=None, description="format prompt: a template over the row's columns, `{col}`; `{{` is a brace."
     )
-    completion: Annotated[str | None, AfterValidator(_template)] = Field(
+    completion: Annotated[str | None, AfterValidator(checked_template)] = Field(
         default=None, description="format prompt: the template of what is to be learnt; EOS is put behind it."
     )
     preference: Preference | None = Field(default=None, description="format preference: the columns.")
-    messages: Annotated[Messages | None, BeforeValidator(_messages), _TextOrKeys()] = Field(
+    messages: Annotated[Messages | None, BeforeValidator(as_messages), _TextOrKeys()] = Field(
         default=None, description="format chat: the column of messages, or {column, shape}."
     )
     images: Texts | None = Field(default=None, description="Columns that hold image paths or bytes.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from gptcli.train.recorded import RecordedTrainer  # isort: skip
 import datasets
 from datasets import Dataset
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer
+from trl import DPOTrainer, KTOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from gptcli.model.load import evaluating
@@ -208,7 +208,7 @@ class PreferenceTrainer(RecordedTrainer):
         totals: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
         with evaluating(model), torch.no_grad():
-            for part in _parts(rows, self._plan.micro_batch_size):
+            for part in parts(rows, self._plan.micro_batch_size):
                 batch: Any = self._prepare_inputs(self._collated(part))
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, batch)
@@ -299,54 +299,6 @@ class Orpo(PreferenceTrainer, ORPOTrainer):  # type: ignore[misc]
             kept.setdefault(name, []).append(value)
 
 
-class Grpo(PreferenceTrainer, GRPOTrainer):  # type: ignore[misc]
-    """Group relative policy optimization: the model writes several completions of a prompt, and a reward tells them.
-
-    A step's prompts are completed at its beginning by the model as it is then, all at once.
-    """
-
-    encoder: Encoder
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """The ids of prompts, as `generate` has them."""
-        return [self.encoder.prompt_ids(prompt) for prompt in prompts], None, {}
-
-    def _collated(self, rows: list[dict[str, Any]]) -> Any:
-        return rows
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """trl's loss, which is a part of the step's mean already."""
-        loss: torch.Tensor = GRPOTrainer.compute_loss(self, model, inputs)
-        if self.model.training:  # type: ignore[union-attr]
-            self._meter.count(loss.detach() * self._plan.global_batch_size)
-        return loss
-
-    def _validate(self) -> tuple[dict[str, Any], str] | None:
-        """The mean reward of completions of the held-out prompts, drawn from the same random numbers every time."""
-        if self._held_out is None:
-            return None
-        rows = self._held_out
-        model: Any = self.model
-        rewards: list[float] = []
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(self._recipe.seed)
-            for part in _parts(rows, self._plan.global_batch_size):
-                rewards += self.rewards_of(part)
-        mean = float(np.mean(rewards))
-        return {"loss": None, "bits_per_byte": None, "reward": mean, "rows": len(rows)}, f"validation reward {mean:.4f}"
-
-    def rewards_of(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        """The reward of one completion of each of the rows' prompts."""
-        prompts = [row["prompt"] for row in rows]
-        _, ids, _, completions, *_ = self._generate(prompts)
-        self._figures("eval").clear()
-        found: torch.Tensor = self._calculate_rewards(list(rows), prompts, completions, ids)
-        return [float(value) for value in found[:, 0]]
-
-
 @contextmanager
 def _without_notices() -> Iterator[None]:
     """Inside, trl's use of names that transformers is about to drop is not told to the user, who cannot change it.
@@ -364,7 +316,7 @@ def _without_notices() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _parts(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+def parts(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
     """Rows, `size` at a time."""
     for first in range(0, len(rows), size):
         yield rows[first : first + size]
@@ -403,6 +355,8 @@ def _built(
     given: dict[str, Any],
 ) -> PreferenceTrainer:
     if method == "grpo":
+        from gptcli.train.preference_grpo import Grpo
+
         trainer = Grpo(others={"reward_funcs": reward}, **given)
         assert encoder is not None
         trainer.encoder = encoder
