@@ -190,5 +190,5 @@ def test_a_bad_conversation_is_code_3_with_file_and_row(chat: Path) -> None:
     (chat / "chat.jsonl").write_text('{"messages": [{"role": "robot", "content": "hi"}]}\n')
     result = run(chat, "chat.yaml")
     assert result.returncode == 3
-    assert result.stderr.startswith("chat.jsonl:1: error: message 1 has the unknown role 'robot'")
+    assert result.stderr.startswith("error: chat.jsonl:1: message 1 has the unknown role 'robot'")
     assert "on_bad_row: skip" in result.stderr and len(result.stderr.splitlines()) <= 3
