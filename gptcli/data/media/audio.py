@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import io
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -36,6 +37,8 @@ _SIZES = re.compile(r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(sho
 # The last frames of an MP3 may be padding that a header counts.
 _MP3_SLACK = 2 * 1152
 _NOT_RECOGNISED = 1
+# The largest that a page of an Ogg file can be.
+_OGG_PAGE = 27 + 255 + 255 * 255
 
 
 @dataclass(frozen=True)
@@ -97,17 +100,16 @@ def _kept(sound: _Sound, name: str, max_seconds: float, cut: bool) -> Iterator[N
 
     most = math.floor(max_seconds * sound.rate)
     seen = 0
-    with library_faults(name, _fault):
-        for block in sound.blocks:
-            if seen + len(block) > most and not cut:  # the header said less, or nothing
-                raise _too_long(name, "", max_seconds)
-            block = block[: most - seen]
-            if not np.isfinite(block).all():
-                raise MediaFault(name, "not finite", f"holds {'NaN' if np.isnan(block).any() else 'infinity'}")
-            seen += len(block)
-            yield block if block.ndim == 1 else block.mean(axis=1, dtype=np.float32)
-            if seen >= most:
-                return
+    for block in sound.blocks:
+        if seen + len(block) > most and not cut:  # the header said less, or nothing
+            raise _too_long(name, "", max_seconds)
+        block = block[: most - seen]
+        if not np.isfinite(block).all():
+            raise MediaFault(name, "not finite", f"holds {'NaN' if np.isnan(block).any() else 'infinity'}")
+        seen += len(block)
+        yield block if block.ndim == 1 else block.mean(axis=1, dtype=np.float32)
+        if cut and seen >= most:
+            return
     if not seen:
         raise MediaFault(name, "damaged file", "has no samples")
     if sound.frames is not None and seen + sound.slack < sound.frames:
@@ -133,6 +135,8 @@ def _sound(media: Media) -> Iterator[_Sound]:
             file = held
         with library_faults(media.name, _fault):
             sound: Any = stack.enter_context(soundfile.SoundFile(file.fileno(), closefd=False))
+        if sound.format == "OGG" and not _has_last_page(file.fileno()):
+            raise MediaFault(media.name, "damaged file", "ends in the middle (truncated): its last page is missing")
         yield _of_file(sound, media.name)
 
 
@@ -143,13 +147,25 @@ def _of_file(sound: Any, name: str) -> _Sound:
     for told, found in _SIZES.findall(sound.extra_info):
         if int(found) < int(told) < _UNKNOWN_BYTES:
             raise MediaFault(name, "damaged file", _truncated(int(found), int(told), "bytes"))
+    return _Sound(sound.samplerate, frames, _MP3_SLACK if sound.format == "MP3" else 0, _read(sound, name))
+
+
+def _has_last_page(descriptor: int) -> bool:
+    """Whether an Ogg file ends with a whole page that is marked as the last one (RFC 3533, section 6)."""
+    size = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, min(size, 2 * _OGG_PAGE), max(0, size - 2 * _OGG_PAGE))
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    if len(page) < 27:
+        return False
+    segments = page[27 : 27 + page[26]]
+    return bool(page[5] & 4) and len(segments) == page[26] and len(page) >= 27 + len(segments) + sum(segments)
+
+
+def _read(sound: Any, name: str) -> Iterator[NDArray[np.float32]]:
     count = max(1, _BLOCK_SAMPLES // sound.channels)
-    blocks = iter(lambda: sound.read(count, dtype="float32", always_2d=True), None)
-    return _Sound(sound.samplerate, frames, _MP3_SLACK if sound.format == "MP3" else 0, _until_empty(blocks))
-
-
-def _until_empty(blocks: Iterator[NDArray[Any]]) -> Iterator[NDArray[Any]]:
-    for block in blocks:
+    while True:
+        with library_faults(name, _fault):
+            block = sound.read(count, dtype="float32", always_2d=True)
         if not len(block):
             return
         yield block
@@ -162,9 +178,9 @@ def _of_samples(samples: Samples, name: str) -> _Sound:
     if values.ndim not in (1, 2):
         raise MediaFault(name, "not media", f"has an array of {values.ndim} dimensions, not of samples or channels")
     values = values.T if values.ndim == 2 and values.shape[0] < values.shape[1] else values
-    blocks = (
-        values[start : start + _BLOCK_SAMPLES].astype(np.float32) for start in range(0, len(values), _BLOCK_SAMPLES)
-    )
+    with np.errstate(over="ignore"):  # then it is infinity, which is refused
+        values = values.astype(np.float32)
+    blocks = (values[start : start + _BLOCK_SAMPLES] for start in range(0, len(values), _BLOCK_SAMPLES))
     return _Sound(samples.rate, len(values), 0, blocks)
 
 

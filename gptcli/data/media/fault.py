@@ -17,7 +17,7 @@ from gptcli.reporting import one_line
 Kind: TypeAlias = Literal[
     "not media", "missing file", "outside the folder", "not fetched", "damaged file", "too large", "not finite"
 ]
-_LONGEST_NAME = 100
+_LONGEST_NAME, _LONGEST_REASON = 100, 300
 
 
 class MediaFault(Exception):
@@ -30,6 +30,7 @@ class MediaFault(Exception):
     """
 
     def __init__(self, name: str, kind: Kind, reason: str) -> None:
+        reason = one_line(reason)[:_LONGEST_REASON]  # a library's and a server's words are among them
         super().__init__(name, kind, reason)  # the same arguments, so that it can be pickled
         self.name = name
         self.kind = kind

@@ -79,6 +79,7 @@ class _SameKind(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if urllib.parse.urlsplit(newurl).scheme.lower() not in ("http", "https"):
+            fp.close()
             raise urllib.error.URLError("it leads to an address that is neither http nor https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

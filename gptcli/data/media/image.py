@@ -75,7 +75,7 @@ def _image(file: Any, name: str, max_pixels: int) -> Iterator[Any]:
         file.seek(0)
         head = file.read(16)
         if any((accepts := Image.OPEN[known][1]) is not None and accepts(head) for known in formats):
-            raise MediaFault(name, "damaged file", "is damaged or ends in the middle (truncated)") from None
+            raise MediaFault(name, "damaged file", "is damaged or ends in the middle (truncated): its header") from None
         raise MediaFault(name, "not media", "is not an image") from None
     except Image.DecompressionBombError as error:  # above 179 million: "Image size (N pixels) exceeds ..."
         raise _too_many(name, max(map(int, re.findall(r"\d+", str(error)))), max_pixels) from None
@@ -99,7 +99,7 @@ def _too_many(name: str, pixels: int, max_pixels: int) -> MediaFault:
 def _fault(error: Exception) -> tuple[Kind, str]:
     if isinstance(error, EOFError) or _CUT.search(str(error)):
         return "damaged file", "ends in the middle (truncated)"
-    return "damaged file", f"is damaged ({first_line(error)})"
+    return "damaged file", f"is damaged or ends in the middle (truncated): {first_line(error)}"
 
 
 def _rgb(image: Any, name: str) -> Image:

@@ -60,7 +60,7 @@ def evenly(total: int, count: int) -> list[int]:
 
 
 def _count_frames(av: Any, video: Media, max_seconds: float, max_pixels: int) -> int:
-    with opened(video) as file, library_faults(video.name, _fault), _open(av, file) as container:
+    with opened(video) as file, _open(av, file, video.name) as container, library_faults(video.name, _fault):
         stream = _stream(container, video.name, max_seconds, max_pixels)
         total = sum(1 for packet in container.demux(stream) if packet.size)
     if not total:
@@ -69,12 +69,13 @@ def _count_frames(av: Any, video: Media, max_seconds: float, max_pixels: int) ->
 
 
 def _frames(av: Any, video: Media, max_seconds: float, max_pixels: int) -> Iterator[Any]:
-    with opened(video) as file, library_faults(video.name, _fault), _open(av, file) as container:
+    with opened(video) as file, _open(av, file, video.name) as container, library_faults(video.name, _fault):
         yield from container.decode(_stream(container, video.name, max_seconds, max_pixels))
 
 
-def _open(av: Any, file: Any) -> Any:
-    return av.open(file, options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"})
+def _open(av: Any, file: Any, name: str) -> Any:
+    with library_faults(name, lambda _: ("not media", "is not a video, or damaged")):
+        return av.open(file, options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"})
 
 
 def _stream(container: Any, name: str, max_seconds: float, max_pixels: int) -> Any:
@@ -91,6 +92,4 @@ def _stream(container: Any, name: str, max_seconds: float, max_pixels: int) -> A
 
 
 def _fault(error: Exception) -> tuple[Kind, str]:
-    if type(error).__name__ == "InvalidDataError":
-        return "not media", "is not a video, or damaged"
     return "damaged file", f"is damaged or ends in the middle (truncated): {first_line(error)}"
