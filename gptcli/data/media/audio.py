@@ -147,7 +147,7 @@ def _of_file(sound: Any, name: str) -> _Sound:
     for told, found in _SIZES.findall(sound.extra_info):
         if int(found) < int(told) < _UNKNOWN_BYTES:
             raise MediaFault(name, "damaged file", _truncated(int(found), int(told), "bytes"))
-    return _Sound(sound.samplerate, frames, _MP3_SLACK if sound.format == "MP3" else 0, _read(sound, name))
+    return _Sound(sound.samplerate, frames, _MP3_SLACK if sound.format == "MP3" else 0, _read(sound, frames, name))
 
 
 def _has_last_page(descriptor: int) -> bool:
@@ -161,14 +161,16 @@ def _has_last_page(descriptor: int) -> bool:
     return bool(page[5] & 4) and len(segments) == page[26] and len(page) >= 27 + len(segments) + sum(segments)
 
 
-def _read(sound: Any, name: str) -> Iterator[NDArray[np.float32]]:
-    count = max(1, _BLOCK_SAMPLES // sound.channels)
+def _read(sound: Any, frames: int | None, name: str) -> Iterator[NDArray[np.float32]]:
+    # One more than there are, so that a short sound is one read: a read fills up its whole block with zeros.
+    count = min(max(1, _BLOCK_SAMPLES // sound.channels), _UNKNOWN_FRAMES if frames is None else frames + 1)
     while True:
         with library_faults(name, _fault):
             block = sound.read(count, dtype="float32", always_2d=True)
-        if not len(block):
+        if len(block):
+            yield block
+        if len(block) < count:
             return
-        yield block
 
 
 def _of_samples(samples: Samples, name: str) -> _Sound:
