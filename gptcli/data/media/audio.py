@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from gptcli.data.media.fault import Kind, MediaFault, library_faults
 from gptcli.data.media.reference import Media, Samples, opened
@@ -129,15 +129,23 @@ def _sound(media: Media) -> Iterator[_Sound]:
         file = stack.enter_context(opened(media))
         # By its number: into a file of Python's libsndfile calls back, and what is raised there is printed and lost.
         if isinstance(file, io.BytesIO):
-            held = stack.enter_context(tempfile.TemporaryFile(buffering=0))
-            shutil.copyfileobj(file, held)
-            held.seek(0)
+            with library_faults(media.name, _fault):
+                held = stack.enter_context(_numbered())
+                shutil.copyfileobj(file, held)
+                held.seek(0)
             file = held
         with library_faults(media.name, _fault):
             sound: Any = stack.enter_context(soundfile.SoundFile(file.fileno(), closefd=False))
         if sound.format == "OGG" and not _has_last_page(file.fileno()):
             raise MediaFault(media.name, "damaged file", "ends in the middle (truncated): its last page is missing")
         yield _of_file(sound, media.name)
+
+
+def _numbered() -> BinaryIO:
+    """An empty file that has a number, in memory where the system has such."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("sound"), "r+b")
+    return cast("BinaryIO", tempfile.TemporaryFile())
 
 
 def _of_file(sound: Any, name: str) -> _Sound:

@@ -1,7 +1,7 @@
 """What can be wrong with an image, a sound or a video: one type, whatever a library raised, so that a row can be named.
 
 Pillow, libsndfile and FFmpeg have no common error for bytes that are not theirs: bit flips bring everything from
-SyntaxError to AttributeError out of Pillow. So all that their calls raise is caught, and nothing but their calls stands
+SyntaxError to AttributeError out of Pillow. So all that their calls raise is caught, and little but their calls stands
 inside `library_faults`.
 """
 
