@@ -18,10 +18,9 @@ from gptcli.data.media.fault import MediaFault
 from gptcli.data.media.image import MAX_PIXELS, load_image
 from gptcli.data.media.reference import Media, Reach, media_of
 from gptcli.errors import MissingError
+from tests.conftest import shared_data
 
 Image = pytest.importorskip("PIL.Image", reason="the extra multimodal is not installed")
-
-FASHION = Path("/work/shared/data/fashion_mnist/test")
 
 
 def saved(image: Any, form: str, **options: Any) -> bytes:
@@ -283,9 +282,9 @@ def test_without_pillow_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert caught.value.lines()[-1] == "pip install 'gptcli[multimodal]'"
 
 
-@pytest.mark.skipif(not FASHION.is_dir(), reason="needs the shared data")
 def test_images_of_a_data_set_are_read_beside_its_rows() -> None:
-    reach = Reach.of(FASHION / "metadata.jsonl")
+    rows = shared_data("fashion_mnist/test/metadata.jsonl")
+    reach = Reach.of(rows)
     (one,) = media_of("images/00001.png", reach)
-    expected = np.asarray(Image.open(FASHION / "images" / "00001.png"))
+    expected = np.asarray(Image.open(rows.parent / "images" / "00001.png"))
     assert np.array_equal(np.asarray(load_image(one)), np.repeat(expected[..., None], 3, axis=2))

@@ -16,11 +16,10 @@ from gptcli.data.media.audio import load_audio
 from gptcli.data.media.fault import MediaFault
 from gptcli.data.media.reference import Media, Reach, media_of
 from gptcli.errors import MissingError
+from tests.conftest import shared_data
 
 soundfile = pytest.importorskip("soundfile", reason="the extra multimodal is not installed")
 soxr = pytest.importorskip("soxr", reason="the extra multimodal is not installed")
-
-FSDD = Path("/work/shared/data/fsdd/test")
 
 
 def tone(samples: int = 8000, channels: int = 1) -> NDArray[np.float32]:
@@ -216,8 +215,8 @@ def test_without_its_packages_the_extra_is_named(package: str, monkeypatch: pyte
     ]
 
 
-@pytest.mark.skipif(not FSDD.is_dir(), reason="needs the shared data")
 def test_sounds_of_a_data_set_are_read_beside_its_rows() -> None:
-    (media,) = media_of("audio/4_lucas_2.wav", Reach.of(FSDD / "metadata.jsonl"))
-    values, rate = soundfile.read(FSDD / "audio" / "4_lucas_2.wav", dtype="float32")
+    rows = shared_data("fsdd/test/metadata.jsonl")
+    (media,) = media_of("audio/4_lucas_2.wav", Reach.of(rows))
+    values, rate = soundfile.read(rows.parent / "audio" / "4_lucas_2.wav", dtype="float32")
     assert np.array_equal(load_audio(media, 16_000, max_seconds=10), soxr.resample(values, rate, 16_000))
