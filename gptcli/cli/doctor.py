@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _EXTRAS = {
     "eval": ("task metrics and lm-evaluation-harness", ("lm_eval", "sacrebleu", "rouge_score", "sklearn", "jiwer")),
     "multimodal": ("images and sound", ("PIL", "soundfile", "soxr")),
+    "video": ("files of videos", ("av", "PIL")),
     "gpu": ("8-bit optimizers, fused kernels, qlora", ("bitsandbytes", "liger_kernel", "torchao")),
     "track": ("experiment trackers", ("tensorboard", "trackio", "wandb")),
     "serve": ("an OpenAI-compatible server", ("fastapi", "uvicorn", "openai")),
