@@ -66,6 +66,22 @@ def built(tmp_path: Path, model: str) -> tuple[Any, Any]:
     return made, build_processor(config, folder, made)
 
 
+@pytest.mark.parametrize("kind", TINY)
+def test_a_model_of_any_family_is_saved_whole(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoModelForMultimodalLM
+
+    loaded = recipe(tmp_path, f"{{type: {kind}, config: {TINY[kind]}}}")
+    media = {"image": 2, "audio": 2, "video": 3, "vision_start": 4, "vision_end": 5}
+    config, _ = build_config(loaded, TokenIds(300, 0, 0, 1, media))
+    made = build_model(loaded, config, seed=1, attention=None)
+    assert count_parameters(config).total == sum(p.numel() for p in made.parameters()) < 500_000
+    made.save_pretrained(tmp_path / "final")
+    again = AutoModelForMultimodalLM.from_pretrained(tmp_path / "final")
+    weights = dict(again.named_parameters())
+    assert weights.keys() == dict(made.named_parameters()).keys()
+    assert all(torch.equal(weights[name], values) for name, values in made.named_parameters())
+
+
 @needs_media
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_model_built_from_nothing_is_read_by_transformers_alone(tmp_path: Path, kind: str) -> None:
@@ -76,10 +92,6 @@ def test_a_model_built_from_nothing_is_read_by_transformers_alone(tmp_path: Path
     save_processor(processor, tmp_path / "final")
 
     again = AutoModelForMultimodalLM.from_pretrained(tmp_path / "final").eval()
-    assert {name: tuple(p.shape) for name, p in again.named_parameters()} == {
-        name: tuple(p.shape) for name, p in made.named_parameters()
-    }
-    assert all(torch.equal(p, dict(made.named_parameters())[name]) for name, p in again.named_parameters())
     # As many placeholders as features, or the forward pass raises.
     check_processor(AutoProcessor.from_pretrained(tmp_path / "final"), again)
     ours = load_model(tmp_path / "final", device=torch.device("cpu"))
