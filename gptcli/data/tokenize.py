@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,15 +157,20 @@ def data_folder(loaded: LoadedRecipe, job: Job, tokenizer: Path) -> Path:
     return cache_root() / "data" / fingerprint(key)
 
 
-def find_tokenizer(loaded: LoadedRecipe, job: Job, reporter: Reporter) -> tuple[Path, bool]:
-    """(folder of the recipe's tokenizer, whether it was trained now). Without a section: that of `model.from`."""
+def find_tokenizer(
+    loaded: LoadedRecipe, job: Job, reporter: Reporter, media_tokens: Sequence[str] = ()
+) -> tuple[Path, bool]:
+    """(folder of the recipe's tokenizer, whether it was trained now). Without a section: that of `model.from`.
+
+    One that is trained has the `media_tokens`, which stand for images and sounds.
+    """
     section, model = loaded.recipe.tokenizer, loaded.recipe.model
     trained = False
     template = None
     if section is not None and section.chat_template is not None:
         template = find_template(section.chat_template, where=loaded.where("tokenizer.chat_template"))
     if section is not None and section.train is not None:
-        folder, trained = trained_tokenizer(section.train, template, loaded, job, reporter)
+        folder, trained = trained_tokenizer(section.train, template, loaded, job, reporter, media_tokens)
     elif section is not None and section.from_ is not None:
         folder = import_tokenizer(section.from_, where=loaded.where("tokenizer.from"))
     elif model is not None and model.from_ is not None:

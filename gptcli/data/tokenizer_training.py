@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,13 +35,25 @@ FORMAT = 2
 
 
 def trained_tokenizer(
-    spec: TokenizerTraining, template: ChatTemplate | None, loaded: LoadedRecipe, job: Job, reporter: Reporter
+    spec: TokenizerTraining,
+    template: ChatTemplate | None,
+    loaded: LoadedRecipe,
+    job: Job,
+    reporter: Reporter,
+    media_tokens: Sequence[str] = (),
 ) -> tuple[Path, bool]:
     """(folder of the tokenizer that a recipe asks to train, whether it was trained now and not found in the cache).
 
-    The special tokens of a named `template` are among its own, and those of objective fim.
+    The special tokens of a named `template`, those of objective fim, and those that stand for images and sounds, are
+    among its own.
     """
     if spec.algorithm == "bytes":
+        if media_tokens:
+            raise RecipeError(
+                f"algorithm bytes has no {', '.join(media_tokens)}, which stand for images and sounds",
+                where=loaded.where("tokenizer.train"),
+                remedy="tokenizer: {train: {algorithm: bpe, vocab_size: 512}}",
+            )
         folder = cache_root() / "tokenizers" / fingerprint([FORMAT, "bytes"])
         if not folder.is_dir():
             with committed_folder(folder) as work:
@@ -54,11 +67,11 @@ def trained_tokenizer(
         )
     for_infill = TOKENS if job.infill is not None else ()
     for_chat = template.special_tokens if template else ()
-    specials = list(dict.fromkeys([*(spec.special_tokens or ()), *for_chat, *for_infill]))
+    specials = list(dict.fromkeys([*(spec.special_tokens or ()), *for_chat, *for_infill, *media_tokens]))
     # The recipe's own special tokens are counted where it is read; a template's are known only here.
     if spec.vocab_size < (least := 256 + len({END_OF_TEXT, PAD, *specials})):
         raise RecipeError(
-            f"vocab_size must be at least {least}: 256 bytes and {least - 256} specials (of the chat template too)",
+            f"vocab_size must be at least {least}: 256 bytes and {least - 256} specials (of chat and media too)",
             where=loaded.where("tokenizer.train.vocab_size"),
             remedy=f"tokenizer.train.vocab_size: {least}, or more",
         )

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError
+from gptcli.model.composite import composite_config
+from gptcli.model.fields import bad_config, check_fields, get, model_defaults, proportional, quietly, standard_names
 from gptcli.model.folder import absurd_size
-from gptcli.model.load import evaluating, quiet
-from gptcli.recipe.presets import PRESETS
+from gptcli.model.kinds import auto_class, is_multimodal, why_not_a_decoder
+from gptcli.model.load import evaluating
+from gptcli.recipe.presets import MEDIA_PRESETS, PRESETS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,26 +27,19 @@ if TYPE_CHECKING:
     from gptcli.model.kept import Kept
     from gptcli.recipe.load import LoadedRecipe
 
-# Widths that follow the hidden size, under the names that configurations of transformers use.
-_WIDTHS = (
-    "intermediate_size",
-    "ffn_dim",
-    "ffn_hidden_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "word_embed_proj_dim",
-)
-_WIDTH_MULTIPLE = 64
-
 
 @dataclass(frozen=True)
 class TokenIds:
-    """The ids of the tokenizer that a model's configuration repeats."""
+    """The ids of the tokenizer that a model's configuration repeats.
+
+    `media`: those of the tokens that stand for images and sounds, by what they mean (see `processor.media_tokens`).
+    """
 
     vocab_size: int
     bos: int | None
     eos: int | None
     pad: int | None
+    media: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,19 +97,27 @@ def build_config(loaded: LoadedRecipe, ids: TokenIds) -> tuple[PreTrainedConfig,
     assert model is not None and model.type is not None
     config_class = _config_class(loaded, model.type)
     given = dict(model.config or {})
-    base = _quietly(config_class)
-    _check_fields(loaded, model.type, base, given)
+    base = quietly(config_class)
+    if why := absurd_size(given):
+        raise RecipeError(f"model.config: {why}", where=loaded.where("model.config"))
+    if is_multimodal(model.type):
+        return composite_config(loaded, base, ids)
+    if model.preset in MEDIA_PRESETS:
+        raise RecipeError(
+            f"model.preset: {model.preset} is for a type that sees or hears, and {model.type} has text alone",
+            where=loaded.where("model.preset"),
+            remedy="Take model.type: llava or qwen2_audio, or preset: 1m.",
+        )
+    check_fields(loaded, model.type, base, given)
     if model.preset is not None:
         shape = PRESETS[model.preset]
         given = {
             "num_hidden_layers": shape.num_hidden_layers,
             "hidden_size": shape.hidden_size,
             "num_attention_heads": shape.num_attention_heads,
-        } | _standard_names(base, given)
+        } | standard_names(base, given)
     else:
-        given = _standard_names(base, given)
-    if why := absurd_size(given):
-        raise RecipeError(f"model.config: {why}", where=loaded.where("model.config"))
+        given = standard_names(base, given)
     assert loaded.recipe.data is not None
     fields: dict[str, Any] = {
         "vocab_size": ids.vocab_size,
@@ -121,14 +125,14 @@ def build_config(loaded: LoadedRecipe, ids: TokenIds) -> tuple[PreTrainedConfig,
         "eos_token_id": ids.eos,
         "pad_token_id": ids.pad,
     }
-    if _get(base, "max_position_embeddings") is not None:
+    if get(base, "max_position_embeddings") is not None:
         fields["max_position_embeddings"] = loaded.recipe.data.sequence_length
-    fields |= _proportional(base, given)
-    changes, notes = _model_defaults(base, given)
+    fields |= proportional(base, given)
+    changes, notes = model_defaults(base, given)
     try:
-        config = _quietly(config_class, **(fields | changes | given))
+        config = quietly(config_class, **(fields | changes | given))
     except Exception as error:  # each type checks its own fields, with its own kind of error
-        raise _bad_config(loaded, error) from error
+        raise bad_config(loaded, error) from error
     return config, notes
 
 
@@ -141,7 +145,7 @@ def build_model(loaded: LoadedRecipe, config: PreTrainedConfig, *, seed: int, at
     try:
         model: PreTrainedModel = _from_config(config, dtype=torch.float32, **options)
     except (ValueError, TypeError, AssertionError, ImportError, KeyError, ZeroDivisionError) as error:
-        raise _bad_config(loaded, error) from error
+        raise bad_config(loaded, error) from error
     if not looks_only_back(model):
         raise RecipeError(
             f"model.type: {config.model_type} looks at later tokens, so it would learn to copy them",
@@ -260,9 +264,7 @@ def uses_a_matrix_twice(model: nn.Module) -> bool:
 
 
 def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    make: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+    make: Callable[..., PreTrainedModel] = auto_class(config).from_config
     return make(config, **options)
 
 
@@ -270,104 +272,17 @@ def _config_class(loaded: LoadedRecipe, model_type: str) -> type[PreTrainedConfi
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if model_type in causal:
+    where = loaded.where("model.type")
+    if model_type in CONFIG_MAPPING:
         found: type[PreTrainedConfig] = CONFIG_MAPPING[model_type]
-        return found
-    near = difflib.get_close_matches(model_type, causal, n=3)
-    known = "is not a causal language model" if model_type in CONFIG_MAPPING else "is unknown to transformers"
+        if why := why_not_a_decoder(quietly(found)):
+            remedy = "Take one that has images and sounds among its tokens: llava, idefics3, qwen2_audio."
+            raise RecipeError(f"model.type: {why}", where=where, remedy=remedy)
+        if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or is_multimodal(model_type):
+            return found
+        known = "is not a causal language model"
+    else:
+        known = "is unknown to transformers"
+    near = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
     remedy = f"Did you mean {' or '.join(near)}?" if near else "Common ones: llama, gpt2, qwen3, mistral, gemma3_text."
-    raise RecipeError(f"model.type: {model_type} {known}", where=loaded.where("model.type"), remedy=remedy)
-
-
-def _check_fields(loaded: LoadedRecipe, model_type: str, base: PreTrainedConfig, given: dict[str, Any]) -> None:
-    # Only a type's own fields and transformers' common ones are known; anything else would be ignored in silence.
-    known = set(base.to_dict()) | set(vars(base)) | set(base.attribute_map) | {"tie_word_embeddings"}
-    for field in given:
-        if field in known:
-            continue
-        near = difflib.get_close_matches(field, known, n=1)
-        remedy = f"Did you mean {near[0]}?" if near else f"See transformers' documentation of {type(base).__name__}."
-        raise RecipeError(
-            f"model.config: {model_type} has no field {field}",
-            where=loaded.where(f"model.config.{field}"),
-            remedy=remedy,
-        )
-
-
-def _standard_names(base: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
-    # GPT-2 calls its width n_embd; attribute_map holds {standard: own}.
-    own_to_standard = {own: standard for standard, own in base.attribute_map.items()}
-    return {own_to_standard.get(field, field): value for field, value in given.items()}
-
-
-def _proportional(base: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """The sizes that were not given, in the proportions of the type's defaults."""
-    sizes: dict[str, Any] = {}
-    hidden, base_hidden = given.get("hidden_size"), _get(base, "hidden_size")
-    heads, base_heads = given.get("num_attention_heads"), _get(base, "num_attention_heads")
-    if isinstance(hidden, int) and isinstance(base_hidden, int):
-        for field in _WIDTHS:
-            value = _get(base, field)
-            if isinstance(value, int) and field not in given:
-                exact = value * hidden / base_hidden
-                rounded = max(1, round(exact / _WIDTH_MULTIPLE)) * _WIDTH_MULTIPLE
-                sizes[field] = hidden if value == base_hidden else rounded
-    if isinstance(heads, int) and isinstance(base_heads, int):
-        kv_heads = _get(base, "num_key_value_heads")
-        if isinstance(kv_heads, int) and "num_key_value_heads" not in given:
-            sizes["num_key_value_heads"] = _kv_heads(heads, max(1, round(base_heads / kv_heads)))
-        # Only where it is a field: in some types it is computed.
-        head_dim = base.to_dict().get("head_dim")
-        if isinstance(head_dim, int) and "head_dim" not in given:
-            width = hidden if isinstance(hidden, int) else base_hidden
-            if isinstance(width, int) and width % heads == 0:
-                sizes["head_dim"] = width // heads
-    return sizes
-
-
-def _kv_heads(heads: int, group: int) -> int:
-    # The group size of the default, or the next smaller one that divides the heads.
-    return next(heads // size for size in range(min(group, heads), 0, -1) if heads % size == 0)
-
-
-def _model_defaults(base: PreTrainedConfig, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """DEFINITIONS' defaults for a model from scratch: no dropout, and the fused form of the same GELU."""
-    changes: dict[str, Any] = {}
-    notes = []
-    dropouts = [
-        field
-        for field, value in base.to_dict().items()
-        if ("dropout" in field or field.endswith("_pdrop")) and isinstance(value, float) and value > 0
-        if field not in given
-    ]
-    if dropouts:
-        changes |= dict.fromkeys(dropouts, 0.0)
-        notes.append(f"dropout 0 ({', '.join(dropouts)}): set it in model.config to have it")
-    activations = [field for field, value in base.to_dict().items() if value == "gelu_new" and field not in given]
-    for field in activations:
-        changes[field] = "gelu_pytorch_tanh"
-        notes.append(f"{field} gelu_pytorch_tanh: the same function as gelu_new, fused")
-    return changes, notes
-
-
-def _get(config: PreTrainedConfig, field: str) -> Any:
-    try:
-        return getattr(config, field, None)
-    except Exception:  # some types raise their own error for a field that varies from layer to layer
-        return None
-
-
-def _quietly(config_class: type[PreTrainedConfig], **fields: Any) -> PreTrainedConfig:
-    # A default configuration warns about token ids beyond a small vocabulary, which are set right afterwards.
-    with quiet():
-        return config_class(**fields)
-
-
-def _bad_config(loaded: LoadedRecipe, error: Exception) -> RecipeError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return RecipeError(
-        f"model.config does not make a model: {' '.join(lines[:2])[:300]}",
-        where=loaded.where("model.config"),
-        remedy="hidden_size must be divisible by num_attention_heads, and that by num_key_value_heads.",
-    )
+    raise RecipeError(f"model.type: {model_type} {known}", where=where, remedy=remedy)

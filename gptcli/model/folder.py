@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CheckpointError, MissingError
+from gptcli.model.kinds import auto_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -131,9 +132,8 @@ def check_parameters(config: PreTrainedConfig, files: list[Path], **options: Any
     `options` are for making the model. Raises `CheckpointError`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    make: Any = AutoModelForCausalLM.from_config
+    make: Any = auto_class(config).from_config
     size = sum(path.stat().st_size for path in files if path.is_file())
     with torch.device("meta"):
         made = make(config, **options)

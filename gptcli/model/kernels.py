@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from gptcli.model.kinds import is_multimodal
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,9 +29,10 @@ def usable_attention(config: PreTrainedConfig) -> frozenset[str]:
 
     None for a model that brings its own code, which is not read here.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    mapping: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING if is_multimodal(config.model_type) else MODEL_FOR_CAUSAL_LM_MAPPING
+    model_class: Any = mapping.get(type(config), None)
     if model_class is None:
         return frozenset()
     text = config.get_text_config()

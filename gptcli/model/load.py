@@ -35,6 +35,7 @@ from gptcli.model.folder import (
     is_adapter,
     read_config,
 )
+from gptcli.model.kinds import auto_class, why_not_a_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +113,7 @@ def load_model(
     revision: str | None = None,
     four_bits: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal language model in evaluation mode onto `device` (default: the best one).
+    """Load a causal language model in evaluation mode onto `device` (default: the best one), with its towers if any.
 
     Args:
         folder: a Hugging Face model folder, a Hub id (OWNER/NAME) as a path, or an adapter's folder, which is merged
@@ -137,14 +138,12 @@ def load_model(
     if revision is not None:
         shared["revision"] = revision
     config = load_config(folder, trust_remote_code=trust_remote_code, revision=revision)
-    with quiet(), _typed_errors(folder, "model"):
-        from transformers import AutoModelForCausalLM
-
+    with quiet(), typed_errors(folder, "model"):
         device = device or best_device()
         if not folder.is_dir():
             _check_hub_weights(str(folder), config, revision)
         saved = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             str(folder),
             config=config,
             dtype=choose_dtype(dtype, device, saved)[0],
@@ -197,7 +196,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, revision: str 
     weights = None
     if folder.is_dir():
         weights = check_weights(folder, read_config(folder, trust_remote_code=trust_remote_code))
-    with quiet(), _typed_errors(folder, "model"):
+    with quiet(), typed_errors(folder, "model"):
         from transformers import AutoConfig, PreTrainedConfig
 
         shared: dict[str, Any] = {} if revision is None else {"revision": revision}
@@ -207,6 +206,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, revision: str 
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=folder.is_dir(), **shared
         )
+        if why := why_not_a_decoder(config):
+            raise CheckpointError(why, where=str(folder), remedy="gptcli works with causal models.")
         if weights is not None:
             check_parameters(config, weights, trust_remote_code=trust_remote_code)
         return config
@@ -226,7 +227,7 @@ def load_tokenizer(
         check_tokenizer_files(folder)
     if (folder / "config.json").is_file():  # transformers reads it for a tokenizer too
         read_config(folder, trust_remote_code=trust_remote_code)
-    with quiet(), _typed_errors(folder, "tokenizer"):
+    with quiet(), typed_errors(folder, "tokenizer"):
         from transformers import AutoTokenizer
 
         shared: dict[str, Any] = {"revision": revision} if revision is not None else {}
@@ -298,7 +299,7 @@ def check_precision(precision: str) -> None:
 
 
 @contextmanager
-def _typed_errors(folder: Path, what: str) -> Iterator[None]:
+def typed_errors(folder: Path, what: str) -> Iterator[None]:
     """Turn what transformers raises for a bad folder or a Hub that gives nothing into our errors."""
     try:
         yield

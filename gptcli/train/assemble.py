@@ -12,7 +12,7 @@ from gptcli.data.packed import PackedRows, Rows, padding, training_rows
 from gptcli.data.report import mixing_text
 from gptcli.data.tokenize import Prepared, prepare
 from gptcli.device import best_device, c_compiler, capability, device_name, total_memory
-from gptcli.errors import RecipeError
+from gptcli.errors import RecipeError, not_available
 from gptcli.files import fingerprint
 from gptcli.launch import world_size
 from gptcli.model.adapt import freeze, put_adapter
@@ -195,13 +195,28 @@ def model_config(
     check_names(loaded)
     assert loaded.recipe.model is not None
     if loaded.recipe.model.from_ is not None or isinstance(prepared, PreparedPairs):
-        return _config_of(loaded, prepared, reporter)
+        found = _config_of(loaded, prepared, reporter)
+        _check_text_alone(loaded, "model.from", found[0])
+        return found
     special = prepared.train.specials
     ids = TokenIds(prepared.train.vocab_size, special.bos, special.eos, special.pad)
     config, notes = build_config(loaded, ids)
+    _check_text_alone(loaded, "model.type", config)
     for note in notes:
         reporter.say(f"model: {note}")
     return config, ()
+
+
+def _check_text_alone(loaded: LoadedRecipe, key: str, config: PreTrainedConfig) -> None:
+    from gptcli.model.kinds import is_multimodal
+
+    if is_multimodal(config.model_type):
+        raise not_available(
+            key,
+            f"training a model that sees or hears ({config.model_type})",
+            where=loaded.where(key),
+            remedy="Take one of text alone: llama, gpt2, qwen3, mistral, gemma3_text.",
+        )
 
 
 def describe(assembly: Assembly) -> list[str]:

@@ -118,7 +118,7 @@ def _smaller_model(loaded: LoadedRecipe, config: PreTrainedConfig, counts: Count
     key = own if own in given else "num_hidden_layers"
     names = list(PRESETS)
     update: dict[str, Any]
-    if model.preset is not None and key not in given:
+    if model.preset in PRESETS and key not in given:
         at = names.index(model.preset)
         if at == 0:
             return None
