@@ -94,7 +94,7 @@ BAD = {
     "wrong type": ("seed: many", 2, ["r.yaml", "seed"]),
     "two lengths": ("train: {max_steps: 4, epochs: 1}", 2, ["max_steps", "epochs"]),
     "no length": ("train: {learning_rate: 1e-3}", 2, ["max_tokens"]),
-    "not yet": ("train: {max_steps: 4, label_smoothing: 0.1}", 2, ["label_smoothing", "not available yet"]),
+    "not yet": ("train: {max_steps: 4, objective: masked}", 2, ["objective", "not available yet"]),
     "unknown optimizer": ("train: {max_steps: 4, optimizer: adamww}", 2, ["adamww", "adamw"]),
     "unknown argument": ("train: {max_steps: 4, trainer_args: {warmup_stps: 1}}", 2, ["warmup_stps", "warmup_steps"]),
     "missing package": ("train: {max_steps: 4, optimizer: adamw_8bit}", 7, ["bitsandbytes", "pip install"]),
