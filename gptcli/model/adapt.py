@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CheckpointError, GptcliError, MissingError, RecipeError, first_line, not_installed
 from gptcli.files import read_json, write_json
-from gptcli.model.adapters import CONFIG, NAME, WEIGHTS, base_of, read_adapter
+from gptcli.model.adapters import CONFIG, NAME, WEIGHTS, base_of, read_adapter, tensor_names
 from gptcli.model.folder import is_adapter
 from gptcli.model.load import quiet
 
@@ -223,13 +223,13 @@ def _settings_from(loaded: LoadedRecipe, peft: Any, tokens: dict[str, list[int]]
             remedy=f"Set finetune.adapter to {'dora' if is_dora else 'lora'}.",
         )
     with quiet(), _misfit(folder):
+        tensor_names(folder)
         settings = peft.PeftConfig.from_pretrained(str(folder))
-    known = settings.trainable_token_indices
-    if tokens and (not isinstance(known, dict) or any(known.get(name) != rows for name, rows in tokens.items())):
+    if (settings.trainable_token_indices or {}) != tokens:
         raise RecipeError(
-            "finetune.adapter_from: the tokenizer has tokens that are new to the model, and the adapter has not those",
+            "finetune.adapter_from: the tokens that are new to the model are others than those of the adapter",
             where=where,
-            remedy="Use the adapter's own tokenizer, tokenizer: {from: FOLDER}, or merge the adapter first.",
+            remedy=f"Use the tokenizer that it was trained with: tokenizer={{from: {folder}}}\nOr merge it first.",
         )
     settings.inference_mode = False
     return settings

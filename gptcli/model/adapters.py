@@ -108,7 +108,7 @@ def load_merged(folder: Path, **options: Any) -> PreTrainedModel:
     """
     base, revision = base_of(folder)
     with quiet(), _adapter_errors(folder):
-        named = _tensors(folder)
+        named = tensor_names(folder)
     try:
         import peft
     except ImportError:
@@ -134,7 +134,7 @@ def load_merged(folder: Path, **options: Any) -> PreTrainedModel:
         return _merge(model, settings, folder)
 
 
-def _tensors(folder: Path) -> set[str]:
+def tensor_names(folder: Path) -> set[str]:
     """The names of an adapter's tensors, none of which is smaller than its settings say: peft would take the memory.
 
     Raises:

@@ -104,6 +104,17 @@ def test_new_tokens_are_trained_and_all_others_stay(kind: str, tmp_path: Path) -
         assert torch.equal(embeddings[row], output[row]) is (kind != "llama")
 
 
+def test_an_adapter_goes_on_with_the_tokens_that_it_has(tmp_path: Path) -> None:
+    _, folder = tuned(tmp_path, "llama", new=2)
+    loaded = recipe(tmp_path, f"finetune.adapter_from={folder}", "finetune.lora=null")
+    model = load_model(tmp_path / "base", dtype="fp32", device=CPU)
+    for size, tokens in ((300, []), (303, [300, 301, 302])):
+        resize(model, size)
+        with pytest.raises(RecipeError, match="the tokens that are new to the model are others"):
+            put_adapter(model, loaded, tokens)
+    put_adapter(model, loaded, [300, 301])
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_training_an_adapter_leaves_its_base_as_it_was_to_the_last_bit(
