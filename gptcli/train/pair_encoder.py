@@ -78,8 +78,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._has_template = has_template(tokenizer)
         self._end = _end_of_text(tokenizer)
-        turn = end_of_turn(tokenizer) if self._has_template else None
-        self._end_of_turn = self._end if turn is None else turn
+        self._end_of_turn = next(iter(end_of_turn(tokenizer)), self._end)
         self._room = data.sequence_length - (recipe.generate.max_new_tokens if self.method == "grpo" else 0)
         self._reference = data.preference.reference if data.preference else "reference"
         self._needs_reference = self.method == "grpo" and recipe.finetune.reward == "exact_match"

@@ -10,6 +10,7 @@ import torch
 
 from gptcli.errors import DataError, UsageError
 from gptcli.evaluation import loss as loss_module
+from gptcli.evaluation import windows
 from gptcli.evaluation.loss import LossResult, document_loss
 from tests.tiny import make_model
 
@@ -88,7 +89,7 @@ def test_logits_in_small_blocks_give_the_same_loss(documents: list, monkeypatch:
 def test_a_longer_context_by_stride_never_scores_the_first_window_twice(documents: list) -> None:
     scored = [
         (window.document, window.length, window.scored)
-        for window in loss_module.document_windows(0, documents[5][0], 0, WINDOW, 10)
+        for window in windows.document_windows(0, documents[5][0], 0, WINDOW, 10)
     ]
     assert [count for _, _, count in scored] == [16, 10, 10, 10, 4]
     assert sum(count for _, _, count in scored) == 50
@@ -164,7 +165,7 @@ def test_documents_are_streamed_through_a_bounded_buffer(
             read += 1
             yield np.full(WINDOW, 7), None
 
-    monkeypatch.setattr(loss_module, "BUFFERED_BATCHES", 2)
+    monkeypatch.setattr(windows, "BUFFERED_BATCHES", 2)
     ahead = []
     result = document_loss(
         make_model(),
