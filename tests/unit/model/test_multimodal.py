@@ -37,7 +37,8 @@ HEARS = f"audio_config: {{{TOWER}, num_mel_bins: 16, max_source_positions: 50}}"
 TINY = {
     "llava": f"{{{TEXT}, vision_feature_layer: -1, vision_config: {{{TOWER}, image_size: 28, patch_size: 7}}}}",
     "idefics3": f"{{{TEXT}, vision_config: {{{TOWER}, image_size: 28, patch_size: 7}}}}",
-    "qwen2_vl": f"{{{TEXT[:-1]}, rope_parameters: {{{MROPE}}}}}, vision_config: {{depth: 1, embed_dim: 32, hidden_size: 32, num_heads: 2, patch_size: 4}}}}",
+    "qwen2_vl": f"{{{TEXT[:-1]}, rope_parameters: {{{MROPE}}}}}, "
+    "vision_config: {depth: 1, embed_dim: 32, hidden_size: 32, num_heads: 2, patch_size: 4}}",
     "qwen2_audio": f"{{{TEXT}, {HEARS}}}",
     "voxtral": f"{{{TEXT}, {HEARS}}}",
 }
