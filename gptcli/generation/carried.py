@@ -30,6 +30,7 @@ def carry(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, written: M
         if written.get(name) is not None:
             setattr(config, name, written[name])
     config.do_sample = drawn
+    config._from_model_config = False  # else transformers may make it anew from config.json
 
 
 def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
