@@ -132,9 +132,9 @@ def rows_in_training(loaded: LoadedRecipe, *, limit: int) -> Corpus | None:
     They are those of `data.validation` where its rows are answered, so that a best checkpoint is not chosen by what it
     is measured by in the end; else `eval.data`.
     """
-    data = loaded.recipe.data
-    if data is not None and data.format == "prompt" and isinstance(data.validation, list):
-        return _of_sources(loaded, data.validation, "data.validation", data.documents, data.on_bad_row, limit)
+    data, rows = loaded.recipe.data, loaded.recipe.validation_rows
+    if data is not None and rows:
+        return _of_sources(loaded, rows, "data.validation", data.documents, data.on_bad_row, limit)
     return from_recipe(loaded, limit=limit) if loaded.recipe.eval.data else None
 
 

@@ -26,7 +26,7 @@ from gptcli.evaluation.examples import Asked, Example, read_examples
 from gptcli.files import write_atomic
 from gptcli.generation.settings import Settings, settings
 from gptcli.model.load import Precision, context_length, load_model, load_tokenizer, memory_errors
-from gptcli.recipe.template import PROMPT, Template, parse_template
+from gptcli.recipe.template import Template, parse_template
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,9 +111,7 @@ def read_task(corpus: Corpus, recipe: LoadedRecipe, reporter: Reporter) -> Task:
     of_labels = tuple(each for each in wanted if labels and each in metrics.OF_LABELS)
     of_texts = tuple(each for each in wanted if each not in of_labels)
     metrics.require_packages(wanted, labels=bool(labels))
-    data = recipe.recipe.data
-    trained = data.prompt if data is not None and data.format == "prompt" else None
-    template = parse_template(section.prompt or trained or PROMPT)
+    template = parse_template(recipe.recipe.asked)
     examples = read_examples(corpus, Asked(template, section.references, _check(section, of_texts)), reporter)
     how = _settings(recipe)
     return Task(corpus.name, template, tuple(examples), labels, section.label_scores, of_labels, of_texts, how)

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError
 from gptcli.model.composite import composite_config
-from gptcli.model.fields import bad_config, check_fields, get, model_defaults, proportional, quietly, standard_names
+from gptcli.model.fields import (
+    bad_config,
+    check_fields,
+    model_defaults,
+    proportional,
+    quietly,
+    standard_names,
+    text_fields,
+)
 from gptcli.model.folder import absurd_size
 from gptcli.model.kinds import auto_class, is_multimodal, why_not_a_decoder
 from gptcli.model.load import evaluating
@@ -119,15 +127,7 @@ def build_config(loaded: LoadedRecipe, ids: TokenIds) -> tuple[PreTrainedConfig,
     else:
         given = standard_names(base, given)
     assert loaded.recipe.data is not None
-    fields: dict[str, Any] = {
-        "vocab_size": ids.vocab_size,
-        "bos_token_id": ids.bos,
-        "eos_token_id": ids.eos,
-        "pad_token_id": ids.pad,
-    }
-    if get(base, "max_position_embeddings") is not None:
-        fields["max_position_embeddings"] = loaded.recipe.data.sequence_length
-    fields |= proportional(base, given)
+    fields = text_fields(base, ids, loaded.recipe.data.sequence_length) | proportional(base, given)
     changes, notes = model_defaults(base, given)
     try:
         config = quietly(config_class, **(fields | changes | given))

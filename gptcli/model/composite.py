@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError
-from gptcli.model.fields import bad_config, check_fields, get, model_defaults, proportional, quietly, standard_names
+from gptcli.model.fields import (
+    bad_config,
+    check_fields,
+    get,
+    model_defaults,
+    proportional,
+    quietly,
+    standard_names,
+    text_fields,
+)
 from gptcli.model.kinds import parts_of, text_part
 from gptcli.recipe.presets import MEDIA_PRESETS, PRESETS, MediaPreset, Shape
 
@@ -57,7 +66,7 @@ def composite_config(loaded: LoadedRecipe, base: PreTrainedConfig, ids: TokenIds
             own = {key: value for key, value in media.sizes.items() if _has(part_base, key)} | own
             sized = True
         own = _shaped(part_base, shape) | own
-        rest = _text_fields(part_base, ids, loaded.recipe.data.sequence_length) if name == text else {}
+        rest = text_fields(part_base, ids, loaded.recipe.data.sequence_length) if name == text else {}
         rest |= _token_fields(part_base, ids.media) | proportional(part_base, own)
         changes, said = model_defaults(part_base, own)
         notes += [f"{name}: {line}" for line in said]
@@ -72,7 +81,7 @@ def composite_config(loaded: LoadedRecipe, base: PreTrainedConfig, ids: TokenIds
     whole = _token_fields(base, ids.media)
     if text is None:
         given = _shaped(base, _shape(model.preset, media, is_text=True)) | given
-        whole |= _text_fields(base, ids, loaded.recipe.data.sequence_length) | proportional(base, given)
+        whole |= text_fields(base, ids, loaded.recipe.data.sequence_length) | proportional(base, given)
     if media is not None:
         whole |= {key: value for key, value in media.model.items() if _has(base, key)}
     return _made(loaded, base, whole | fields | given), notes
@@ -89,18 +98,6 @@ def token_fields(config: PreTrainedConfig) -> dict[str, str]:
 
 def _token_fields(base: PreTrainedConfig, media: Mapping[str, int]) -> dict[str, int]:
     return {field: media[meaning] for field, meaning in token_fields(base).items() if meaning in media}
-
-
-def _text_fields(base: PreTrainedConfig, ids: TokenIds, length: int) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "vocab_size": ids.vocab_size,
-        "bos_token_id": ids.bos,
-        "eos_token_id": ids.eos,
-        "pad_token_id": ids.pad,
-    }
-    if get(base, "max_position_embeddings") is not None:
-        fields["max_position_embeddings"] = length
-    return fields
 
 
 def _shape(preset: str | None, media: MediaPreset | None, *, is_text: bool) -> Shape | None:

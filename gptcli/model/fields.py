@@ -15,6 +15,7 @@ from gptcli.model.load import quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from gptcli.model.build import TokenIds
     from gptcli.recipe.load import LoadedRecipe
 
 # Widths that follow the hidden size, under the names that configurations of transformers use.
@@ -129,3 +130,16 @@ def bad_config(loaded: LoadedRecipe, error: Exception) -> RecipeError:
         where=loaded.where("model.config"),
         remedy="hidden_size must be divisible by num_attention_heads, and that by num_key_value_heads.",
     )
+
+
+def text_fields(base: PreTrainedConfig, ids: TokenIds, length: int) -> dict[str, Any]:
+    """The fields of a configuration that follow the tokenizer and the length of the rows."""
+    fields: dict[str, Any] = {
+        "vocab_size": ids.vocab_size,
+        "bos_token_id": ids.bos,
+        "eos_token_id": ids.eos,
+        "pad_token_id": ids.pad,
+    }
+    if get(base, "max_position_embeddings") is not None:
+        fields["max_position_embeddings"] = length
+    return fields

@@ -28,7 +28,7 @@ def numbers_of(recipe: Recipe) -> list[str]:
     section = recipe.eval
     several = _SEVERAL | (_OF_LABELS if section.labels is not None else {})
     data = recipe.data
-    rows = section.data or (data is not None and data.format == "prompt" and isinstance(data.validation, list))
+    rows = section.data or recipe.validation_rows
     tasks = [metric for metric in dict.fromkeys(section.metrics) if metric != "perplexity"] if rows else []
     held_out = OF_TEXTS if data is None or data.validation != 0 else ()
     return [*held_out, *(name for metric in tasks for name in several.get(metric, (metric,)))]

@@ -23,6 +23,7 @@ from gptcli.recipe.sections_data import (
 from gptcli.recipe.sections_rest import Eval, Fsdp, Generate, Launch, Parallel, Tokenize, Tracking
 from gptcli.recipe.sections_rows import Messages, Preference
 from gptcli.recipe.sections_train import Finetune, Lora, Profile, RegexReward, Train
+from gptcli.recipe.template import PROMPT
 
 __all__ = [
     "Data",
@@ -88,6 +89,20 @@ class Recipe(Section):
         if (why := _no_folder_name(name)) is not None:
             raise ValueError(f"{name[:100]!r} cannot be a folder's name: {why}")
         return name
+
+    @property
+    def asked(self) -> str:
+        """The template of what a task asks the model: that of `eval`, else the one it is trained on."""
+        trained = self.data.prompt if self.data is not None and self.data.format == "prompt" else None
+        return self.eval.prompt or trained or PROMPT
+
+    @property
+    def validation_rows(self) -> list[Source]:
+        """The sources of held-out rows that a task can be measured on; none where what is held out is no rows."""
+        data = self.data
+        if data is None or data.format != "prompt" or not isinstance(data.validation, list):
+            return []
+        return data.validation
 
 
 def _no_folder_name(name: str) -> str | None:

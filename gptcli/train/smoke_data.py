@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.recipe.schema import Source, Tail
-from gptcli.recipe.template import PROMPT, parse_template
+from gptcli.recipe.template import parse_template
 from gptcli.train.pairs import is_preference
 from gptcli.train.preference_smoke import reward_cuts, synthetic_pair
 
@@ -66,10 +66,8 @@ def cut_source(
 
 def synthetic_question(loaded: LoadedRecipe, source: Source, seed: int) -> Row:
     """A row with the columns of `eval`."""
-    asked, data = loaded.recipe.eval, loaded.recipe.data
-    trained = data.prompt if data is not None and data.format == "prompt" else None
     row: Row = {source.text: f"row {seed}: {_words(seed)}."}
-    row |= {name: f"row {seed}" for name in parse_template(asked.prompt or trained or PROMPT).columns}
+    row |= {name: f"row {seed}" for name in parse_template(loaded.recipe.asked).columns}
     return row | _reference(loaded, seed)
 
 
