@@ -80,7 +80,7 @@ class _Session:
         if self._terminal:
             before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         try:
-            with _restored_terminal() if self._terminal else contextlib.nullcontext():
+            with _nothing_lost() if self._terminal else contextlib.nullcontext():
                 self._loop(_keyboard() if self._terminal else _line)
         finally:
             for number, handler in before.items():
@@ -173,6 +173,8 @@ class _Session:
                 self._chat = drawn.answered(said, "".join(pieces))
                 self._out.write("\n")
             if isinstance(error, KeyboardInterrupt) and self._terminal and not self._terminated:
+                with contextlib.suppress(termios.error):  # the terminal is gone
+                    termios.tcflush(sys.stdin, termios.TCIFLUSH)  # what was typed for later goes, as at any Ctrl+C
                 self._out.say(f"[interrupted{'' if pieces else ' before the answer began: the chat is as it was'}]")
             raise
         self._out.write("\n")
@@ -323,9 +325,12 @@ def _line() -> str:
 
 
 @contextlib.contextmanager
-def _restored_terminal() -> Iterator[None]:
-    """Leave the terminal as it was, however the chat ends."""
+def _terminal_with(local: Callable[[int], int]) -> Iterator[None]:
+    """A terminal whose local modes (termios' `lflag`) are changed; left as it was, however this ends."""
     before = termios.tcgetattr(sys.stdin)
+    changed = [*before]
+    changed[3] = local(before[3])
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, changed)
     try:
         yield
     finally:
@@ -333,11 +338,11 @@ def _restored_terminal() -> Iterator[None]:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
-@contextlib.contextmanager
-def _unseen_typing() -> Iterator[None]:
+def _nothing_lost() -> contextlib.AbstractContextManager[None]:
+    """Ctrl+C throws nothing away: by itself it takes back what was written and has not been shown yet."""
+    return _terminal_with(lambda modes: modes | termios.NOFLSH)
+
+
+def _unseen_typing() -> contextlib.AbstractContextManager[None]:
     """Keys that are pressed while an answer is shown wait for the next prompt, and are not shown in its middle."""
-    with _restored_terminal():
-        unseen = termios.tcgetattr(sys.stdin)
-        unseen[3] &= ~termios.ECHO
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
-        yield
+    return _terminal_with(lambda modes: modes & ~termios.ECHO)
