@@ -62,8 +62,13 @@ def tokenize(
         result = _do_share(loaded, share, out)
     else:
         from gptcli.data.tokenize import finish_shares, prepare
+        from gptcli.model.media import media_model
 
-        prepared = finish_shares(loaded, out) if finish else prepare(loaded, out, verify=verify or None)
+        media = media_model(loaded)
+        if finish:
+            prepared = finish_shares(loaded, out, media=media)
+        else:
+            prepared = prepare(loaded, out, verify=verify or None, media=media)
         result = _result(prepared)
         if not json:
             _print(prepared, out)
@@ -85,8 +90,9 @@ def _share(piece: str | None) -> tuple[int, int] | None:
 
 def _do_share(loaded: LoadedRecipe, share: tuple[int, int], out: Console) -> dict[str, Any]:
     from gptcli.data.tokenize import prepare_share
+    from gptcli.model.media import media_model
 
-    result = prepare_share(loaded, out, share)
+    result = prepare_share(loaded, out, share, media=media_model(loaded))
     done = result["pieces"] - result["missing"]
     out.say(f"part {result['share']} is done; {done:,} of {result['pieces']:,} pieces are there in all")
     if not result["missing"]:
@@ -98,9 +104,11 @@ def _preview(loaded: LoadedRecipe, count: int, out: Console, *, json: bool) -> d
     from gptcli.data.job import find_job
     from gptcli.data.preview import preview
     from gptcli.data.tokenize import find_tokenizer
+    from gptcli.model.media import media_model
 
-    job = find_job(loaded, out)
-    tokenizer, _ = find_tokenizer(loaded, job, out)
+    media = media_model(loaded)
+    job = find_job(loaded, out, reads_media=media is not None)
+    tokenizer, _ = find_tokenizer(loaded, job, out, media)
     documents = preview(job, tokenizer, count)
     if not json:
         for document in documents:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from gptcli.data.fast import FastTokenizer, compare, fast_tokenizer, is_sure
+from gptcli.data.media.item import Medium
 from gptcli.data.tokenizer import PATTERNS, Specials, bytes_tokenizer, load_fast, special_ids
 
 BATCH_CHARACTERS = 500_000  # twice as many took 7% more memory, and no less time
@@ -37,13 +38,15 @@ SAFE_CUT = re.compile(rf"\n(?= {_LETTER})|(?<=\S)\n(?={_LETTER})")
 class Encoded:
     """Documents as one array: their tokens (BOS and EOS included), and the tokens and UTF-8 bytes of each.
 
-    `supervised` (uint8, one a token): 1 for the tokens that are to be predicted; None: all are.
+    `supervised` (uint8, one a token): 1 for the tokens that are to be predicted; None: all are. `media`: those of each
+    document, in order; None: this data has none.
     """
 
     tokens: NDArray[Any]
     lengths: NDArray[np.int64]
     bytes: NDArray[np.int64]
     supervised: NDArray[np.uint8] | None = None
+    media: Sequence[Sequence[Medium]] | None = None
 
 
 T = TypeVar("T", bound=Any)

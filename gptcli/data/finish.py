@@ -24,12 +24,12 @@ from gptcli.data.shards import write_manifest
 from gptcli.data.sources import place
 from gptcli.data.supervise import UNSUPERVISED
 from gptcli.data.work import RESULT
-from gptcli.data.writer import SUPERVISED
+from gptcli.data.writer import MEDIA, SUPERVISED
 from gptcli.errors import DataError
 from gptcli.files import read_json, write_json
 
 EXAMPLES = 10
-COUNTED = ("documents", "bytes", "tokens", SUPERVISED)
+COUNTED = ("documents", "bytes", "tokens", SUPERVISED, MEDIA)
 
 
 def finish(job: Job, pieces: Sequence[Piece], work: Path, target: Path, encoder: Encoder, tokenizer: str) -> None:
@@ -44,7 +44,7 @@ def finish(job: Job, pieces: Sequence[Piece], work: Path, target: Path, encoder:
     counts: dict[str, list[Counts]] = {}
     for side in job.sides:
         parts = job.validation if side == "validation" and job.validation else job.train
-        none = dict.fromkeys(COUNTED[:3] if job.data.format == "text" else COUNTED, 0)
+        none = dict.fromkeys(COUNTED[: 3 if job.data.format == "text" else 5 if job.reads_media else 4], 0)
         manifests[side] = [{"name": part.name, **none, "shards": []} for part in parts]
         counts[side] = [Counts() for _ in parts]
         (target / side).mkdir()

@@ -46,9 +46,11 @@ def check_columns(loaded: LoadedRecipe, parts: Sequence[tuple[Sequence[Input], R
 
 
 def _wanted(row_format: RowFormat) -> list[tuple[str, tuple[str, ...]]]:
+    media = [(f"data.{kind}s", columns) for kind, columns in row_format.media]
     if row_format.kind == "chat":
-        return [("data.messages", row_format.columns)]
-    return [("data.prompt", row_format.prompt.columns), ("data.completion", row_format.completion.columns)]
+        return [("data.messages", row_format.columns), *media]
+    asked = tuple(column for column in row_format.prompt.columns if column in row_format.columns)
+    return [("data.prompt", asked), ("data.completion", row_format.completion.columns), *media]
 
 
 def _first_columns(part: Input, reading: Reading) -> list[str] | None:

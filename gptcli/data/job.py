@@ -61,6 +61,7 @@ class Job:
     spec: dict[str, Any]
     validation_where: str
     infill: Infill | None = None
+    reads_media: bool = False
 
     @property
     def parts(self) -> list[Part]:
@@ -88,11 +89,21 @@ class Job:
         return any(isinstance(part, TokensInput) for each in self.parts for part in each.inputs)
 
 
-def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) -> Job:
-    """Find the inputs of every source and hash their content: what is not remembered, or with `verify` all of it."""
+def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False, reads_media: bool = False) -> Job:
+    """Find the inputs of every source and hash their content: what is not remembered, or with `verify` all of it.
+
+    `reads_media`: the rows are for a model that reads images or sounds.
+    """
     data = loaded.recipe.data
     if data is None:
         raise RecipeError("tokenize needs data, which the recipe does not have", where=loaded.label)
+    if data.media and not reads_media:
+        kind = data.media[0][0]
+        raise RecipeError(
+            f"data.{kind}s: the model reads text alone",
+            where=loaded.where(f"data.{kind}s"),
+            remedy="Name one that reads more: model: {type: llava, preset: vision-1m}, for one (docs/multimodal.md).",
+        )
     held_out = data.validation if isinstance(data.validation, list) else []
     found = [
         (source, loaded.where(f"data.{side}.{index}.{'path' if source.tokens is None else 'tokens'}"))
@@ -110,7 +121,11 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
             each,
             Stream(
                 sources.reading_of(
-                    source, data.documents, data.on_bad_row, row_format=format_of(data, source), where=where
+                    source,
+                    data.documents,
+                    data.on_bad_row,
+                    row_format=format_of(data, source, reads=reads_media),
+                    where=where,
                 ),
                 source.limit,
                 number >= len(data.train),
@@ -135,10 +150,16 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) 
     if data.format != "text":
         messages = data.messages.model_dump() if data.messages is not None else None
         spec["format"] = [data.format, data.prompt, data.completion, messages]
-    infill = _infill(loaded)
+    if reads_media:
+        # Where the files lie that rows name: the same rows elsewhere are other media.
+        folders = [
+            os.path.realpath(part.path.parent) for each in inputs for part in each if not isinstance(part, HubSet)
+        ]
+        spec["media"] = [data.media, data.allow_urls, data.allow_outside, list(dict.fromkeys(folders))]
+    infill, where_held_out = _infill(loaded), loaded.where("data.validation")
     if infill is not None:
         spec["fim"] = vars(infill)
-    return Job(data, train, validation, split_of(data.validation), spec, loaded.where("data.validation"), infill)
+    return Job(data, train, validation, split_of(data.validation), spec, where_held_out, infill, reads_media)
 
 
 def _infill(loaded: LoadedRecipe) -> Infill | None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcli.data.dataset import TrainingRows
+from gptcli.data.media.item import Medium
 from gptcli.data.mixing import Proportions
 from gptcli.data.order import SUMMED, Order
 from gptcli.data.packing import Packing
@@ -115,6 +116,15 @@ class PackedRows:
         if self.isolated:
             result[homes, 2, places] = inside
 
+    def media(self, ks: NDArray[np.int64]) -> list[list[Medium]]:
+        """The media of the documents of the rows `ks`, one list a document, in the order of their placeholders."""
+        found: list[list[Medium]] = []
+        for source, row in zip(*self._order.places(np.asarray(ks, dtype=np.int64)), strict=True):
+            of = self.index.sources[int(source)]
+            begins = of.begins[of.offsets[row] : of.offsets[row + 1]]
+            found += self.shards.media(int(source), np.asarray(begins))
+        return found
+
     def row_id(self, k: int) -> str:
         """What row k is: the source, where in its tokens the row's documents begin, and the source's epoch."""
         source, row = (int(values[0]) for values in self._order.places(np.array([k], dtype=np.int64)))
@@ -181,13 +191,17 @@ def training_rows(shards: Shards, index: RowIndex | None, recipe: Recipe, batch:
     return PackedRows.of(shards, index, recipe, batch)
 
 
-def packing_of(recipe: Recipe) -> Packing | None:
-    """How the documents of a recipe become rows; None where its rows are cut from one stream."""
+def packing_of(recipe: Recipe, *, media: bool = False) -> Packing | None:
+    """How the documents of a recipe become rows; None where its rows are cut from one stream.
+
+    `media`: they hold images or sounds, of which a part is no use: one that is too long is dropped, or an error.
+    """
     data = recipe.data
     assert data is not None
     if data.packing == "concat":
         return None
-    return Packing(data.sequence_length, data.packing, data.overlong, recipe.finetune.train_on == "all")
+    overlong = "error" if media and data.overlong != "drop" else data.overlong
+    return Packing(data.sequence_length, data.packing, overlong, recipe.finetune.train_on == "all")
 
 
 def row_proportions(

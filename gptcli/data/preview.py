@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from gptcli.data.chat_template import template_file
 from gptcli.data.encode import Encoded, Encoder, make_encoder
 from gptcli.data.job import Job, Part
+from gptcli.data.media.fault import MediaFault
+from gptcli.data.media.reader import MediaReader, open_reader
 from gptcli.data.readers import shown as shown_path
 from gptcli.data.sources import Document, place, read_documents
 from gptcli.data.supervise import encode_parts, parts_of, templater_of
@@ -47,6 +49,7 @@ def preview(job: Job, tokenizer: Path, count: int) -> list[Shown]:
     specials = {number for number, token in loaded.get_added_tokens_decoder().items() if token.special}
     shown = []
     templater = templater_of(tokenizer) if job.data.format == "chat" else None
+    reader = open_reader(tokenizer) if job.reads_media else None
     for at, document in islice(_in_turn(job, encoder), count):
         supervised, most = None, SHOWN_TOKENS
         if isinstance(document, np.ndarray):
@@ -54,7 +57,7 @@ def preview(job: Job, tokenizer: Path, count: int) -> list[Shown]:
         elif document.row.example is None:
             ids = encoder([document.text]).tokens
         else:
-            encoded = _encoded(document.row.example, templater, encoder, tokenizer, at)
+            encoded = _encoded(document.row.example, templater, reader, encoder, tokenizer, at)
             assert encoded.supervised is not None
             ids, most = encoded.tokens, SHOWN_OF_ROWS
             supervised = encoded.supervised[:most].astype(bool).tolist()
@@ -64,9 +67,13 @@ def preview(job: Job, tokenizer: Path, count: int) -> list[Shown]:
     return shown
 
 
-def _encoded(example: Any, templater: Templater | None, encoder: Encoder, tokenizer: Path, at: str) -> Encoded:
+def _encoded(
+    example: Any, templater: Templater | None, reader: MediaReader | None, encoder: Encoder, tokenizer: Path, at: str
+) -> Encoded:
     try:
-        parts = parts_of(example, templater)
+        parts = parts_of(example, templater, reader)
+    except MediaFault as error:
+        raise DataError(str(error), where=at) from None
     except TemplateFault as error:
         raise DataError(f"{error} ({template_file(tokenizer)})", where=at) from None
     return encode_parts([parts], encoder, tokenizer, prompts=templater is None)

@@ -3,7 +3,9 @@
 A folder holds manifest.json and, for every source, shards of at most `shard_tokens` tokens. A shard is three .npy:
 `tokens`; `offsets` (int64: where the documents that begin in it begin, in tokens from the shard's start); `bytes`
 (int64: UTF-8 bytes of each of these documents). Data of rows (format prompt or chat) has a fourth, `supervised` (uint8:
-1 for each token that is to be predicted, else 0). A document runs to where the next begins, over the end of its shard
+1 for each token that is to be predicted, else 0); with images and sounds three more, `media` (uint8: what is kept of a
+document's media, see `gptcli.data.media.item`), `media_bytes` (int64: how many of these each document has) and
+`media_hash` (int64: of what they hold). A document runs to where the next begins, over the end of its shard
 if need be; the stream of a source is its shards one after the other. The manifest has every file's size, sha256 and
 the checksum of each MiB (see `gptcli.data.verify`).
 """
@@ -18,9 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gptcli.data.media.item import Medium, restored
 from gptcli.data.tokenizer import Specials
 from gptcli.data.verify import BLOCK_BYTES, DIGITS, Expected, broken, check, unreadable
-from gptcli.data.writer import HEADER_BYTES, PARTS, SUPERVISED, npy_header
+from gptcli.data.writer import HEADER_BYTES, MEDIA, MEDIA_BYTES, MEDIA_HASH, PARTS, SUPERVISED, npy_header
 from gptcli.errors import DataError
 from gptcli.files import fingerprint, read_json, write_json
 
@@ -29,6 +32,8 @@ FORMAT = "gptcli token shards"
 VERSION = 2
 # With the part `supervised`: a release that does not know it would train on all tokens.
 VERSION_SUPERVISED = 3
+# With media too: a release that does not know them would train on placeholders alone.
+VERSION_MEDIA = 4
 MANIFEST = "manifest.json"
 
 
@@ -38,11 +43,12 @@ def write_manifest(folder: Path, sources: list[dict[str, Any]], dtype: np.dtype[
     Sources that count their `supervised` tokens have shards with that part: all of them, or none.
     """
     supervised = bool(sources) and all(SUPERVISED in source for source in sources)
-    counted = ("documents", "bytes", "tokens", *([SUPERVISED] if supervised else []))
+    media = supervised and all(MEDIA in source for source in sources)
+    counted = ("documents", "bytes", "tokens", *([SUPERVISED] if supervised else []), *([MEDIA] if media else []))
     totals = {key: sum(source[key] for source in sources) for key in counted}
     manifest = {
         "format": FORMAT,
-        "version": VERSION_SUPERVISED if supervised else VERSION,
+        "version": VERSION_MEDIA if media else VERSION_SUPERVISED if supervised else VERSION,
         "dtype": dtype.name,
         **about,
         **totals,
@@ -133,8 +139,10 @@ class Shards:
         self.vocab_size = int(manifest["vocab_size"])
         self.dtype = np.dtype(manifest["dtype"])
         self.fingerprint = str(manifest["fingerprint"])
-        self.has_supervision = manifest["version"] == VERSION_SUPERVISED
+        self.has_supervision = manifest["version"] in (VERSION_SUPERVISED, VERSION_MEDIA)
+        self.has_media = manifest["version"] == VERSION_MEDIA
         self.specials = Specials(**manifest["specials"])
+        self._media: dict[tuple[int, int], tuple[NDArray[Any], ...]] = {}
         self.streams = [self._stream(source) for source in manifest["sources"]]
 
     @classmethod
@@ -184,6 +192,25 @@ class Shards:
         begins = [start + self._map(shard, "offsets") for start, shard in zip(stream.starts, shards, strict=False)]
         return np.concatenate([*begins, stream.starts[-1:]])
 
+    def media(self, index: int, begins: NDArray[np.int64]) -> list[list[Medium]]:
+        """The media of the documents of source `index` that begin at `begins` (int64 [n]) in its stream."""
+        stream, shards = self.streams[index], self.manifest["sources"][index]["shards"]
+        found: list[list[Medium]] = []
+        homes = np.searchsorted(stream.starts, begins, side="right") - 1
+        for home, begin in zip(homes.tolist(), begins.tolist(), strict=True):
+            offsets, ends, data = self._media_of(index, home, shards[home])
+            document = int(np.searchsorted(offsets, begin - int(stream.starts[home])))
+            first = int(ends[document - 1]) if document else 0
+            found.append(restored(data[first : int(ends[document])].tobytes()))
+        return found
+
+    def _media_of(self, index: int, home: int, shard: dict[str, Any]) -> tuple[NDArray[Any], ...]:
+        """The offsets of a shard's documents, where what is kept of the media of each ends, and that itself."""
+        if (index, home) not in self._media:
+            sizes = self._map(shard, MEDIA_BYTES)
+            self._media[index, home] = self._map(shard, "offsets"), np.cumsum(sizes), self._map(shard, MEDIA)
+        return self._media[index, home]
+
     def _document(self, stream: Stream, begin: int, end: int, first: int) -> NDArray[np.int64]:
         return stream.read(begin + first, end - 1).astype(np.int64)
 
@@ -205,9 +232,9 @@ class Shards:
 
 
 def _fingerprint(tokenizer: Any, sources: list[dict[str, Any]]) -> str:
-    """What the tokens are, whatever the sources are named."""
+    """What the tokens and media are, whatever the sources are named and wherever the media lie."""
     shards = [
-        [shard["files"][part]["sha256"] for part in (*PARTS, SUPERVISED) if part in shard["files"]]
+        [shard["files"][part]["sha256"] for part in (*PARTS, SUPERVISED, MEDIA_HASH) if part in shard["files"]]
         for source in sources
         for shard in source["shards"]
     ]
@@ -218,7 +245,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = read_json(path)
-        if manifest["format"] != FORMAT or manifest["version"] not in (VERSION, VERSION_SUPERVISED):
+        if manifest["format"] != FORMAT or manifest["version"] not in (VERSION, VERSION_SUPERVISED, VERSION_MEDIA):
             found = f"{manifest['format']}, version {manifest['version']}"
             raise broken(
                 path, f"is written in another format ({found}, not {FORMAT}, version {VERSION})", folder.parent
@@ -244,13 +271,16 @@ def _expected(folder: Path, manifest: dict[str, Any]) -> Iterator[Expected]:
         ValueError, KeyError, TypeError or AttributeError: the manifest is damaged.
     """
     dtypes = {"tokens": np.dtype(manifest["dtype"]), "offsets": np.dtype(np.int64), "bytes": np.dtype(np.int64)}
-    if manifest["version"] == VERSION_SUPERVISED:
+    counted = {"tokens": "tokens", SUPERVISED: "tokens", MEDIA: MEDIA_BYTES}
+    if manifest["version"] != VERSION:
         dtypes[SUPERVISED] = np.dtype(np.uint8)
+    if manifest["version"] == VERSION_MEDIA:
+        dtypes |= {MEDIA: np.dtype(np.uint8), MEDIA_BYTES: np.dtype(np.int64), MEDIA_HASH: np.dtype(np.int64)}
     for source in manifest["sources"]:
         for shard in source["shards"]:
             for part, kind in dtypes.items():
                 entry, dtype = shard["files"][part], kind.newbyteorder("<")
-                count = int(shard["tokens" if part in ("tokens", SUPERVISED) else "documents"])
+                count = int(shard[counted.get(part, "documents")])
                 size = HEADER_BYTES + count * dtype.itemsize
                 if Path(entry["name"]).name != entry["name"]:
                     raise ValueError(f"{entry['name']} is not a name of a file in its folder")

@@ -305,8 +305,11 @@ def input_rows(part: Input, reading: Reading, on_position: Callable[[int], None]
     if reading.format is None:
         return _rows(part, reading, on_position)
     row_format = reading.format
+    # A set of the Hub holds its media itself: there is no folder that paths could lie in.
+    reach = row_format.reach(Path(os.devnull) / "none" if isinstance(part, hub.HubSet) else part.path)
     return (
-        row if isinstance(row, BadRow) else format_row(row, row_format) for row in _rows(part, reading, on_position)
+        row if isinstance(row, BadRow) else format_row(row, row_format, reach)
+        for row in _rows(part, reading, on_position)
     )
 
 

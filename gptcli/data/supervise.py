@@ -19,6 +19,9 @@ from tokenizers import Tokenizer
 
 from gptcli.data.encode import Encoded, Encoder, utf8_size
 from gptcli.data.formats import Conversation, Pair
+from gptcli.data.media.fault import MediaFault
+from gptcli.data.media.item import Medium, check_places, hashed
+from gptcli.data.media.reader import MediaReader, has_processor, open_reader
 from gptcli.data.templater import Rendered, Templater, open_templater
 from gptcli.data.tokenizer import load_fast, prompt_beginning
 from gptcli.data.turns import supervised
@@ -34,11 +37,13 @@ _PROBES = ("ab", " ab", "Ab cd", "1", "é", "(", "字")
 class Parts:
     """The texts that an example is tokenized in, in order; those at odd places are to be predicted.
 
-    `ended`: EOS has to be put at the end, and predicted.
+    `ended`: EOS has to be put at the end, and predicted. `media`: what the placeholders in the texts stand for; None
+    where the model reads none.
     """
 
     texts: tuple[str, ...]
     ended: bool
+    media: tuple[Medium, ...] | None = None
 
     @property
     def is_supervised(self) -> bool:
@@ -46,16 +51,33 @@ class Parts:
         return any(self.texts[1::2])
 
 
-def parts_of(example: Pair | Conversation, templater: Templater | None) -> Parts:
-    """The parts of an example. Raises `TemplateFault` for a conversation that the template refuses."""
+def parts_of(example: Pair | Conversation, templater: Templater | None, reader: MediaReader | None = None) -> Parts:
+    """The parts of an example; `reader`: of its media.
+
+    Raises:
+        TemplateFault: the template refuses the conversation.
+        MediaFault: an image or a sound cannot be used.
+    """
     if isinstance(example, Pair):
-        return Parts((example.prompt, example.completion), True)
-    assert templater is not None
-    rendered = supervised(templater, example.messages, example.tools)
-    last = example.messages[-1]
-    untrained = last["role"] != "assistant" or not last.get("train", True)
-    # A template without a token that ends a turn: a model learns to end from the tokenizer's.
-    return Parts(_cut(rendered, templater), templater.ending.token is None and not untrained)
+        parts = Parts((example.prompt, example.completion), True)
+    else:
+        assert templater is not None
+        rendered = supervised(templater, example.messages, example.tools)
+        last = example.messages[-1]
+        untrained = last["role"] != "assistant" or not last.get("train", True)
+        # A template without a token that ends a turn: a model learns to end from the tokenizer's.
+        texts = tuple(map(templater.placed, _cut(rendered, templater)))
+        parts = Parts(texts, templater.ending.token is None and not untrained)
+    return parts if reader is None else _with_media(parts, example.media, reader)
+
+
+def _with_media(parts: Parts, media: Sequence[Medium], reader: MediaReader) -> Parts:
+    """The parts with what the model's processor has for media in their places."""
+    known = [hashed(medium) for medium in media]
+    if (wrong := check_places("".join(parts.texts), known)) is not None:
+        raise MediaFault("the row", "not media", wrong)
+    texts = iter(reader.texts(media))
+    return Parts(tuple(reader.filled(text, texts) for text in parts.texts), parts.ended, tuple(known))
 
 
 def _cut(rendered: Rendered, templater: Templater) -> tuple[str, ...]:
@@ -101,6 +123,7 @@ def encode_parts(examples: Sequence[Parts], encoder: Encoder, folder: Path, *, p
         np.array(lengths, dtype=np.int64),
         np.array([sum(map(_size, example.texts)) for example in examples], dtype=np.int64),
         np.repeat(np.array(flags, dtype=np.uint8), sizes),
+        None if any(example.media is None for example in examples) else [example.media or () for example in examples],
     )
 
 
@@ -174,7 +197,7 @@ def load(folder: Path) -> Tokenizer:
 @functools.lru_cache(maxsize=1)
 def templater_of(folder: Path, where: str | None = None) -> Templater:
     """The chat template of a folder, opened once a process; `where` is for the error that there is none."""
-    return open_templater(folder, where=where)
+    return open_templater(folder, where=where, media=open_reader(folder).tokens if has_processor(folder) else None)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -7,18 +7,21 @@ A template is a program, so its text is only ever looked at from outside. It is 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from gptcli.data.media.item import PLACE, Modality, place_of
 from gptcli.errors import RecipeError, first_line
 
 Message = dict[str, Any]
 # Characters for private use stand at both ends, so that nothing around them can be taken for a part of it.
 MARK = "\ue0c1turn{}\ue0c2"
 SET_ONE = "Set tokenizer.chat_template: chatml (or llama3, or a file), or use a tokenizer that brings its own."
+# Not behind the mark that `as_text` puts before what a user has written (transformers' `mark_control_tokens`).
+_UNMARKED = "(?<!\U000f0000)"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -62,6 +65,7 @@ class Templater:
         eating: those of them that take the white space behind them.
         special: the special ones among them.
         others: those that are not.
+        media: the placeholders of images and sounds, by their kind, of a model that reads some.
     """
 
     tokenizer: Any
@@ -69,6 +73,7 @@ class Templater:
     eating: tuple[str, ...]
     special: tuple[str, ...]
     others: tuple[str, ...]
+    media: Mapping[Modality, str] = field(default_factory=dict, compare=False)
     _cache: dict[bool, str] = field(default_factory=dict, compare=False)
     _patterns: dict[bool, tuple[re.Pattern[str], re.Pattern[str]]] = field(default_factory=dict, compare=False)
 
@@ -111,6 +116,34 @@ class Templater:
         return self._patterns[key]
 
     @cached_property
+    def parts(self) -> Literal["never", "media", "always"]:
+        """Which messages a template wants as parts: none, those with media, for which it writes more, or all."""
+        if not self.media:
+            return "never"
+        modality, token = next(iter(self.media.items()))
+        said = MARK.format(0)
+        message = {"role": "user", "content": [{"type": modality}, {"type": "text", "text": said}]}
+        try:
+            text = self._render([message], None, False, marks=False, wants="always")[0]
+        except TemplateFault:
+            return "never"
+        if text.count(token) != 1 or text.count(said) != 1 or "'type'" in text:
+            return "never"
+        try:
+            plain = self._render([{"role": "user", "content": said}], None, False, marks=False, wants="never")[0]
+        except TemplateFault:
+            return "always"
+        return "media" if plain.count(said) == 1 else "always"
+
+    def placed(self, text: str) -> str:
+        """A rendered text with the marks of media for the placeholders that the template has written itself."""
+        if self.parts == "never":
+            return text
+        names = {token: modality for modality, token in self.media.items()}
+        pattern = re.compile(f"{_UNMARKED}({'|'.join(map(re.escape, names))})")
+        return pattern.sub(lambda found: place_of(names[found[1]]), text)
+
+    @cached_property
     def ending(self) -> Ending:
         """Seen from a short conversation. Raises `TemplateFault` when the template does not render its answer."""
         return _ending(self)
@@ -122,7 +155,7 @@ class Templater:
         return self._cache[key]
 
     def _render(
-        self, messages: Sequence[Message], tools: Any, prompt: bool, *, marks: bool
+        self, messages: Sequence[Message], tools: Any, prompt: bool, *, marks: bool, wants: str | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -130,6 +163,9 @@ class Templater:
         shown = [
             {key: value for key, value in each.items() if key != "train" and value is not None} for each in messages
         ]
+        wants = self.parts if wants is None else wants
+        if wants != "never":
+            shown = [{**each, "content": _as_parts(each.get("content"), always=wants == "always")} for each in shown]
         try:
             rendered: Any = render_jinja_template(
                 conversations=[shown],
@@ -147,14 +183,26 @@ class Templater:
         return texts[0], list(spans[0]) if marks else []
 
 
-def open_templater(folder: Path, *, where: str | None = None) -> Templater:
-    """The chat template of a tokenizer's folder. Raises `RecipeError` when it has none, with how to set one."""
+def _as_parts(content: Any, *, always: bool) -> Any:
+    """A content as the list of parts that templates of models with media take."""
+    if not isinstance(content, str) or not (always or PLACE.search(content)):
+        return content
+    texts = PLACE.split(content)
+    parts = [{"type": text} if index % 2 else {"type": "text", "text": text} for index, text in enumerate(texts)]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def open_templater(folder: Path, *, where: str | None = None, media: Mapping[Modality, str] | None = None) -> Templater:
+    """The chat template of a tokenizer's folder; `media`: the placeholders of a model that reads some.
+
+    Raises `RecipeError` when it has none, with how to set one.
+    """
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     if not tokenizer.chat_template:
         raise RecipeError("format chat needs a chat template, and the tokenizer has none", where=where, remedy=SET_ONE)
-    templater = templater_from(tokenizer)
+    templater = templater_from(tokenizer, media)
     try:
         _ = templater.ending
     except TemplateFault as error:
@@ -164,8 +212,8 @@ def open_templater(folder: Path, *, where: str | None = None) -> Templater:
     return templater
 
 
-def templater_from(tokenizer: Any) -> Templater:
-    """The chat template of a tokenizer of transformers."""
+def templater_from(tokenizer: Any, media: Mapping[Modality, str] | None = None) -> Templater:
+    """The chat template of a tokenizer of transformers, with the placeholders of a model that reads media."""
     tokens = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
     return Templater(
         tokenizer,
@@ -173,6 +221,7 @@ def templater_from(tokenizer: Any) -> Templater:
         tuple(token.content for token in tokens if token.rstrip),
         tuple(token.content for token in tokens if token.special),
         tuple(token.content for token in tokens if not token.special),
+        media or {},
     )
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gptcli.data import report as reports
 from gptcli.data.chat_template import absent_tokens, find_template, with_template
@@ -21,6 +22,7 @@ from gptcli.data.fast import Unequal, distrust
 from gptcli.data.finish import finish
 from gptcli.data.infill import infill_ids
 from gptcli.data.job import Job, find_job
+from gptcli.data.media.reader import has_processor
 from gptcli.data.packed import PackedRows, packing_of
 from gptcli.data.pieces import Piece
 from gptcli.data.readers import shown
@@ -28,13 +30,21 @@ from gptcli.data.row_index import RowIndex, check_held_out, row_index
 from gptcli.data.shards import Shards
 from gptcli.data.stages import FORMAT, repeated_marks, run_stage, survey_folder, waiting
 from gptcli.data.templater import open_templater
-from gptcli.data.tokenizer import tokenizer_fingerprint
+from gptcli.data.tokenizer import kept_tokenizer, tokenizer_fingerprint
 from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.data.tokenizer_training import trained_tokenizer
 from gptcli.data.tokens import TokensInput
 from gptcli.data.work import RESULT, Task, encode, encoder_of
 from gptcli.errors import DataError, RecipeError
-from gptcli.files import cache_root, committed_folder, fingerprint, locked, read_json, remove_uncommitted
+from gptcli.files import (
+    cache_root,
+    committed_folder,
+    fingerprint,
+    locked,
+    read_json,
+    remove_uncommitted,
+    write_atomic,
+)
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
@@ -76,15 +86,23 @@ class _Found:
     folder: Path
 
 
-def prepare(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool | None = None) -> Prepared:
+# Of a model that reads images or sounds (see `gptcli.model.media`): the tokens that stand for them, and what writes the
+# processor that goes with a tokenizer's folder into another folder; None where the model brings both.
+MediaModel: TypeAlias = tuple[tuple[str, ...], Callable[[Path, Path], None] | None]
+
+
+def prepare(
+    loaded: LoadedRecipe, reporter: Reporter, *, verify: bool | None = None, media: MediaModel | None = None
+) -> Prepared:
     """The prepared data of a recipe: from the cache when the content is known, else tokenized now.
 
-    `verify` reads all of the sources and the shards again. Raises `RecipeError` for a recipe without data or tokenizer,
-    `DataError` for data that is missing, empty, unreadable or shorter than one row, `MissingError` for a tokenizer that
-    cannot be had, `StoppedError` when it is interrupted with finished pieces to go on from.
+    `verify` reads all of the sources and the shards again; `media` is for a model that reads images or sounds. Raises
+    `RecipeError` for a recipe without data or tokenizer, `DataError` for data that is missing, empty, unreadable or
+    shorter than one row, `MissingError` for a tokenizer that cannot be had, `StoppedError` when it is interrupted with
+    finished pieces to go on from.
     """
     loaded.require("tokenize", "data.train")
-    return _prepared(loaded, reporter, _find(loaded, reporter, verify=bool(verify)), verify)
+    return _prepared(loaded, reporter, _find(loaded, reporter, media, verify=bool(verify)), verify)
 
 
 def _prepared(loaded: LoadedRecipe, reporter: Reporter, found: _Found, verify: bool | None) -> Prepared:
@@ -100,12 +118,14 @@ def _prepared(loaded: LoadedRecipe, reporter: Reporter, found: _Found, verify: b
     return _opened(loaded, job, tokenizer, folder, reporter, reused=reused and not found.trained, verify=verify)
 
 
-def prepare_share(loaded: LoadedRecipe, reporter: Reporter, share: tuple[int, int]) -> dict[str, Any]:
+def prepare_share(
+    loaded: LoadedRecipe, reporter: Reporter, share: tuple[int, int], *, media: MediaModel | None = None
+) -> dict[str, Any]:
     """Do the i-th of n parts of the pieces (`share` = (i, n), from 1), for `finish_shares` once all are done.
 
     Several of these run beside each other, on any machines that share the cache. Raises as `prepare` does.
     """
-    found = _find(loaded, reporter)
+    found = _find(loaded, reporter, media)
     if not found.folder.is_dir():
         with locked(found.folder.name, waiting(reporter), shared=True):
             encode_pieces(loaded, found.job, found.tokenizer, found.folder, reporter, share=share)
@@ -113,9 +133,9 @@ def prepare_share(loaded: LoadedRecipe, reporter: Reporter, share: tuple[int, in
     return {"share": f"{share[0]}/{share[1]}", "pieces": len(found.job.pieces), "missing": len(missing)}
 
 
-def finish_shares(loaded: LoadedRecipe, reporter: Reporter) -> Prepared:
+def finish_shares(loaded: LoadedRecipe, reporter: Reporter, *, media: MediaModel | None = None) -> Prepared:
     """The prepared data from the pieces that `prepare_share` made. Raises `DataError` when some are not there."""
-    found = _find(loaded, reporter)
+    found = _find(loaded, reporter, media)
     if missing := missing_pieces(found.job, found.folder):
         raise DataError(
             f"{len(missing):,} of {len(found.job.pieces):,} pieces are not done (the first: {missing[0].name})",
@@ -125,10 +145,10 @@ def finish_shares(loaded: LoadedRecipe, reporter: Reporter) -> Prepared:
     return _prepared(loaded, reporter, found, None)
 
 
-def _find(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False) -> _Found:
-    job = find_job(loaded, reporter, verify=verify)
+def _find(loaded: LoadedRecipe, reporter: Reporter, media: MediaModel | None = None, *, verify: bool = False) -> _Found:
+    job = find_job(loaded, reporter, verify=verify, reads_media=media is not None)
     with unfinished_removed(job):
-        tokenizer, trained = find_tokenizer(loaded, job, reporter)
+        tokenizer, trained = find_tokenizer(loaded, job, reporter, media)
     return _Found(job, tokenizer, trained, data_folder(loaded, job, tokenizer))
 
 
@@ -158,12 +178,44 @@ def data_folder(loaded: LoadedRecipe, job: Job, tokenizer: Path) -> Path:
 
 
 def find_tokenizer(
-    loaded: LoadedRecipe, job: Job, reporter: Reporter, media_tokens: Sequence[str] = ()
+    loaded: LoadedRecipe, job: Job, reporter: Reporter, media: MediaModel | None = None
 ) -> tuple[Path, bool]:
     """(folder of the recipe's tokenizer, whether it was trained now). Without a section: that of `model.from`.
 
-    One that is trained has the `media_tokens`, which stand for images and sounds.
+    That of a model that reads images or sounds holds its processor too.
     """
+    folder, trained = _text_tokenizer(loaded, job, reporter, media[0] if media is not None else ())
+    return (folder if media is None else _with_processor(loaded, folder, media[1])), trained
+
+
+def _with_processor(loaded: LoadedRecipe, folder: Path, write: Callable[[Path, Path], None] | None) -> Path:
+    """A folder (in the cache, named by content) of the same tokenizer with the model's processor."""
+    if write is None:
+        if has_processor(folder):
+            return folder
+        raise RecipeError(
+            "the tokenizer has no processor beside it, which reads the model's images and sounds",
+            where=loaded.where("tokenizer") if loaded.recipe.tokenizer is not None else loaded.where("model.from"),
+            remedy="Take that of the model, which has one: leave tokenizer out.",
+        )
+    assert loaded.recipe.model is not None
+    key = [FORMAT, tokenizer_fingerprint(folder), loaded.recipe.model.model_dump(mode="json")]
+    known = cache_root() / "tokenizers" / "processors" / fingerprint(key)
+    if known.is_file() and (target := known.parent.parent / known.read_text(encoding="utf-8")).is_dir():
+        return target
+    with tempfile.TemporaryDirectory(prefix="gptcli-processor-") as name:
+        work = Path(name)
+        for path in folder.iterdir():
+            shutil.copyfile(path, work / path.name)
+        write(folder, work)
+        target = kept_tokenizer(work)
+    write_atomic(known, target.name)
+    return target
+
+
+def _text_tokenizer(
+    loaded: LoadedRecipe, job: Job, reporter: Reporter, media_tokens: Sequence[str]
+) -> tuple[Path, bool]:
     section, model = loaded.recipe.tokenizer, loaded.recipe.model
     trained = False
     template = None
@@ -299,7 +351,7 @@ def _rows(
     loaded: LoadedRecipe, train: Shards, validation: Shards | None, tokenizer: Path, reporter: Reporter
 ) -> tuple[RowIndex | None, bool]:
     """(the index of rows of whole documents, whether it was there); None where rows are of one stream."""
-    how = packing_of(loaded.recipe)
+    how = packing_of(loaded.recipe, media=train.has_media)
     if how is None:
         if train.has_supervision and loaded.recipe.finetune.train_on != "all":
             raise RecipeError(

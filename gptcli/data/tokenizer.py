@@ -21,7 +21,14 @@ from gptcli.files import cache_root, committed_folder, fingerprint, read_json, s
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    *PROCESSOR_FILES,  # of a model that reads images or sounds
+)
 TRAINING_BATCH = 1000
 UNLIMITED_LENGTH = int(1e30)  # transformers' own VERY_LARGE_INTEGER
 

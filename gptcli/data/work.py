@@ -21,6 +21,8 @@ from gptcli.data.chat_template import template_file
 from gptcli.data.counts import Counts
 from gptcli.data.encode import Encoded, Encoder, batches, make_encoder, utf8_size
 from gptcli.data.infill import Infill, infilled
+from gptcli.data.media.fault import MediaFault
+from gptcli.data.media.reader import open_reader
 from gptcli.data.pieces import Piece
 from gptcli.data.readers import BadRow
 from gptcli.data.sources import Document, Tally, bad_row, read_documents
@@ -124,9 +126,11 @@ def encode(piece: Piece, task: Task, left: int | None, on_bytes: OnBytes) -> dic
     digests = bytearray()
     with committed_folder(target) as work:
         with contextlib.ExitStack() as stack:
-            supervised = piece.stream.reading.format is not None
+            row_format = piece.stream.reading.format
+            supervised = row_format is not None
+            parts = {"supervised": supervised, "media": row_format is not None and row_format.reads}
             writers = [
-                stack.enter_context(ShardWriter(work, side, encoder.dtype, task.shard_tokens, supervised=supervised))
+                stack.enter_context(ShardWriter(work, side, encoder.dtype, task.shard_tokens, **parts))
                 for side in SIDES
             ]
             sides = [_Side(writer, encoder, Counts()) for writer in writers]
@@ -199,12 +203,15 @@ def _add_examples(
     encoder, reading = sides[0].encoder, piece.stream.reading
     assert reading.format is not None
     templater = templater_of(folder) if reading.format.kind == "chat" else None
+    reader = open_reader(folder) if reading.format.reads else None
     kept: list[list[tuple[Parts, Document]]] = [[], []]
     for document, raw in zip(batch, raws, strict=True):
         try:
-            parts = parts_of(document.row.example, templater)
-        except TemplateFault as error:
+            parts = parts_of(document.row.example, templater, reader)
+        except (TemplateFault, MediaFault) as error:
             fault = BadRow(document.row.number, "not in the template", f"{error} ({template_file(folder)})")
+            if isinstance(error, MediaFault):
+                fault = BadRow(document.row.number, error.kind, str(error))
             bad_row(fault, piece.inputs[document.part], document.mark(), reading, tally)
             continue
         if parts.is_supervised:

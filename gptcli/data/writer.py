@@ -6,6 +6,7 @@ says `gptcli.data.shards`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcli.data.encode import Encoded
+from gptcli.data.media.item import Medium, kept
 from gptcli.data.verify import file_hashes
+from gptcli.files import fingerprint
 
 HEADER_BYTES = 128
 PARTS = ("tokens", "offsets", "bytes")
 SUPERVISED = "supervised"  # a fourth part, of data that says which of its tokens are trained on
+# Three more, of data with images and sounds: the bytes of what is kept of each document's media, how many bytes that
+# are, and a hash of the content of its media.
+MEDIA, MEDIA_BYTES, MEDIA_HASH = "media", "media_bytes", "media_hash"
 
 
 class NpyWriter:
@@ -63,21 +69,31 @@ class ShardWriter:
     """Writes `stem`-00000.tokens.npy and so on into a folder, a shard of at most `shard_tokens` after the other.
 
     As a context manager it completes the last shard, or after an error leaves no file open; `written` then has the
-    documents, bytes, tokens and shards for the manifest. `supervised`: with the part of that name.
+    documents, bytes, tokens and shards for the manifest. `supervised`, `media`: with these parts.
     """
 
     def __init__(
-        self, folder: Path, stem: str, dtype: np.dtype[Any], shard_tokens: int, *, supervised: bool = False
+        self,
+        folder: Path,
+        stem: str,
+        dtype: np.dtype[Any],
+        shard_tokens: int,
+        *,
+        supervised: bool = False,
+        media: bool = False,
     ) -> None:
         self.written: dict[str, Any] = {"documents": 0, "bytes": 0, "tokens": 0, "shards": []}
         self._dtypes = {"tokens": dtype, "offsets": np.dtype(np.int64), "bytes": np.dtype(np.int64)}
         if supervised:
             self._dtypes[SUPERVISED] = np.dtype(np.uint8)
             self.written[SUPERVISED] = 0
+        if media:
+            self._dtypes |= {MEDIA: np.dtype(np.uint8), MEDIA_BYTES: np.dtype(np.int64), MEDIA_HASH: np.dtype(np.int64)}
+            self.written[MEDIA] = 0
         self._folder = folder
         self._stem = stem
         self._shard_tokens = shard_tokens
-        self._open: list[NpyWriter] = []
+        self._open: dict[str, NpyWriter] = {}
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -86,7 +102,7 @@ class ShardWriter:
         if kind is None:
             self._close_shard()
         else:
-            for writer in self._open:
+            for writer in self._open.values():
                 writer.abandon()
 
     def add(self, encoded: Encoded) -> None:
@@ -100,28 +116,43 @@ class ShardWriter:
         begins = np.cumsum(encoded.lengths) - encoded.lengths
         done = document = 0
         while done < len(encoded.tokens):
-            tokens, offsets, sizes, *supervised = self._shard()
-            end = min(len(encoded.tokens), done + self._shard_tokens - tokens.count)
+            parts = self._shard()
+            end = min(len(encoded.tokens), done + self._shard_tokens - parts["tokens"].count)
             until = int(np.searchsorted(begins, end))
-            offsets.write(begins[document:until] - done + tokens.count)
-            sizes.write(encoded.bytes[document:until])
-            tokens.write(encoded.tokens[done:end])
-            for part in supervised:
+            parts["offsets"].write(begins[document:until] - done + parts["tokens"].count)
+            parts["bytes"].write(encoded.bytes[document:until])
+            parts["tokens"].write(encoded.tokens[done:end])
+            if SUPERVISED in parts:
                 assert encoded.supervised is not None
-                part.write(encoded.supervised[done:end])
+                parts[SUPERVISED].write(encoded.supervised[done:end])
+            if MEDIA in parts:
+                assert encoded.media is not None
+                self._add_media(parts, encoded.media[document:until])
             done, document = end, until
 
-    def _shard(self) -> list[NpyWriter]:
-        if self._open and self._open[0].count >= self._shard_tokens:
+    def _add_media(self, parts: dict[str, NpyWriter], media: Sequence[Sequence[Medium]]) -> None:
+        saved = [kept(each) for each in media]
+        self.written[MEDIA] += sum(map(len, media))
+        parts[MEDIA].write(np.frombuffer(b"".join(saved), dtype=np.uint8))
+        parts[MEDIA_BYTES].write(np.fromiter(map(len, saved), dtype=np.int64, count=len(saved)))
+        hashes = (int(fingerprint([medium.hash for medium in each]), 16) % (1 << 62) if each else 0 for each in media)
+        parts[MEDIA_HASH].write(np.fromiter(hashes, dtype=np.int64, count=len(saved)))
+
+    def _shard(self) -> dict[str, NpyWriter]:
+        if self._open and self._open["tokens"].count >= self._shard_tokens:
             self._close_shard()
         if not self._open:
             stem = f"{self._stem}-{len(self.written['shards']):05}"
-            self._open = [NpyWriter(self._folder / f"{stem}.{part}.npy", dtype) for part, dtype in self._dtypes.items()]
+            self._open = {
+                part: NpyWriter(self._folder / f"{stem}.{part}.npy", dtype) for part, dtype in self._dtypes.items()
+            }
         return self._open
 
     def _close_shard(self) -> None:
         if self._open:
-            counts = {"tokens": self._open[0].count, "documents": self._open[1].count}
-            files = {part: writer.close() for part, writer in zip(self._dtypes, self._open, strict=True)}
+            counts = {"tokens": self._open["tokens"].count, "documents": self._open["offsets"].count}
+            if MEDIA in self._open:
+                counts[MEDIA_BYTES] = self._open[MEDIA].count
+            files = {part: writer.close() for part, writer in self._open.items()}
             self.written["shards"].append({**counts, "files": files})
-            self._open = []
+            self._open = {}

@@ -34,6 +34,7 @@ from gptcli.evaluation.scores import Sizes
 from gptcli.evaluation.supervised import Stream, packing_for, supervised_windows
 from gptcli.evaluation.windows import Document
 from gptcli.files import fingerprint
+from gptcli.model.media import media_model
 from gptcli.recipe.load import LoadedRecipe
 from gptcli.recipe.schema import Source
 
@@ -162,7 +163,7 @@ def tokens_for(corpus: Corpus, model: Path, revision: str | None, reporter: Repo
         total = sum(input_size(part) for _, inputs, _ in found for part in inputs)
         spec = [[_spec(source, corpus), content_of(inputs, reporter)] for source, inputs, _ in found]
     else:
-        prepared = prepare(loaded, reporter)
+        prepared = prepare(loaded, reporter, media=media_model(loaded))
         if prepared.validation is None:
             raise DataError("the recipe holds nothing out", where=loaded.label)
         if (packing := packing_for(prepared.validation, loaded.recipe)) is not None:

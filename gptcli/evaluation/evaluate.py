@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli import __version__
+from gptcli.data.media.reader import has_processor, open_reader
 from gptcli.device import best_device
 from gptcli.errors import DataError, GptcliError, UsageError
 from gptcli.evaluation.corpus import Corpus, Tokens, tokens_for
@@ -176,6 +177,7 @@ def evaluate(
                 result = loss_of(
                     model,
                     tokens.windows(length),
+                    reader=open_reader(tokens.tokenizer) if has_processor(tokens.tokenizer) else None,
                     pad_id=tokens.prefix_id,
                     on_progress=on_progress,
                     per_document=nats,

@@ -14,16 +14,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from gptcli.device import keep_freed_memory
-from gptcli.evaluation.windows import Document, Window, batches, padded, shared, windows_of
+from gptcli.evaluation.windows import Document, Window, batches, padded, padded_ids, shared, windows_of
 from gptcli.launch import world_size
 from gptcli.model.load import evaluating, quiet
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from gptcli.data.media.reader import MediaReader
 
 LOGIT_BYTES = 64 << 20
 BATCH_LOGIT_BYTES = 512 << 20
@@ -34,6 +37,8 @@ CPU_BATCH_TOKENS = 1024
 
 # Inputs [rows, length] and the mask of the positions to score -> their logits in blocks of [positions, vocabulary].
 Forward = Callable[["torch.Tensor", "torch.Tensor"], Iterator["torch.Tensor"]]
+# The same with what else the model takes of the rows: their images and sounds.
+FullForward = Callable[["torch.Tensor", "torch.Tensor", dict[str, "torch.Tensor"]], Iterator["torch.Tensor"]]
 # (forward, batch, device, pad id) -> something for each window of the batch.
 Scored = TypeVar("Scored")
 Score = Callable[[Forward, "list[Window]", "torch.device", int], "list[Scored]"]
@@ -127,13 +132,18 @@ def loss_of(
     on_progress: Callable[[int], None] | None = None,
     per_document: array[float] | None = None,
     watch: Watch | None = None,
+    reader: MediaReader | None = None,
 ) -> LossResult:
-    """The loss over windows, which come with the bytes of each document; all else as for `document_loss`."""
+    """The loss over windows, which come with the bytes of each document; all else as for `document_loss`.
+
+    `reader`: of the windows' images and sounds, for a model that takes some.
+    """
     tally = _Tally(per_document)
     windows = tally.count(stream)
     nats, tokens = 0.0, 0
     with scoring(model):
-        batches = score_windows(model, windows, pad_id=pad_id, batch_tokens=batch_tokens, part=part, watch=watch)
+        how: dict[str, Any] = {"pad_id": pad_id, "batch_tokens": batch_tokens, "part": part, "reader": reader}
+        batches = score_windows(model, windows, watch=watch, **how)
         for batch, sums in batches:
             nats += math.fsum(sums)
             tokens += sum(window.scored for window in batch)
@@ -181,15 +191,17 @@ def score_windows(
     batch_tokens: int = 8192,
     part: tuple[int, int] = (0, 1),
     watch: Watch | None = None,
+    reader: MediaReader | None = None,
 ) -> Iterator[tuple[list[Window], list[float]]]:
     """Score windows in batches of like length; yields each batch with its windows' summed nats (float64).
 
     More in `each_batch`.
     """
+    how: dict[str, Any] = {"pad_id": pad_id, "batch_tokens": batch_tokens, "part": part, "reader": reader}
     if watch is None:
-        yield from each_batch(model, windows, _score, pad_id=pad_id, batch_tokens=batch_tokens, part=part)
+        yield from each_batch(model, windows, _score, **how)
         return
-    for batch, scored in each_batch(model, windows, watch.score, pad_id=pad_id, batch_tokens=batch_tokens, part=part):
+    for batch, scored in each_batch(model, windows, watch.score, **how):
         yield batch, [watch.take(window, each) for window, each in zip(batch, scored, strict=True)]
 
 
@@ -201,6 +213,7 @@ def each_batch(
     pad_id: int,
     batch_tokens: int = 8192,
     part: tuple[int, int] = (0, 1),
+    reader: MediaReader | None = None,
 ) -> Iterator[tuple[list[Window], list[Scored]]]:
     """Give windows to `score` in batches of like length; yields each batch with what it gave for each window.
 
@@ -215,11 +228,20 @@ def each_batch(
         keep_freed_memory()
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
     limit = _batch_limit(model, batch_tokens)
+
+    def scored_by(forward: FullForward, batch: list[Window]) -> list[Scored]:
+        more: dict[str, torch.Tensor] = {}
+        if reader is not None:
+            inputs = torch.from_numpy(padded_ids(batch, pad_id))
+            made = reader.inputs([window.media for window in batch]) | reader.type_ids(inputs)
+            more = {name: values.to(model.device) for name, values in made.items()}
+        return score(lambda inputs, mask: forward(inputs, mask, more), batch, model.device, pad_id)
+
     # The passes of a model that is divided over processes have to come in the same order on all of them.
     if model.device.type != "cpu" or threads < 2 or world_size() > 1:
         for batch, counts in shared(batches(windows, limit), *part):
             forward = forward or _choose_forward(model, pad_id)
-            scored = score(forward, batch, model.device, pad_id)
+            scored = scored_by(forward, batch)
             if counts:
                 yield batch, scored
         return
@@ -229,7 +251,7 @@ def each_batch(
             forward = forward or _choose_forward(model, pad_id)
             if not counts:
                 continue
-            running.append((batch, pool.submit(score, forward, batch, model.device, pad_id)))
+            running.append((batch, pool.submit(scored_by, forward, batch)))
             if len(running) > 2:
                 done, sums = running.popleft()
                 yield done, sums.result()
@@ -260,7 +282,7 @@ def _score(forward: Forward, batch: list[Window], device: torch.device, pad_id: 
     return [float(value) for value in sums]
 
 
-def _choose_forward(model: PreTrainedModel, token: int) -> Forward:
+def _choose_forward(model: PreTrainedModel, token: int) -> FullForward:
     """The way to the logits: the head on blocks of hidden states where that gives the model's own logits exactly.
 
     Some models scale or cap what their head returns. Whether this one does is not looked up but tried, on a few tokens,
@@ -277,20 +299,26 @@ def _choose_forward(model: PreTrainedModel, token: int) -> Forward:
         if hidden is not None and hidden.shape[-1] == getattr(head, "in_features", None):
             found = head(hidden)
             if found.shape == expected.shape and torch.equal(found, expected):
-                return lambda inputs, mask: _through_head(body, head, inputs, mask)
-    return lambda inputs, mask: _through_model(model, inputs, mask)
+                return partial(_through_head, body, head)
+    return partial(_through_model, model)
 
 
 def _through_head(
-    body: torch.nn.Module, head: torch.nn.Module, inputs: torch.Tensor, mask: torch.Tensor
+    body: torch.nn.Module,
+    head: torch.nn.Module,
+    inputs: torch.Tensor,
+    mask: torch.Tensor,
+    more: dict[str, torch.Tensor],
 ) -> Iterator[torch.Tensor]:
-    hidden = body(input_ids=inputs, use_cache=False).last_hidden_state[mask]
+    hidden = body(input_ids=inputs, use_cache=False, **more).last_hidden_state[mask]
     for piece in hidden.split(_block(int(head.out_features))):  # type: ignore[arg-type]
         yield head(piece)
 
 
-def _through_model(model: PreTrainedModel, inputs: torch.Tensor, mask: torch.Tensor) -> Iterator[torch.Tensor]:
-    logits = model(input_ids=inputs, use_cache=False).logits
+def _through_model(
+    model: PreTrainedModel, inputs: torch.Tensor, mask: torch.Tensor, more: dict[str, torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    logits = model(input_ids=inputs, use_cache=False, **more).logits
     block = _block(logits.shape[-1])
     for row, wanted in zip(logits, mask, strict=True):
         for piece, chosen in zip(row.split(block), wanted.split(block), strict=True):

@@ -35,6 +35,7 @@ from gptcli.data.tokenizer import load_fast, special_ids
 from gptcli.data.tokens import TokenDocument, TokensInput, check_ids, read_tokens, size_of
 from gptcli.errors import DataError
 from gptcli.evaluation.grams import GRAM, Finder, distinct, finder, grams, hashes, normalized, pieces
+from gptcli.model.media import media_model
 
 if TYPE_CHECKING:
     from gptcli.evaluation.corpus import Corpus
@@ -126,7 +127,7 @@ def check_overlap(corpus: Corpus, trained: LoadedRecipe, reporter: Reporter) -> 
     evaluated = _evaluated(corpus, reporter)
     reporter.say(f"{corpus.name}: reading its runs of {GRAM} words")
     known = distinct(grams(text for text, _ in evaluated()))
-    job = find_job(trained, reporter)
+    job = find_job(trained, reporter, reads_media=media_model(trained) is not None)
     tokenizer = find_tokenizer(trained, job, reporter)[0] if job.has_tokens else None
     total = sum(input_size(each) for part in job.train for each in part.inputs)
     documents = size = 0
@@ -206,7 +207,7 @@ def _worst(
 def _evaluated(corpus: Corpus, reporter: Reporter) -> Texts:
     """The texts of a corpus, as often as they are asked for."""
     if corpus.held_out is not None:
-        job = find_job(corpus.held_out, reporter)
+        job = find_job(corpus.held_out, reporter, reads_media=media_model(corpus.held_out) is not None)
         tokenizer = find_tokenizer(corpus.held_out, job, reporter)[0] if job.has_tokens else None
         return lambda: islice(_side(job, HELD_OUT, tokenizer), corpus.limit)
     found = [

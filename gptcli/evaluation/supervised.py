@@ -26,7 +26,7 @@ Stream = Iterator[tuple[int | None, list[Window]]]
 
 def packing_for(shards: Shards, recipe: Recipe) -> Packing | None:
     """How held-out documents are cut whose supervised part is scored; None: all of each text is (`document_loss`)."""
-    return packing_of(recipe) if shards.has_supervision else None
+    return packing_of(recipe, media=shards.has_media) if shards.has_supervision else None
 
 
 def supervised_windows(shards: Shards, packing: Packing) -> Stream:
@@ -49,6 +49,7 @@ def supervised_windows(shards: Shards, packing: Packing) -> Stream:
                     else:
                         wanted = stream.read_supervised(begin + 1, end)
                     if scored := int(wanted.sum()):
-                        windows.append(Window(number, ids, scored, wanted))
+                        media = shards.media(source, begins[piece : piece + 1])[0] if shards.has_media else []
+                        windows.append(Window(number, ids, scored, wanted, media=tuple(media)))
                 yield None, windows
                 number += 1

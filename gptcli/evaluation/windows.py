@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gptcli.data.media.item import Medium
 from gptcli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Window:
     """A stretch of one document: `ids[:-1]` are the inputs, `ids[1:]` the targets, of which the last `scored` count.
 
     With `wanted` (bool, one a target) those that count are where it is True, `scored` of them. `first` is the number,
-    from 0, of the first that counts among the tokens of the document.
+    from 0, of the first that counts among the tokens of the document. `media`: what its placeholders stand for.
     """
 
     document: int
@@ -33,6 +34,7 @@ class Window:
     scored: int
     wanted: NDArray[np.bool_] | None = None
     first: int = 0
+    media: tuple[Medium, ...] = ()
 
     @property
     def length(self) -> int:
@@ -113,16 +115,22 @@ def _cut(buffer: list[Window], limit: int) -> Iterator[list[Window]]:
         yield batch
 
 
+def padded_ids(batch: list[Window], pad_id: int) -> NDArray[np.int64]:
+    """The inputs of a batch, [windows, longest]."""
+    inputs = np.full((len(batch), max(window.length for window in batch)), pad_id, dtype=np.int64)
+    for row, window in enumerate(batch):
+        inputs[row, : window.length] = window.ids[:-1]
+    return inputs
+
+
 def padded(batch: list[Window], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inputs, the targets and the mask of what counts of a batch, [windows, longest]."""
     import torch
 
-    width = max(window.length for window in batch)
-    inputs = np.full((len(batch), width), pad_id, dtype=np.int64)
-    targets = np.zeros((len(batch), width), dtype=np.int64)
-    wanted = np.zeros((len(batch), width), dtype=bool)
+    inputs = padded_ids(batch, pad_id)
+    targets = np.zeros(inputs.shape, dtype=np.int64)
+    wanted = np.zeros(inputs.shape, dtype=bool)
     for row, window in enumerate(batch):
-        inputs[row, : window.length] = window.ids[:-1]
         targets[row, : window.length] = window.ids[1:]
         if window.wanted is not None:
             wanted[row, : window.length] = window.wanted

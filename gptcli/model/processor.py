@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gptcli.errors import MissingError, RecipeError, first_line, not_installed
 from gptcli.model.composite import token_fields
 from gptcli.model.kinds import parts_of
-from gptcli.model.load import evaluating, load_tokenizer, quiet, typed_errors
+from gptcli.model.load import evaluating, load_tokenizer, quiet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,32 +130,6 @@ def check_processor(processor: ProcessorMixin, model: PreTrainedModel) -> None:
                 model(**inputs.to(model.device))
         except Exception as error:  # each type says in its own way that tokens and features are not as many
             raise _unfit(model.config, first_line(error)) from error
-
-
-def load_processor(folder: Path, *, trust_remote_code: bool = False) -> ProcessorMixin:
-    """The processor of a model's folder.
-
-    Pictures are read by PIL whether or not torchvision is there, so that they are the same numbers everywhere.
-
-    Raises:
-        MissingError: there is none, or a package that it needs is not installed.
-        CheckpointError: its files are damaged.
-    """
-    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        raise MissingError(
-            "no processor in this folder, so it reads no images and sounds",
-            where=str(folder),
-            remedy="Looked for processor_config.json and preprocessor_config.json.",
-        )
-    with quiet(), typed_errors(folder, "processor"):
-        from transformers import AutoImageProcessor, AutoProcessor
-
-        shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-        processor: Any = AutoProcessor.from_pretrained(str(folder), **shared)  # type: ignore[no-untyped-call]
-        if "image_processor" in type(processor).get_attributes():
-            pil: Any = AutoImageProcessor
-            processor.image_processor = pil.from_pretrained(str(folder), backend="pil", **shared)
-        return processor  # type: ignore[no-any-return]
 
 
 def save_processor(processor: ProcessorMixin, folder: Path) -> None:

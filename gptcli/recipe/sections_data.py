@@ -6,6 +6,7 @@ Checks that need only these sections stand here, each with its remedy in the mes
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -231,10 +232,15 @@ class Data(Section):
     messages: Annotated[Messages | None, BeforeValidator(as_messages), _TextOrKeys()] = Field(
         default=None, description="format chat: the column of messages, or {column, shape}."
     )
-    images: Texts | None = Field(default=None, description="Columns that hold image paths or bytes.")
+    images: Texts | None = Field(
+        default=None, description="Columns that hold image paths or bytes; {image} places them in a prompt."
+    )
     audios: Texts | None = Field(default=None, description="Columns that hold sounds.")
     videos: Texts | None = Field(default=None, description="Columns that hold videos.")
     allow_urls: bool = Field(default=False, description="Whether images and sounds may be fetched from URLs.")
+    allow_outside: bool = Field(
+        default=False, description="Whether images and sounds may lie elsewhere than below the data file's folder."
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="A row that cannot be read; skipped rows are counted."
     )
@@ -251,8 +257,8 @@ class Data(Section):
     )
     overlong: Literal["split", "truncate", "drop", "error"] = Field(
         default="split",
-        description="isolated and none: a document longer than a row. Preference data: truncate (its default), drop "
-        "or error.",
+        description="isolated and none: a document longer than a row; one with media is dropped or an error, never "
+        "cut. Preference data: truncate (its default), drop or error.",
     )
     deduplicate: Literal["none", "exact"] = Field(
         default="none", description="Drop documents whose text was seen before."
@@ -263,6 +269,13 @@ class Data(Section):
         """The weight of each source of `train`; None: in proportion to size."""
         given = [source.weight for source in self.train if source.weight is not None]
         return given or None
+
+    @property
+    def media(self) -> tuple[tuple[Literal["image", "audio", "video"], tuple[str, ...]], ...]:
+        """The columns that hold media, by their kind."""
+        named = tuple(tuple(columns or ()) for columns in (self.images, self.audios, self.videos))
+        kinds: tuple[Literal["image", "audio", "video"], ...] = ("image", "audio", "video")
+        return tuple((kind, columns) for kind, columns in zip(kinds, named, strict=True) if columns)
 
     @model_validator(mode="before")
     @classmethod
@@ -289,6 +302,7 @@ class Data(Section):
             belongs = "chat" if key == "messages" else "preference" if key == "preference" else "prompt"
             if getattr(self, key) is not None and self.format != belongs:
                 raise ValueError(f"{key} belongs to format {belongs}; write format: {belongs}, or remove it")
+        self._media_have_places()
         held_out = self.validation if isinstance(self.validation, list) else []
         if self.format == "text":
             if any(source.map for source in [*self.train, *held_out]):
@@ -305,6 +319,26 @@ class Data(Section):
         if any(source.tokens is not None for source in [*self.train, *held_out]):
             raise ValueError(f"format {self.format} needs rows, and tokens do not say what is trained on; give path")
         return self
+
+    def _media_have_places(self) -> None:
+        columns = [column for _, named in self.media for column in named]
+        if not columns:
+            return
+        keys = " and ".join(key for key in ("images", "audios", "videos") if getattr(self, key))
+        if self.format not in ("prompt", "chat"):
+            raise ValueError(f"{keys}: media are of rows of format prompt or chat, and format is {self.format}")
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{keys}: a column is named twice")
+        if self.format == "chat":
+            return
+        asked = {column for _, column, _, _ in Formatter().parse(self.prompt or "") if column}
+        said = {column for _, column, _, _ in Formatter().parse(self.completion or "") if column}
+        for kind, named in self.media:
+            for column in (*named, kind):
+                if column in said:
+                    raise ValueError(f"completion has {{{column}}} in it, and a model says text alone")
+            if kind not in asked and (unplaced := [column for column in named if column not in asked]):
+                raise ValueError(f"prompt has no place for {unplaced[0]!r}: write {{{kind}}} where it is to stand")
 
     @model_validator(mode="after")
     def _sources_agree(self) -> Data:

@@ -20,7 +20,7 @@ from gptcli.model.kernels import settle_attention
 from gptcli.train import float8, group
 from gptcli.train.backoff import BackOffTrainer
 from gptcli.train.modes import FLASH
-from gptcli.train.rows import MicroBatches, RunRows, inputs_and_labels, label_count, whole
+from gptcli.train.rows import Batch, MicroBatches, WithMedia, inputs_and_labels, label_count, whole
 from gptcli.train.sharding import part_again
 
 
@@ -30,7 +30,6 @@ class AheadTrainer(BackOffTrainer):
     A subclass sets the run's rows before it trains.
     """
 
-    _run_rows: RunRows
     _cut: context_parallel.Cut | None = None
     _flat = False
 
@@ -65,7 +64,7 @@ class AheadTrainer(BackOffTrainer):
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
 
-    def get_train_dataloader(self) -> DataLoader[torch.Tensor]:
+    def get_train_dataloader(self) -> DataLoader[Batch]:
         """The micro-batches of this process. accelerate would deal them out by another rule."""
         workers = self.args.dataloader_num_workers
         return DataLoader(
@@ -80,7 +79,7 @@ class AheadTrainer(BackOffTrainer):
             generator=torch.Generator(),  # a loader draws a seed, which is not to be one of the model's
         )
 
-    def _get_num_items_in_batch(self, batch_samples: list[torch.Tensor], device: torch.device) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
         """The labels that count of an optimizer step, over all processes."""
         count = sum(label_count(batch) for batch in batch_samples)
         if self.args.world_size == 1:
@@ -90,7 +89,7 @@ class AheadTrainer(BackOffTrainer):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The model's inputs and the labels, two views of the batch that is on the device already."""
-        if not isinstance(inputs, torch.Tensor):
+        if not isinstance(inputs, torch.Tensor | WithMedia):
             return super()._prepare_inputs(inputs)
         return inputs_and_labels(inputs, self.args.device, flat=self._flat)
 

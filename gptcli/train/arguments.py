@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from gptcli.recipe.load import LoadedRecipe
+    from gptcli.recipe.schema import Recipe
     from gptcli.train.plan import Plan
 
 # Recipe names whose optimizer or schedule transformers knows under another one.
@@ -56,6 +57,7 @@ _TRL_REFUSED = (
     "use_vllm",
     "use_transformers_continuous_batching",
 )
+MOST_WORKERS = 4
 _TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
 
 
@@ -128,12 +130,29 @@ def check_installed(loaded: LoadedRecipe, key: str, value: str, package: str, re
         )
 
 
+def workers_of(recipe: Recipe, processes: int, *, media: bool) -> int:
+    """Processes that prepare batches, for each of so many that train on this machine.
+
+    Rows of tokens are copied in no time; images and sounds are decoded, ahead of the step that takes them.
+    """
+    workers = recipe.data.workers if recipe.data is not None else 0
+    if isinstance(workers, int):
+        return workers
+    return max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // (2 * max(1, processes)))) if media else 0
+
+
 def training_arguments(
-    loaded: LoadedRecipe, plan: Plan, run: Path, device_kind: str, more: dict[str, Any] | None = None
+    loaded: LoadedRecipe,
+    plan: Plan,
+    run: Path,
+    device_kind: str,
+    more: dict[str, Any] | None = None,
+    *,
+    media: bool = False,
 ) -> TrainingArguments:
     """The Trainer's arguments; its own logging, evaluation and saving strategies are off (see `callbacks`).
 
-    `more`: fields of the class that `config_class` gives.
+    `more`: fields of the class that `config_class` gives. `media`: rows hold images or sounds.
     """
     recipe = loaded.recipe
     train = recipe.train
@@ -170,10 +189,11 @@ def training_arguments(
         "report_to": list(recipe.tracking.to),
         **({"project": recipe.tracking.project} if recipe.tracking.project else {}),
         "remove_unused_columns": False,
-        "dataloader_num_workers": recipe.data.workers if recipe.data and isinstance(recipe.data.workers, int) else 0,
+        "dataloader_num_workers": workers_of(recipe, plan.world_size // recipe.launch.nodes, media=media),
         "dataloader_pin_memory": device_kind == "cuda",
-        # All of a model's parameters take part in every pass, and its buffers are the same everywhere.
-        "ddp_find_unused_parameters": False,
+        # All of a model's parameters take part in every pass, but for towers where no row of a micro-batch has media;
+        # its buffers are the same everywhere.
+        "ddp_find_unused_parameters": media,
         "ddp_broadcast_buffers": False,
         "log_level": "error",
     }

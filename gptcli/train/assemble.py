@@ -12,14 +12,15 @@ from gptcli.data.packed import PackedRows, Rows, padding, training_rows
 from gptcli.data.report import mixing_text
 from gptcli.data.tokenize import Prepared, prepare
 from gptcli.device import best_device, c_compiler, capability, device_name, total_memory
-from gptcli.errors import RecipeError, not_available
+from gptcli.errors import RecipeError
 from gptcli.files import fingerprint
 from gptcli.launch import world_size
 from gptcli.model.adapt import freeze, put_adapter
+from gptcli.model.media import media_model, media_token_ids
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
-from gptcli.train.arguments import check_trl
+from gptcli.train.arguments import check_trl, workers_of
 from gptcli.train.choices import SHORT_FLOPS, choose_bf16
 from gptcli.train.decisions import Hardware
 from gptcli.train.modes import BLOCKS, check_modes
@@ -62,6 +63,11 @@ class Assembly:
     new_tokens: tuple[int, ...] = ()
     task: Task | None = None
 
+    @property
+    def has_media(self) -> bool:
+        """Whether rows hold images or sounds."""
+        return self.rows is not None and self.rows.shards.has_media
+
 
 def assemble(
     loaded: LoadedRecipe,
@@ -89,11 +95,13 @@ def assemble(
 
     prepared: Prepared | PreparedPairs
     rows: Rows | None = None
+    media = False
     if is_preference(loaded):
         check_trl(loaded)
         prepared = prepare_pairs(loaded, reporter)
     else:
-        prepared = prepare(loaded, reporter, verify=verify)
+        prepared = prepare(loaded, reporter, verify=verify, media=media_model(loaded))
+        media = prepared.train.has_media
         _check_metric(loaded, prepared)
         rows = training_rows(prepared.train, prepared.index, loaded.recipe, _batch(loaded))
     config, new_tokens = model_config(loaded, prepared, reporter)
@@ -125,7 +133,7 @@ def assemble(
     check_modes(loaded, plan, hardware, usable)
     check_strategy(loaded, plan)
     check_zero(loaded, plan, here=hardware.here)
-    check_finetune(loaded, plan)
+    check_finetune(loaded, plan, media=media)
     uncompiled = without_compiler(planned(_not_compiling(loaded), hardware=hardware)) if plan.compile else None
     fingerprints = {
         "recipe": fingerprint(loaded.written),
@@ -195,28 +203,15 @@ def model_config(
     check_names(loaded)
     assert loaded.recipe.model is not None
     if loaded.recipe.model.from_ is not None or isinstance(prepared, PreparedPairs):
-        found = _config_of(loaded, prepared, reporter)
-        _check_text_alone(loaded, "model.from", found[0])
-        return found
+        return _config_of(loaded, prepared, reporter)
     special = prepared.train.specials
     ids = TokenIds(prepared.train.vocab_size, special.bos, special.eos, special.pad)
+    if prepared.train.has_media:
+        ids = media_token_ids(loaded, prepared.tokenizer)
     config, notes = build_config(loaded, ids)
-    _check_text_alone(loaded, "model.type", config)
     for note in notes:
         reporter.say(f"model: {note}")
     return config, ()
-
-
-def _check_text_alone(loaded: LoadedRecipe, key: str, config: PreTrainedConfig) -> None:
-    from gptcli.model.kinds import is_multimodal
-
-    if is_multimodal(config.model_type):
-        raise not_available(
-            key,
-            f"training a model that sees or hears ({config.model_type})",
-            where=loaded.where(key),
-            remedy="Take one of text alone: llama, gpt2, qwen3, mistral, gemma3_text.",
-        )
 
 
 def describe(assembly: Assembly) -> list[str]:
@@ -263,8 +258,9 @@ def _adapter_lines(assembly: Assembly) -> list[str]:
     return [f"trained: {trained_text(plan)}, {what}"]
 
 
-def decided_recipe(loaded: LoadedRecipe, plan: Plan) -> dict[str, Any]:
+def decided_recipe(assembly: Assembly, plan: Plan) -> dict[str, Any]:
     """The whole recipe with every default and every `auto` decided; running it gives the same run."""
+    loaded = assembly.loaded
     recipe = resolved(loaded)
     train_section = recipe["train"]
     train_section["micro_batch_size"] = plan.micro_batch_size
@@ -275,7 +271,7 @@ def decided_recipe(loaded: LoadedRecipe, plan: Plan) -> dict[str, Any]:
     recipe["launch"]["processes"] = plan.world_size // loaded.recipe.launch.nodes
     recipe["launch"]["strategy"] = plan.strategy
     if recipe["data"].get("workers") == "auto":
-        recipe["data"]["workers"] = 0
+        recipe["data"]["workers"] = workers_of(loaded.recipe, recipe["launch"]["processes"], media=assembly.has_media)
     return recipe
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gptcli.train.loss import TrainingLoss
     from gptcli.train.meter import Meter
     from gptcli.train.plan import Plan
+    from gptcli.train.rows import Batch, RunRows
 
 Replan = Callable[[int, str], "Plan"]
 
@@ -42,7 +43,8 @@ class BackOffTrainer(ZeroTrainer):
     _meter: Meter
     _pass_rows: int | None = None  # None: a micro-batch as the loop has it
     _step = -1
-    _micro_batches: list[torch.Tensor]
+    _micro_batches: list[Batch]
+    _run_rows: RunRows
     in_pass = False
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -68,13 +70,13 @@ class BackOffTrainer(ZeroTrainer):
                 self._begin_again(model, error)
             to_run = self._micro_batches
 
-    def _passes(self, model: Any, inputs: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    def _passes(self, model: Any, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
         """The loss of a micro-batch, which is run in as many passes as it has to be."""
         rows = self._pass_rows
         if rows is None:
             return super().training_step(model, inputs, num_items_in_batch)
         losses = []
-        for part in torch.split(inputs, rows):
+        for part in self._run_rows.parts(inputs, rows):
             losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
 

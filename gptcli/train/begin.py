@@ -167,7 +167,7 @@ def write_start(assembly: Assembly, options: Options) -> None:
         return
     run.path.mkdir(parents=True, exist_ok=True)
     write_atomic(run.recipe, loaded.text)
-    write_atomic(run.resolved, dump_yaml(decided_recipe(loaded, plan)))
+    write_atomic(run.resolved, dump_yaml(decided_recipe(assembly, plan)))
     run.update(
         name=run.name,
         command=options.command,

@@ -5,6 +5,7 @@ A trainer that trains something else than packed rows (`preference`) has the sam
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from gptcli.data.tokenizer import PROCESSOR_FILES
 from gptcli.errors import CheckpointError
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, group, optim, optimizer_state, random_state, sharding, weights
@@ -319,9 +321,12 @@ class RecordedTrainer(Trainer):
         )
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer into a folder."""
+        """Write the tokenizer into a folder, and the processor of a model that reads images or sounds."""
         tokenizer: Any = self.processing_class
         tokenizer.save_pretrained(str(folder))
+        for path in map(Path(tokenizer.name_or_path).joinpath, PROCESSOR_FILES):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
 
     def run_from(self, start: Path | None) -> None:
         """Train to the end, or until the schedule stops it, from a checkpoint or from the first step."""

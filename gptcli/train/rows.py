@@ -2,33 +2,57 @@
 
 A batch of one stream's rows is [n, T + 1]: T inputs and their next tokens. One of rows of documents is [n, 3, T]: input
 ids, labels (-100 where there is none) and positions in the documents; without positions where a row is one document.
-Which rows a process takes is arithmetic on their numbers: nobody sends rows, and nobody reads another's.
+Beside a batch with images or sounds stands what the model takes of these (`WithMedia`): no dimension of that is the
+batch's, so that a part of such a batch is read again. Which rows a process takes is arithmetic on their numbers: nobody
+sends rows, and nobody reads another's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from gptcli.data.media.fault import MediaFault
+from gptcli.data.media.reader import TYPE_IDS
+from gptcli.data.packed import PackedRows
+from gptcli.errors import DataError
 from gptcli.train.loss import IGNORED
 
 if TYPE_CHECKING:
+    from gptcli.data.media.reader import MediaReader
     from gptcli.data.packed import Rows
     from gptcli.train.plan import Plan
 
 # Stands for a row that does not count: in a last, smaller step a process may have none, and still has to take part.
 FILLER = -1
+CHANGED = (
+    "Every image and sound was read when the data was prepared: put back what was there, or run gptcli tokenize again."
+)
 
 
-class RunRows(Dataset[torch.Tensor]):
-    """The rows of the whole run in order, as the Trainer's data set: item k is row k of the run."""
+class WithMedia(NamedTuple):
+    """A batch of the rows `numbers`, and what the model takes of their images and sounds."""
 
-    def __init__(self, rows: Rows, plan: Plan) -> None:
-        self._rows = rows
+    rows: torch.Tensor
+    media: dict[str, torch.Tensor]
+    numbers: list[int]
+
+
+Batch: TypeAlias = torch.Tensor | WithMedia
+
+
+class RunRows(Dataset[Batch]):
+    """The rows of the whole run in order, as the Trainer's data set: item k is row k of the run.
+
+    `reader`: of their images and sounds, where they have some.
+    """
+
+    def __init__(self, rows: Rows, plan: Plan, reader: MediaReader | None = None) -> None:
+        self._rows, self._reader = rows, reader
         self._batch, self._total = plan.global_batch_size, plan.total_rows
 
     def __len__(self) -> int:
@@ -39,11 +63,27 @@ class RunRows(Dataset[torch.Tensor]):
         """Whether a row holds documents that are not to see each other."""
         return self._rows.isolated
 
-    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+    def __getitems__(self, indices: list[int]) -> Batch:
         """A batch as this module describes it, made by vectorised copies; the filler is all -100."""
         if indices == [FILLER]:
             return torch.full((1, *self._rows.batch(np.zeros(1, dtype=np.int64)).shape[1:]), IGNORED)
-        return torch.from_numpy(self._rows.batch(np.asarray(indices, dtype=np.int64)))
+        numbers = np.asarray(indices, dtype=np.int64)
+        rows = torch.from_numpy(self._rows.batch(numbers))
+        if self._reader is None:
+            return rows
+        assert isinstance(self._rows, PackedRows)
+        try:
+            media = self._reader.inputs(self._rows.media(numbers))
+        except MediaFault as fault:
+            named = ", ".join(self._rows.row_id(number) for number in indices[:2])
+            raise DataError(f"{fault}, in a batch that begins with the rows {named}", remedy=CHANGED) from None
+        return WithMedia(rows, media | self._reader.type_ids(rows[:, 0]), indices)
+
+    def parts(self, batch: Batch, rows: int) -> list[Batch]:
+        """A batch of this process in parts of so many rows."""
+        if isinstance(batch, torch.Tensor):
+            return list(torch.split(batch, rows))
+        return [self.__getitems__(batch.numbers[at : at + rows]) for at in range(0, len(batch.numbers), rows)]
 
     def tokens_at(self, step: int) -> int:
         """Inputs, without padding, of the first `step` steps."""
@@ -53,7 +93,7 @@ class RunRows(Dataset[torch.Tensor]):
         """Labels that count of the first `step` steps."""
         return self._rows.labels_at(min(step * self._batch, self._total))
 
-    def first(self, count: int) -> torch.Tensor:
+    def first(self, count: int) -> Batch:
         """The first rows of the run, at most `count` of them, for a trial."""
         return self.__getitems__(list(range(min(count, self._total))))
 
@@ -100,11 +140,16 @@ def whole(batch: Any) -> Any:
     return batch
 
 
-def inputs_and_labels(batch: torch.Tensor, device: torch.device, *, flat: bool = False) -> dict[str, torch.Tensor]:
+def inputs_and_labels(batch: Batch, device: torch.device, *, flat: bool = False) -> dict[str, torch.Tensor]:
     """A batch of the host as inputs and labels on a device, [n, T] each; labels are not shifted again.
 
     `flat`: all rows of documents as one, [1, n * T], since positions tell them apart.
     """
+    if isinstance(batch, WithMedia):
+        media = {name: values.to(device, non_blocking=True) for name, values in batch.media.items()}
+        if flat and TYPE_IDS in media:
+            media[TYPE_IDS] = media[TYPE_IDS].reshape(1, -1)
+        return {**inputs_and_labels(batch.rows, device, flat=flat), **media}
     filler = _is_filler(batch)
     batch = batch.to(device, non_blocking=True)
     if batch.ndim == 2:
@@ -119,8 +164,10 @@ def inputs_and_labels(batch: torch.Tensor, device: torch.device, *, flat: bool =
     return {name: values.reshape(1, -1) for name, values in found.items()} if flat else found
 
 
-def label_count(batch: torch.Tensor) -> int:
+def label_count(batch: Batch) -> int:
     """The labels that count of a batch on the host."""
+    if isinstance(batch, WithMedia):
+        return label_count(batch.rows)
     if batch.ndim == 3:
         return int(batch[:, 1].ne(IGNORED).sum())
     return 0 if _is_filler(batch) else batch.shape[0] * (batch.shape[1] - 1)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptcli.data.media.reader import open_reader
 from gptcli.device import keep_freed_memory
 from gptcli.endings import told_as_loss
 from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError, StoppedError
@@ -251,7 +252,7 @@ def _build_trainer(
     from gptcli.train.zero import Zero
 
     assert assembly.rows is not None
-    arguments = training_arguments(loaded, plan, assembly.run.path, assembly.device.type)
+    arguments = training_arguments(loaded, plan, assembly.run.path, assembly.device.type, media=assembly.has_media)
     zero = Zero(model, recipe.train, zero_settings(loaded, plan)) if by_zero(plan) else None
     tasks = None
     if assembly.task is not None:
@@ -267,6 +268,7 @@ def _build_trainer(
             tokenizer=tokenizer,
             replan=partial(_replan, assembly),
             zero=zero,
+            reader=open_reader(assembly.prepared.tokenizer) if assembly.has_media else None,
             **record,
         )
 
@@ -275,7 +277,7 @@ def _replan(assembly: Assembly, rows: int, reason: str) -> Plan:
     """The plan with micro-batches of `rows`, written to the run's folder."""
     plan = with_micro_batch(assembly.plan, assembly.loaded.recipe.train, assembly.counts, rows, reason)
     if is_main_process():
-        write_atomic(assembly.run.resolved, dump_yaml(decided_recipe(assembly.loaded, plan)))
+        write_atomic(assembly.run.resolved, dump_yaml(decided_recipe(assembly, plan)))
         assembly.run.update(plan=plan.as_dict())
     return plan
 

@@ -74,16 +74,17 @@ def check_strategy(loaded: LoadedRecipe, plan: Plan) -> None:
             )
 
 
-def check_finetune(loaded: LoadedRecipe, plan: Plan) -> None:
-    """Refuse an adapter, or frozen modules, where they are not known to work.
+def check_finetune(loaded: LoadedRecipe, plan: Plan, *, media: bool = False) -> None:
+    """Refuse an adapter, frozen modules, or (`media`) images and sounds where they are not known to work.
 
     Raises:
         RecipeError: with what does.
     """
     finetune = loaded.recipe.finetune
-    if finetune.adapter == "none" and not finetune.freeze:
+    if finetune.adapter == "none" and not finetune.freeze and not media:
         return
     what = f"finetune.adapter: {finetune.adapter}" if finetune.adapter != "none" else "finetune.freeze"
+    what = "a model that sees or hears" if media else what
     for key, value, wrong, right in (
         (STRATEGY, plan.strategy, plan.world_size > 1 and plan.strategy != "ddp", f"{STRATEGY}: ddp"),
         ("launch.parallel", "tp", plan.tensor_parallel > 1, "launch.parallel.tp: 1"),

@@ -24,6 +24,7 @@ from gptcli.train.validation import validation_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+    from gptcli.data.media.reader import MediaReader
     from gptcli.data.packed import Rows
     from gptcli.data.shards import Shards
     from gptcli.recipe.schema import Recipe
@@ -54,6 +55,7 @@ class CausalTrainer(RecordedTrainer, AheadTrainer):
         reporter: where lines are printed.
         progress: the progress display.
         zero: the optimizer of a model that DeepSpeed divides.
+        reader: of the images and sounds of the rows, where they have some.
     """
 
     # Our loss is divided by the tokens of the whole accumulated batch already.
@@ -78,10 +80,13 @@ class CausalTrainer(RecordedTrainer, AheadTrainer):
         reporter: Reporter,
         progress: Progress,
         zero: Zero | None = None,
+        reader: MediaReader | None = None,
     ) -> None:
         self._rows, self._validation, self._tasks, self._replan = rows, validation, tasks, replan
-        self._halve_due = plan.halves
-        self._run_rows = RunRows(rows, plan)
+        # Two threads cannot take a half each of media: no dimension of theirs is the batch's.
+        self._halve_due = plan.halves and reader is None
+        self._run_rows = RunRows(rows, plan, reader)
+        self._reader = reader
         self._record(
             model=model,
             recipe=recipe,
@@ -175,7 +180,9 @@ class CausalTrainer(RecordedTrainer, AheadTrainer):
             return None
         plan, model, result, found = self._plan, self.plain_model, None, None
         if self._validation is not None:
-            result = validation_loss(model, self._validation, self._recipe, plan.precision, parts=plan.processes)
+            result = validation_loss(
+                model, self._validation, self._recipe, plan.precision, parts=plan.processes, reader=self._reader
+            )
         if self._tasks is not None:
             found = self._tasks(model)
         sharding.part_again(model)

@@ -21,6 +21,7 @@ from gptcli.train import group
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from gptcli.data.media.reader import MediaReader
     from gptcli.data.shards import Shards
     from gptcli.recipe.schema import Recipe
 
@@ -30,7 +31,13 @@ _TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}
 
 
 def validation_loss(
-    model: PreTrainedModel, shards: Shards, recipe: Recipe, precision: str, *, parts: int = 1
+    model: PreTrainedModel,
+    shards: Shards,
+    recipe: Recipe,
+    precision: str,
+    *,
+    parts: int = 1,
+    reader: MediaReader | None = None,
 ) -> LossResult:
     """The loss over the held-out documents: that of `gptcli eval`.
 
@@ -40,6 +47,7 @@ def validation_loss(
         recipe: says how they are cut into windows, and what of them is learnt.
         precision: that of training.
         parts: the run's processes, or groups of them, that share the windows.
+        reader: of the documents' images and sounds, where they have some.
     """
     assert recipe.data is not None
     limit, packing = recipe.eval.limit, packing_for(shards, recipe)
@@ -48,7 +56,7 @@ def validation_loss(
     with as_evaluated(model, precision):
         if packing is not None:
             windows = islice(supervised_windows(shards, packing), limit)
-            own = loss_of(model, windows, pad_id=prefix, part=group.part(parts))
+            own = loss_of(model, windows, pad_id=prefix, part=group.part(parts), reader=reader)
         else:
             own = document_loss(
                 model,

@@ -24,6 +24,12 @@ Kind: TypeAlias = Literal[
     "no completion",
     "no conversation",
     "not in the template",
+    "not media",
+    "missing file",
+    "outside the folder",
+    "not fetched",
+    "too large",
+    "not finite",
 ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gptcli.data.media.reader import load_processor
 from gptcli.data.tokenizer import train_bpe
 from gptcli.errors import MissingError, RecipeError
 from gptcli.model.build import TokenIds, build_config, build_model, count_parameters
@@ -16,7 +17,6 @@ from gptcli.model.load import load_model, load_tokenizer
 from gptcli.model.processor import (
     build_processor,
     check_processor,
-    load_processor,
     media_ids,
     media_tokens,
     save_processor,

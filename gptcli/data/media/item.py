@@ -1,0 +1,153 @@
+"""The media of one row, in the order of their places in its text, and how they are kept beside its tokens.
+
+In a text the place of a medium is a mark of characters for private use, which no text of a user can be taken for; what
+stands there for the model (`<image>`, as often as the model wants it) is the processor's to say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from gptcli.data.media.fault import MediaFault, shown_name
+from gptcli.data.media.reference import Media, Reach, Samples, Url, Video, content_hash, media_of, videos_of
+
+Modality: TypeAlias = Literal["image", "audio", "video"]
+MODALITIES: tuple[Modality, ...] = ("image", "audio", "video")
+PLACE = re.compile("\ue0c3(image|audio|video)\ue0c4")
+
+
+@dataclass(frozen=True, eq=False)
+class Medium:
+    """An image, a sound or a video of a row; `hash` is that of its content, "" where it was not worked out."""
+
+    modality: Modality
+    value: Video
+    hash: str = ""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        first = self.value[0] if isinstance(self.value, list) else self.value
+        return first.name
+
+
+def place_of(modality: Modality) -> str:
+    """What stands in a text for a medium."""
+    return f"\ue0c3{modality}\ue0c4"
+
+
+def media_in(value: Any, modality: Modality, reach: Reach) -> list[Medium]:
+    """The media that a value of a row holds. Raises `MediaFault` as `media_of`."""
+    found: Sequence[Video] = videos_of(value, reach) if modality == "video" else media_of(value, reach)
+    if any(isinstance(each, list) and not each for each in found):
+        raise MediaFault("the value", "not media", "is a video without frames")
+    return [Medium(modality, each) for each in found]
+
+
+def check_places(text: str, media: Sequence[Medium]) -> str | None:
+    """What is wrong with a text whose media are not those that it has places for, in their order; None: nothing is."""
+    wanted = PLACE.findall(text)
+    if wanted == [each.modality for each in media]:
+        return None
+    places, given = Counter(wanted), Counter(each.modality for each in media)
+    for modality in MODALITIES:
+        if places[modality] != given[modality]:
+            return f"has {_count(places[modality], 'place')} for {modality}s and {_count(given[modality], modality)}"
+    return "has its media in another order than their places"
+
+
+def hashed(medium: Medium) -> Medium:
+    """A medium with the hash of its content. Raises `MediaFault` where it cannot be read."""
+    parts = medium.value if isinstance(medium.value, list) else [medium.value]
+    hashes = [content_hash(part) for part in parts]
+    return Medium(medium.modality, medium.value, hashes[0] if len(hashes) == 1 else _joined(hashes))
+
+
+def identity(media: Sequence[Medium]) -> bytes:
+    """What tells equal media of rows without reading files: their names, and the bytes of those that are no files."""
+    import xxhash
+
+    told = []
+    for medium in media:
+        for part in medium.value if isinstance(medium.value, list) else [medium.value]:
+            inline = isinstance(part.source, bytes | Samples)
+            told.append([medium.modality, content_hash(part) if inline else part.name])
+    return xxhash.xxh3_128(json.dumps(told).encode()).digest() if told else b""
+
+
+def kept(media: Iterable[Medium]) -> bytes:
+    """Media as bytes, for `restored`: where files lie, what else there is as it was; nothing for none.
+
+    A line of JSON says what follows it: the bytes of those that are not files, one after the other.
+    """
+    about: list[dict[str, Any]] = []
+    body = bytearray()
+    for medium in media:
+        parts = medium.value if isinstance(medium.value, list) else [medium.value]
+        made = []
+        for part in parts:
+            entry: dict[str, Any] = {"name": part.name}
+            if isinstance(part.source, Path):
+                entry["path"] = str(part.source)
+            elif isinstance(part.source, Url):
+                entry["url"] = part.source.address
+            else:
+                data = part.source
+                if isinstance(data, Samples):
+                    entry |= {"rate": data.rate, "dtype": data.values.dtype.str, "shape": data.values.shape}
+                    data = data.values.tobytes()
+                entry["bytes"] = len(data)
+                body += data
+            made.append(entry)
+        about.append({"modality": medium.modality, "hash": medium.hash, "parts": made})
+        if isinstance(medium.value, list):
+            about[-1]["frames"] = True
+    return json.dumps(about, ensure_ascii=True).encode() + b"\n" + bytes(body) if about else b""
+
+
+def restored(data: bytes) -> list[Medium]:
+    """What `kept` made bytes of. Raises `ValueError` for anything else."""
+    if not data:
+        return []
+    head, _, body = data.partition(b"\n")
+    at = 0
+    media = []
+    for entry in json.loads(head):
+        parts = []
+        for part in entry["parts"]:
+            source: Any
+            if "path" in part:
+                source = Path(part["path"])
+            elif "url" in part:
+                source = Url(part["url"])
+            else:
+                source = body[at : at + part["bytes"]]
+                at += part["bytes"]
+                if "rate" in part:
+                    source = Samples(np.frombuffer(source, part["dtype"]).reshape(part["shape"]), part["rate"])
+            parts.append(Media(part["name"], source))
+        media.append(Medium(entry["modality"], parts if "frames" in entry else parts[0], entry["hash"]))
+    return media
+
+
+def shown_media(media: Iterable[Medium]) -> str:
+    """Media for people: what and which."""
+    return ", ".join(f"{each.modality} {shown_name(each.name)}" for each in media)
+
+
+def _joined(hashes: Sequence[str]) -> str:
+    import xxhash
+
+    return xxhash.xxh3_128("".join(hashes).encode()).hexdigest()
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,238 @@
+"""What a processor makes of media: the text that stands for each, and the numbers that the model takes.
+
+One way for every processor of transformers. It is asked with placeholders alone, never with a user's text: how it
+replaces them is put into the text where the marks of the media are, and the whole is tokenized as any text is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcli.data.media.audio import load_audio
+from gptcli.data.media.fault import MediaFault
+from gptcli.data.media.image import load_image
+from gptcli.data.media.item import PLACE, Medium, Modality, hashed
+from gptcli.data.media.video import load_video
+from gptcli.data.tokenizer import PROCESSOR_FILES
+from gptcli.errors import CheckpointError, MissingError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import ProcessorMixin
+
+# A sound of a processor that says no length, and a video.
+MAX_SECONDS = 600.0
+MAX_VIDEO_SECONDS = 3600.0
+FRAMES = 8
+TYPE_IDS = "mm_token_type_ids"
+_ARGUMENTS: dict[Modality, str] = {"image": "images", "audio": "audio", "video": "videos"}
+_READERS: dict[Modality, tuple[str, ...]] = {
+    "image": ("image_processor",),
+    "audio": ("feature_extractor", "audio_processor"),
+    "video": ("video_processor",),
+}
+
+
+@dataclass(frozen=True)
+class MediaReader:
+    """A processor, ready to read media.
+
+    Attributes:
+        processor: transformers' own.
+        tokens: the placeholder of each kind of media that it reads.
+    """
+
+    processor: Any
+    tokens: Mapping[Modality, str]
+
+    @property
+    def rate(self) -> int:
+        """The samples a second of the sounds that the processor takes."""
+        return int(self._sounds.sampling_rate)
+
+    @property
+    def max_seconds(self) -> float:
+        """How long a sound may be: a processor that pads to a length would cut what is longer."""
+        return float(getattr(self._sounds, "chunk_length", None) or MAX_SECONDS)
+
+    @property
+    def _sounds(self) -> Any:
+        found = (getattr(self.processor, name, None) for name in _READERS["audio"])
+        return next(each for each in found if each is not None)
+
+    def load(self, medium: Medium) -> Any:
+        """A medium decoded, as the processor takes it. Raises `MediaFault`; one that has changed since is one too."""
+        if medium.modality not in self.tokens:
+            known = ", ".join(f"{each}s" for each in self.tokens)
+            raise MediaFault(medium.name, "not media", f"is a {medium.modality}, and the model reads {known} alone")
+        if medium.hash and hashed(medium).hash != medium.hash:
+            raise MediaFault(medium.name, "damaged file", "is another one than when the data was prepared")
+        if isinstance(medium.value, list) or medium.modality == "video":
+            frames = int(getattr(self.processor.video_processor, "num_frames", None) or FRAMES)
+            return load_video(medium.value, frames, max_seconds=MAX_VIDEO_SECONDS)
+        if medium.modality == "image":
+            return load_image(medium.value)
+        return load_audio(medium.value, self.rate, max_seconds=self.max_seconds)
+
+    def texts(self, media: Sequence[Medium]) -> list[str]:
+        """What stands in a text for each of a row's media: placeholders, and what the processor puts around them.
+
+        Raises:
+            MediaFault: one cannot be read, or the processor does not take it.
+        """
+        if not media:
+            return []
+        loaded = [self.load(medium) for medium in media]
+        with _faults(media):
+            made = self._processed([media], [loaded], return_text_replacement_offsets=True)
+            found = [each["replacement"] for each in made["text_replacement_offsets"][0]]
+        if len(found) != len(media) or "" in found:
+            named = media[found.index("")] if "" in found else media[0]
+            raise MediaFault(
+                named.name, "not media", f"is too small or too short: no token of the {named.modality} is left"
+            )
+        return found
+
+    def inputs(self, rows: Sequence[Sequence[Medium]]) -> dict[str, torch.Tensor]:
+        """What a model takes of the media of some rows, beside their tokens; nothing where there are none.
+
+        Tensors have no dimension of rows that could be cut: a processor lays them out as its model wants them.
+
+        Raises:
+            MediaFault: one cannot be read.
+        """
+        rows = [row for row in rows if row]
+        if not rows:
+            return {}
+        loaded = [[self.load(medium) for medium in row] for row in rows]
+        with _faults([medium for row in rows for medium in row]):
+            made = self._processed(rows, loaded, return_tensors="pt", padding=True)
+        of_text = {*self.processor.tokenizer.model_input_names, TYPE_IDS, "input_ids", "attention_mask"}
+        own = {name: value for name, value in made.items() if name not in of_text}
+        return {name: value for name, value in own.items() if hasattr(value, "shape")}
+
+    def type_ids(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The kind of each token (text 0, image 1, video 2, sound 3), [n, T], for models that are told it."""
+        import torch
+
+        if TYPE_IDS not in self.processor.model_input_names:
+            return {}
+        return {TYPE_IDS: torch.tensor(self.processor.create_mm_token_type_ids(ids.tolist()))}
+
+    def filled(self, text: str, texts: Iterator[str]) -> str:
+        """A text with the next of what stands for media (`texts`) in each of its places. Raises `MediaFault`.
+
+        A placeholder that a user has written is a fault: the model would look for a medium there.
+        """
+        parts = PLACE.split(text)
+        # Not behind the mark of what is meant as text (transformers' `mark_control_tokens`).
+        pattern = re.compile(f"(?<!\U000f0000)({'|'.join(map(re.escape, self.tokens.values())) or '(?!)'})")
+        for part in parts[::2]:
+            if written := pattern.search(part):
+                raise MediaFault("the text", "not media", f"holds {written[0]}, which stands for a medium")
+        return "".join(part if index % 2 == 0 else next(texts) for index, part in enumerate(parts))
+
+    def _processed(self, rows: Sequence[Sequence[Medium]], loaded: Sequence[Sequence[Any]], **more: Any) -> Any:
+        texts = ["".join(self.tokens[medium.modality] for medium in row) for row in rows]
+        given: dict[str, Any] = {}
+        for row, values in zip(rows, loaded, strict=True):
+            for medium, value in zip(row, values, strict=True):
+                given.setdefault(_ARGUMENTS[medium.modality], []).append(value)
+        if "audio" in given:
+            more["sampling_rate"] = self.rate
+        with _quiet():
+            return self.processor(text=texts, **given, **more)
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a folder holds a processor."""
+    return any((folder / name).is_file() for name in PROCESSOR_FILES[:2])
+
+
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> ProcessorMixin:
+    """The processor of a folder.
+
+    Pictures are read by PIL whether or not torchvision is there, so that they are the same numbers everywhere.
+
+    Raises:
+        MissingError: there is none, or a package that it needs is not installed.
+        CheckpointError: its files are damaged.
+    """
+    if not has_processor(folder):
+        raise MissingError(
+            "no processor in this folder, so it reads no images and sounds",
+            where=str(folder),
+            remedy=f"Looked for {' and '.join(PROCESSOR_FILES[:2])}.",
+        )
+    shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    with _quiet():
+        try:
+            from transformers import AutoImageProcessor, AutoProcessor
+
+            processor: Any = AutoProcessor.from_pretrained(str(folder), **shared)  # type: ignore[no-untyped-call]
+            if "image_processor" in type(processor).get_attributes():
+                pil: Any = AutoImageProcessor
+                processor.image_processor = pil.from_pretrained(str(folder), backend="pil", **shared)
+        except ImportError as error:
+            raise MissingError(
+                "a package that this processor needs is missing",
+                where=str(folder),
+                remedy=f"{first_line(error)[:300]}\npip install 'gptcli[multimodal]' brings what reads media.",
+            ) from error
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:  # whatever a class raises for files that are not its own
+            reason = first_line(error)[:300]
+            raise CheckpointError(f"the processor cannot be loaded: {reason}", where=str(folder)) from error
+    return processor  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=2)
+def open_reader(folder: Path) -> MediaReader:
+    """The reader of a folder's processor, opened once a process. Raises as `load_processor`."""
+    return reader_of(load_processor(folder))
+
+
+def reader_of(processor: Any) -> MediaReader:
+    """A processor as a reader of media."""
+    tokens = {
+        modality: str(token)
+        for modality, names in _READERS.items()
+        if any(getattr(processor, name, None) is not None for name in names)
+        and (token := getattr(processor, f"{modality}_token", None)) is not None
+    }
+    return MediaReader(processor, tokens)
+
+
+@contextlib.contextmanager
+def _faults(media: Sequence[Medium]) -> Iterator[None]:
+    """Whatever a processor raises for decoded media is a fault of them."""
+    try:
+        yield
+    except (MediaFault, MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        named = media[0].name if len(media) == 1 else f"one of {len(media)} media ({media[0].name}, ...)"
+        raise MediaFault(named, "not media", f"is not taken by the model's processor: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what processors say of their own settings off the screen."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,81 @@
+"""What data needs to know of a recipe's model that reads images or sounds, before there is a model."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptcli.recipe.load import LoadedRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from gptcli.model.build import TokenIds
+
+
+def media_model(loaded: LoadedRecipe) -> tuple[tuple[str, ...], Callable[[Path, Path], None] | None] | None:
+    """The tokens of images and sounds, and what writes a processor; None: the recipe's model reads text alone.
+
+    What writes is given the folder of a tokenizer that has the tokens, and the folder to write into; None where the
+    model is there already, with its tokenizer and its processor.
+
+    Raises:
+        RecipeError: the model is an encoder-decoder, or a field of its configuration is wrong.
+        MissingError: there is no such model, or a package is not installed that the processor needs.
+    """
+    model = loaded.recipe.model
+    if model is None or loaded.recipe.data is None:
+        return None
+    if model.from_ is not None:
+        from gptcli.model.kinds import is_multimodal
+        from gptcli.model.load import load_config
+
+        config = load_config(Path(model.from_), trust_remote_code=model.trust_remote_code, revision=model.revision)
+        return ((), None) if is_multimodal(config.model_type) else None
+    from gptcli.model.kinds import is_multimodal
+
+    assert model.type is not None
+    if not is_multimodal(model.type):
+        return None
+    from gptcli.model.build import TokenIds, build_config
+    from gptcli.model.processor import media_tokens
+
+    config, _ = build_config(loaded, TokenIds(1024, 0, 0, 0))
+    tokens = media_tokens(config)
+
+    def write(tokenizer: Path, into: Path) -> None:
+        from gptcli.model.build import build_model
+        from gptcli.model.load import load_tokenizer
+        from gptcli.model.processor import build_processor, save_processor
+
+        config, _ = build_config(loaded, _token_ids(load_tokenizer(tokenizer), tokens))
+        processor = build_processor(config, tokenizer, build_model(loaded, config, seed=0, attention=None))
+        with tempfile.TemporaryDirectory(prefix="gptcli-processor-") as name:
+            save_processor(processor, Path(name))
+            # Of a tokenizer transformers writes another class, and of a chat there may be a template of its own.
+            for path in Path(name).glob("*processor_config.json"):
+                shutil.copyfile(path, into / path.name)
+
+    return tuple(tokens.values()), write
+
+
+def media_token_ids(loaded: LoadedRecipe, tokenizer: Path) -> TokenIds:
+    """The ids that the configuration of `model.type` needs of a tokenizer's folder."""
+    from gptcli.model.build import TokenIds, build_config
+    from gptcli.model.load import load_tokenizer
+    from gptcli.model.processor import media_tokens
+
+    config, _ = build_config(loaded, TokenIds(1024, 0, 0, 0))
+    return _token_ids(load_tokenizer(tokenizer), media_tokens(config))
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, str]) -> TokenIds:
+    """The ids that a configuration needs of a tokenizer with the `tokens` of images and sounds."""
+    from gptcli.model.build import TokenIds
+    from gptcli.model.processor import media_ids
+
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return TokenIds(len(tokenizer), *ends, media_ids(tokens, tokenizer))
