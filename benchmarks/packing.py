@@ -36,12 +36,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from measuring import POLL_SECONDS, make_llama, print_machine
+from measuring import make_llama, print_machine
 
 if TYPE_CHECKING:
     from gptcli.data.packed import PackedRows
 
 LIBRARIES = ("gptcli", "torch", "transformers", "trl", "datasets", "numpy")
+POLL_SECONDS = 0.02
 LENGTH = 256
 VOCABULARY = 2048
 SKIPPED = 3  # steps at the start that are not counted
