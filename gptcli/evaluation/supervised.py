@@ -40,7 +40,7 @@ def supervised_windows(shards: Shards, packing: Packing) -> Stream:
             homes = np.searchsorted(ends, begins, side="right") - 1
             firsts = np.searchsorted(homes, np.arange(len(ends)))
             for document in range(len(ends) - 1):
-                windows = []
+                windows, first = [], 0
                 for piece in range(int(firsts[document]), int(firsts[document + 1])):
                     begin, end = int(begins[piece]), int(begins[piece] + lengths[piece])
                     ids = stream.read(begin, end).astype(np.int64)
@@ -49,6 +49,7 @@ def supervised_windows(shards: Shards, packing: Packing) -> Stream:
                     else:
                         wanted = stream.read_supervised(begin + 1, end)
                     if scored := int(wanted.sum()):
-                        windows.append(Window(number, ids, scored, wanted))
+                        windows.append(Window(number, ids, scored, wanted, first))
+                        first += scored
                 yield None, windows
                 number += 1
