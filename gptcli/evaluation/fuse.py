@@ -2,7 +2,7 @@
 
 Each model is asked by itself, one after the other, so that they need not be alike: what comes together is the
 probability of each label, or that of each token that stands in a text. The mean is the linear opinion pool (Stone 1961,
-The Opinion Pool). Memory: the scores of labels; of texts 8 bytes a document, and 4 bytes a token in a temporary file,
+The Opinion Pool). Memory: the scores of labels; of texts 16 bytes a document, and 4 bytes a token in a temporary file,
 which up to 64 MiB is in memory.
 """
 
