@@ -90,10 +90,11 @@ def test_rows_of_which_a_part_is_learnt_are_fused_by_the_places_of_their_tokens(
     """Rows are cut into pieces, and of each some tokens count: a model beside itself is itself, row by row."""
     folder = save_model(tmp_path / "model")
     rows = [{"prompt": f"the cat {i}", "completion": " sat on the mat" * (i % 5 + 1)} for i in range(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, those in (("rows", rows), ("train", rows[:1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in those))
     recipe = {"tokenizer": {"from": str(folder)}, "model": {"from": str(folder)}}
     data = {
-        "train": "rows.jsonl",
+        "train": "train.jsonl",
         "validation": ["rows.jsonl"],
         "format": "prompt",
         "prompt": "{prompt}",
