@@ -17,6 +17,8 @@ from gptcli.generation.text import check_characters, encode_prompt
 from gptcli.recipe.template import PROMPT, Template, parse_template
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from gptcli.data.media.reader import MediaReader
 
 
@@ -106,7 +108,7 @@ def prompt_of(
     form: PromptForm,
     reach: Reach,
     reader: MediaReader | None,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     context: int | None,
 ) -> list[int]:
     """The ids of the prompt of a row; one with media is a `MediaPrompt`, which knows what they hold.

@@ -126,7 +126,8 @@ def write_tokens(
     With a `reader` rows may have images and sounds, which are read once here; `OF_MEDIA` says where they are.
 
     Raises:
-        DataError: a row that gives no prompt, by file and line; prompts that leave no room for a new token in the context, the first of them by file and line.
+        DataError: a row that gives no prompt, or prompts that leave no room for a new token in the context, the first
+            of them by file and line.
     """
     lines = np.load(folder / LINES)
     ends = array.array("q")
