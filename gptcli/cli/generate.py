@@ -121,7 +121,7 @@ def generate(
     if chat:
         from gptcli.cli.chat import talk
 
-        talk(folder, settings, system or "", asked, quiet=quiet)
+        talk(folder, settings, system or "", asked, media=media, allow_urls=allow_urls, quiet=quiet)
     elif file is not None and output is not None:
         from gptcli.generation.file_prompts import form_of
 
