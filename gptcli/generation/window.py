@@ -80,11 +80,13 @@ def template_ids(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]],
 
 def media_ids(
     tokenizer: PreTrainedTokenizerBase,
-    chat: list[dict[str, str]],
+    chat: Sequence[dict[str, Any]],
     reader: MediaReader,
     media: Sequence[Medium] = (),
     texts: Sequence[str] | None = None,
     where: str = "",
+    *,
+    tools: Any = None,
 ) -> list[int]:
     """`template_ids` of messages with a place for each of their media, by the template of a model that reads some.
 
@@ -97,9 +99,9 @@ def media_ids(
     from transformers.utils.chat_template_utils import encode_marked_chat
 
     templater = templater_from(tokenizer, reader.tokens)
-    marked, _ = templater.as_text(chat, None)
+    marked, tools = templater.as_text(chat, tools)
     try:
-        text = templater.placed(templater.render(marked, prompt=True))
+        text = templater.placed(templater.render(marked, tools, prompt=True))
     except TemplateFault as fault:
         raise CheckpointError(f"the model's chat template fails: a message {fault}", where=where or None) from None
     if (wrong := check_places(text, media)) is not None:
