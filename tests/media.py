@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from gptcli.data.media.item import Medium
+from gptcli.data.media.reference import Media, Samples
 from gptcli.data.tokenizer import train_bpe
 from gptcli.model.build import TokenIds, build_config, build_model
 from gptcli.model.load import load_tokenizer
@@ -57,3 +59,45 @@ def built(tmp_path: Path, model: str) -> tuple[Any, Any]:
     config, _ = build_config(loaded, TokenIds(len(tokenizer), 0, 0, 1, media_ids(tokens, tokenizer)))
     made = build_model(loaded, config, seed=1, attention=None)
     return made, build_processor(config, folder, made)
+
+
+def random_built(tmp_path: Path, kind: str, *, template: str | None = None) -> tuple[Any, Any]:
+    """A model of a family of `TINY` whose weights are far from uniform, and its processor, with a chat template."""
+    import torch
+
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    model, processor = built(tmp_path, f"{{type: {kind}, config: {TINY[kind]}}}")
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.ndim > 1:
+                weights.normal_(0, 0.4)
+    torch.set_rng_state(state)
+    processor.tokenizer.chat_template = processor.chat_template = template
+    return model.eval(), processor
+
+
+def png(seed: int, width: int = 28, height: int = 28) -> bytes:
+    """A picture of noise."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "png")
+    return file.getvalue()
+
+
+def picture(seed: int, width: int = 28, height: int = 28) -> Medium:
+    """The same as a medium of a prompt."""
+    return Medium("image", Media(f"picture {seed}", png(seed, width, height)))
+
+
+def sound(seed: int, samples: int = 8000) -> Medium:
+    """A sound of noise as a medium of a prompt."""
+    import numpy as np
+
+    noise = np.random.default_rng(seed).standard_normal(samples).astype(np.float32) * np.float32(0.3)
+    return Medium("audio", Media(f"sound {seed}", Samples(noise, 16_000)))
