@@ -71,7 +71,8 @@ def prompts_with(
         UsageError: a prompt has more places than there are media, or fewer.
         DataError: one cannot be used.
     """
-    from gptcli.generation.media_prompt import media_errors, media_prompt, placed
+    from gptcli.generation.media_prompt import fetched_once, media_errors, media_prompt, placed
 
     with media_errors():
+        media = [fetched_once(medium) for medium in media]
         return [media_prompt(reader, tokenizer, *placed(prompt, media)) for prompt in prompts]

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptcli.data.media.fault import MediaFault
+from gptcli.data.media.fetch import fetched
 from gptcli.data.media.item import MODALITIES, PLACE, Medium, Modality, check_places, hashed, place_of, shown_media
+from gptcli.data.media.reference import Media, Url
 from gptcli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -84,6 +86,14 @@ def shown_prompt(prompt: str, media: Sequence[Medium]) -> str:
 def media_of(prompt: Sequence[int]) -> tuple[Medium, ...]:
     """The images and sounds of a prompt."""
     return prompt.media if isinstance(prompt, MediaPrompt) else ()
+
+
+def fetched_once(medium: Medium) -> Medium:
+    """A medium with what is behind its URL, which is then fetched no more. Raises `MediaFault` where it cannot be."""
+    value = medium.value
+    if isinstance(value, list) or not isinstance(value.source, Url):
+        return medium
+    return Medium(medium.modality, Media(value.name, fetched(value.source.address, value.name)), medium.hash)
 
 
 def media_hashes(prompt: Sequence[int]) -> list[str]:

@@ -47,10 +47,10 @@ def serve_pinned(folder: Path, server: Server, given: Settings, precision: str, 
     Raises:
         GptcliError: as `load_model` and `load_tokenizer`.
     """
-    reader = model_reader(folder)
     with memory_errors("Try --precision bf16."):
         tokenizer: Any = load_tokenizer(folder)
         model = load_model(folder, dtype=precision)  # type: ignore[arg-type]
+        reader = model_reader(folder)
     from fastapi import HTTPException
     from jinja2 import TemplateError
     from transformers.cli.serve import Serve

@@ -16,7 +16,7 @@ from gptcli.data.media.item import Medium
 from gptcli.data.media.parts import extracted, modality_of
 from gptcli.data.media.reference import Reach
 from gptcli.errors import GptcliError
-from gptcli.generation.media_prompt import media_inputs
+from gptcli.generation.media_prompt import fetched_once, media_inputs
 from gptcli.generation.window import media_ids
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Sees:
             row, media = extracted({"messages": messages}, "messages", {}, self._reach)
             for medium in media:
                 _check_source(medium)
+            media = [fetched_once(medium) for medium in media]
             chat = [{**message, "content": _text(message.get("content"))} for message in row["messages"]]
             ids = media_ids(self.tokenizer, chat, self._reader, media, tools=tools)
             inputs = torch.tensor([ids])
