@@ -117,7 +117,7 @@ def _begin(job: FileJob, reporter: Reporter) -> Begun:
         size = job.file.stat().st_size
         shows = reporter if size >= BAR_BYTES else Silent()
         with megabytes(shows, "reading", size) as on_bytes:
-            count, blank = write_rows(job.file, job.form.column, job.partial, on_bytes)
+            count, blank = write_rows(job.file, job.form, job.partial, on_bytes)
         if blank:
             reporter.say(f"blank lines: {blank:,} of them are left out")
         context = context_of(load_config(model_home(job.model)[0]))

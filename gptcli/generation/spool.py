@@ -41,6 +41,7 @@ MEDIA, MEDIA_ENDS = OF_MEDIA = ("media.bin", "media.npy")  # of prompts that hav
 ENCODED_AT_ONCE = 256
 _MEND = "Mend the row, or leave it out, and run the same command again."
 _NAME_IT = "Name the column that holds the prompts: --prompt-column {hint}"
+_NAME_THEM = "Name the columns that there are in --template."
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Spool:
                 yield line[:-1].decode()
 
 
-def write_rows(source: Path, column: str, folder: Path, on_bytes: Callable[[int], None]) -> tuple[int, int]:
+def write_rows(source: Path, form: PromptForm, folder: Path, on_bytes: Callable[[int], None]) -> tuple[int, int]:
     """Write `ROWS` and `LINES` of a file; return (rows, blank lines of a plain text, which are left out).
 
     Raises:
@@ -88,12 +89,13 @@ def write_rows(source: Path, column: str, folder: Path, on_bytes: Callable[[int]
     """
     lines = array.array("q")
     blank = 0
+    layout = Layout("line", form.column, remedy=_NAME_IT if form.template is None else _NAME_THEM)
     plain = split_suffix(source.name)[0] == ".txt"
     with (folder / ROWS).open("wb") as file:
-        for record in read_records(source, Layout("line", column, remedy=_NAME_IT), on_position=on_bytes):
+        for record in read_records(source, layout, on_position=on_bytes):
             where = f"{shown(source)}:{record.number}"
             if isinstance(record, BadRow):
-                remedy = _NAME_IT.replace("{hint}", "NAME") if record.kind == "wrong columns" else _MEND
+                remedy = layout.remedy.replace("{hint}", "NAME") if record.kind == "wrong columns" else _MEND
                 raise DataError(record.reason, where=where, remedy=remedy)
             if plain and not record.text.strip():
                 blank += 1

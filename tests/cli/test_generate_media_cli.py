@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from signal import SIGKILL
 
 import pytest
 
 from gptcli.model.processor import save_processor
 from tests.conftest import Cli
 from tests.media import needs_media, png, random_built
+from tests.runs import Forks
 from tests.tiny import save_model
 
 pytestmark = needs_media
@@ -109,16 +111,25 @@ def test_a_row_whose_picture_cannot_be_used_is_named(here: Path, run_cli: Cli, p
     assert not (here / "bad-out.jsonl").exists()
 
 
-def test_a_job_goes_on_only_with_the_pictures_that_it_began_with(here: Path, run_cli: Cli) -> None:
+def test_a_killed_job_goes_on_with_the_pictures_that_it_began_with(here: Path, run_cli: Cli, forks: Forks) -> None:
+    for name in ("d", "e"):
+        (here / f"{name}.png").write_bytes(png(7))
+    rows = [{"prompt": f"{name} " * length, "image": f"{name}.png"} for length, name in enumerate("ade", 1)]
+    (here / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["generate", "sees", "--file", "jobs.jsonl", "--image-column", "image", "--save-every", "1", *GREEDY[:3]]
+    assert run_cli(*asked, "--output", "whole.jsonl", cwd=here).code == 0
+    killed = [*asked, "--output", "killed.jsonl"]
+    fault = {"at": r"os\.fsync .*/done-0\.jsonl", "then": 1, "do": "SIGKILL"}
+    assert forks(*killed, cwd=here, fault=fault).code == -SIGKILL
+    (here / "e.png").write_bytes(png(8))
+    (here / "d.png").write_bytes(png(8))
+    changed = run_cli(*killed, cwd=here)
+    assert changed.code == 3 and "is another one" in changed.err, changed.err
+    (here / "e.png").write_bytes(png(7))
     (here / "d.png").write_bytes(png(7))
-    (here / "two.jsonl").write_text('{"prompt": "x", "image": "a.png"}\n{"prompt": "a longer y", "image": "d.png"}\n')
-    asked = ("--file", "two.jsonl", "--image-column", "image", "--output", "two-out.jsonl", "--save-every", "1")
-    done = run_cli("generate", "sees", *asked, *GREEDY[:3], cwd=here)
-    assert done.code == 0, done.err
-    whole = (here / "two-out.jsonl").read_bytes()
-    (here / "two-out.jsonl").unlink()
-    assert run_cli("generate", "sees", *asked, *GREEDY[:3], cwd=here).code == 0
-    assert (here / "two-out.jsonl").read_bytes() == whole
+    done = run_cli(*killed, cwd=here)
+    assert done.code == 0 and "going on" in done.err, done.err
+    assert (here / "killed.jsonl").read_bytes() == (here / "whole.jsonl").read_bytes()
 
 
 def test_a_chat_is_shown_pictures(here: Path, run_cli: Cli) -> None:
