@@ -271,6 +271,14 @@ def test_a_template_has_a_place_for_every_column_of_media() -> None:
         form_of("text", "{label}", {})
 
 
+def test_the_name_of_a_kind_stands_for_its_columns_that_are_not_named(tmp_path: Path) -> None:
+    from gptcli.data.media.reference import Reach
+
+    form = form_of(None, "{b} {image} {label}", {"image": ["a", "b"]})
+    text, media = form.filled({"label": 3, "a": "1.png", "b": "2.png"}, Reach(tmp_path))
+    assert text == f"{IMAGE} {IMAGE} 3" and [medium.name for medium in media] == ["2.png", "1.png"]
+
+
 # The server
 
 
