@@ -217,7 +217,8 @@ def filled_prompt(
     places = dict(media)
     for modality, columns in kinds:
         if modality not in columns and modality in used:
-            places[modality] = [each for column in columns if column not in used for each in media[column]]
+            unnamed = [column for column in columns if column not in used]
+            places[modality] = [each for column in unnamed for each in places.pop(column)]
     for column, found in places.items():
         if found and (wanted := used.count(column)) != len(found):
             where = f"has {wanted} place{'' if wanted == 1 else 's'} {{{column}}} in the prompt and {len(found)} for it"

@@ -4,68 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from gptcli.data.media.reader import load_processor
-from gptcli.data.tokenizer import train_bpe
 from gptcli.errors import MissingError, RecipeError
 from gptcli.model.build import TokenIds, build_config, build_model, count_parameters
-from gptcli.model.load import load_model, load_tokenizer
-from gptcli.model.processor import (
-    build_processor,
-    check_processor,
-    media_ids,
-    media_tokens,
-    save_processor,
-)
-from gptcli.recipe.load import LoadedRecipe, load_recipe
-
-absent = [name for name in ("PIL", "soundfile", "soxr") if importlib.util.find_spec(name) is None]
-needs_media = pytest.mark.skipif(bool(absent), reason=f"the extra multimodal is not installed: {', '.join(absent)}")
-needs_torchvision = pytest.mark.skipif(
-    importlib.util.find_spec("torchvision") is None,
-    reason="videos need torchvision",
-)
-
-TEXT = "text_config: {num_hidden_layers: 2, hidden_size: 32, num_attention_heads: 2}"
-TOWER = "num_hidden_layers: 1, hidden_size: 32, num_attention_heads: 2"
-MROPE = "rope_type: default, rope_theta: 10000.0, mrope_section: [2, 3, 3]"
-HEARS = f"audio_config: {{{TOWER}, num_mel_bins: 16, max_source_positions: 50}}"
-TINY = {
-    "llava": f"{{{TEXT}, vision_feature_layer: -1, vision_config: {{{TOWER}, image_size: 28, patch_size: 7}}}}",
-    "idefics3": f"{{{TEXT}, vision_config: {{{TOWER}, image_size: 28, patch_size: 7}}}}",
-    "qwen2_vl": f"{{{TEXT[:-1]}, rope_parameters: {{{MROPE}}}}}, "
-    "vision_config: {depth: 1, embed_dim: 32, hidden_size: 32, num_heads: 2, patch_size: 4}}",
-    "qwen2_audio": f"{{{TEXT}, {HEARS}}}",
-    "voxtral": f"{{{TEXT}, {HEARS}}}",
-}
-FAMILIES = ["llava", "idefics3", pytest.param("qwen2_vl", marks=needs_torchvision), "qwen2_audio"]
-
-
-def recipe(tmp_path: Path, model: str) -> LoadedRecipe:
-    path = tmp_path / "r.yaml"
-    path.write_text(f"data: {{train: builtin:pydocs, sequence_length: 256}}\nmodel: {model}\n")
-    return load_recipe(str(path))
-
-
-def built(tmp_path: Path, model: str) -> tuple[Any, Any]:
-    """A model and its processor, from nothing."""
-    from transformers import AutoConfig
-
-    loaded = recipe(tmp_path, model)
-    assert loaded.recipe.model is not None and loaded.recipe.model.type is not None
-    tokens = media_tokens(AutoConfig.for_model(loaded.recipe.model.type))
-    folder = tmp_path / "tokenizer"
-    train_bpe(
-        ["a shoe, a coat, one two "] * 3, folder, vocab_size=320, pattern="gpt4", special_tokens=[*tokens.values()]
-    )
-    tokenizer = load_tokenizer(folder)
-    config, _ = build_config(loaded, TokenIds(len(tokenizer), 0, 0, 1, media_ids(tokens, tokenizer)))
-    made = build_model(loaded, config, seed=1, attention=None)
-    return made, build_processor(config, folder, made)
+from gptcli.model.load import load_model
+from gptcli.model.processor import check_processor, media_tokens, save_processor
+from tests.media import FAMILIES, TINY, built, needs_media, recipe
 
 
 @pytest.mark.parametrize("kind", TINY)

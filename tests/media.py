@@ -1,0 +1,103 @@
+"""Tiny models that see or hear, built from nothing with their processors, for tests without a network."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptcli.data.media.item import Medium
+from gptcli.data.media.reference import Media, Samples
+from gptcli.data.tokenizer import train_bpe
+from gptcli.model.build import TokenIds, build_config, build_model
+from gptcli.model.load import load_tokenizer
+from gptcli.model.processor import build_processor, media_ids, media_tokens
+from gptcli.recipe.load import LoadedRecipe, load_recipe
+
+absent = [name for name in ("PIL", "soundfile", "soxr") if importlib.util.find_spec(name) is None]
+needs_media = pytest.mark.skipif(bool(absent), reason=f"the extra multimodal is not installed: {', '.join(absent)}")
+needs_torchvision = pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None,
+    reason="videos need torchvision",
+)
+
+TEXT = "text_config: {num_hidden_layers: 2, hidden_size: 32, num_attention_heads: 2}"
+TOWER = "num_hidden_layers: 1, hidden_size: 32, num_attention_heads: 2"
+MROPE = "rope_type: default, rope_theta: 10000.0, mrope_section: [2, 3, 3]"
+HEARS = f"audio_config: {{{TOWER}, num_mel_bins: 16, max_source_positions: 50}}"
+TINY = {
+    "llava": f"{{{TEXT}, vision_feature_layer: -1, vision_config: {{{TOWER}, image_size: 28, patch_size: 7}}}}",
+    "idefics3": f"{{{TEXT}, vision_config: {{{TOWER}, image_size: 28, patch_size: 7}}}}",
+    "qwen2_vl": f"{{{TEXT[:-1]}, rope_parameters: {{{MROPE}}}}}, "
+    "vision_config: {depth: 1, embed_dim: 32, hidden_size: 32, num_heads: 2, patch_size: 4}}",
+    "qwen2_audio": f"{{{TEXT}, {HEARS}}}",
+    "voxtral": f"{{{TEXT}, {HEARS}}}",
+}
+FAMILIES = ["llava", "idefics3", pytest.param("qwen2_vl", marks=needs_torchvision), "qwen2_audio"]
+
+
+def recipe(tmp_path: Path, model: str) -> LoadedRecipe:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"data: {{train: builtin:pydocs, sequence_length: 256}}\nmodel: {model}\n")
+    return load_recipe(str(path))
+
+
+def built(tmp_path: Path, model: str) -> tuple[Any, Any]:
+    """A model and its processor, from nothing."""
+    from transformers import AutoConfig
+
+    loaded = recipe(tmp_path, model)
+    assert loaded.recipe.model is not None and loaded.recipe.model.type is not None
+    tokens = media_tokens(AutoConfig.for_model(loaded.recipe.model.type))
+    folder = tmp_path / "tokenizer"
+    train_bpe(
+        ["a shoe, a coat, one two "] * 3, folder, vocab_size=320, pattern="gpt4", special_tokens=[*tokens.values()]
+    )
+    tokenizer = load_tokenizer(folder)
+    config, _ = build_config(loaded, TokenIds(len(tokenizer), 0, 0, 1, media_ids(tokens, tokenizer)))
+    made = build_model(loaded, config, seed=1, attention=None)
+    return made, build_processor(config, folder, made)
+
+
+def random_built(tmp_path: Path, kind: str, *, template: str | None = None) -> tuple[Any, Any]:
+    """A model of a family of `TINY` whose weights are far from uniform, and its processor, with a chat template."""
+    import torch
+
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    model, processor = built(tmp_path, f"{{type: {kind}, config: {TINY[kind]}}}")
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.ndim > 1:
+                weights.normal_(0, 0.4)
+    torch.set_rng_state(state)
+    processor.tokenizer.chat_template = processor.chat_template = template
+    return model.eval(), processor
+
+
+def png(seed: int, width: int = 28, height: int = 28) -> bytes:
+    """A picture of noise."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "png")
+    return file.getvalue()
+
+
+def picture(seed: int, width: int = 28, height: int = 28) -> Medium:
+    """The same as a medium of a prompt."""
+    return Medium("image", Media(f"picture {seed}", png(seed, width, height)))
+
+
+def sound(seed: int, samples: int = 8000) -> Medium:
+    """A sound of noise as a medium of a prompt."""
+    import numpy as np
+
+    noise = np.random.default_rng(seed).standard_normal(samples).astype(np.float32) * np.float32(0.3)
+    return Medium("audio", Media(f"sound {seed}", Samples(noise, 16_000)))
