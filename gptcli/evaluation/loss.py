@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from gptcli.data.media.fault import MediaFault
 from gptcli.device import keep_freed_memory
+from gptcli.errors import DataError
 from gptcli.evaluation.windows import Document, Window, batches, padded, padded_ids, shared, windows_of
 from gptcli.launch import world_size
 from gptcli.model.load import evaluating, quiet
@@ -233,7 +235,10 @@ def each_batch(
         more: dict[str, torch.Tensor] = {}
         if reader is not None:
             inputs = torch.from_numpy(padded_ids(batch, pad_id))
-            made = reader.inputs([window.media for window in batch]) | reader.type_ids(inputs)
+            try:
+                made = reader.inputs([window.media for window in batch]) | reader.type_ids(inputs)
+            except MediaFault as fault:
+                raise DataError(str(fault), remedy="It could be read before: put back what was there.") from None
             more = {name: values.to(model.device) for name, values in made.items()}
         return score(lambda inputs, mask: forward(inputs, mask, more), batch, model.device, pad_id)
 
