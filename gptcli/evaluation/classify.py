@@ -86,12 +86,19 @@ def log_likelihoods(
 
     passes = shared_passes(labels)
 
+    longest = max(len(inputs) for inputs, _ in passes)
+
     def windows() -> Iterator[Window]:
         for row, prompt in enumerate(prompts):
+            media = getattr(prompt, "media", ())
             for number, (inputs, _) in enumerate(passes):
+                # All passes of a row with media are of one length, so that they stand in one batch, which decodes once.
+                rest = longest - len(inputs) if media else 0
                 # What follows the last input is not one token but that of several labels: the 0 is not looked at.
-                ids, media = np.array([*prompt, *inputs, 0]), getattr(prompt, "media", ())
-                yield Window(row * len(passes) + number, ids, len(inputs) + 1, media=media)
+                ids = np.array([*prompt, *inputs, *[pad_id] * rest, 0])
+                wanted = np.zeros(len(ids) - 1, dtype=np.bool_)
+                wanted[len(prompt) - 1 : len(prompt) + len(inputs)] = True
+                yield Window(row * len(passes) + number, ids, len(inputs) + 1, wanted, media=media)
 
     def score(forward: Forward, batch: list[Window], device: torch.device, pad_id: int) -> list[NDArray[np.float64]]:
         return _score_labels(forward, batch, device, pad_id, labels, passes)
