@@ -11,7 +11,7 @@ import pytest
 from gptcli.data.tokenizer import train_bpe
 from gptcli.model.build import TokenIds, build_config, build_model
 from gptcli.model.load import load_tokenizer
-from gptcli.model.processor import build_processor, media_ids, media_tokens
+from gptcli.model.processor import build_processor, media_ids, media_tokens, save_processor
 from gptcli.recipe.load import LoadedRecipe, load_recipe
 
 absent = [name for name in ("PIL", "soundfile", "soxr") if importlib.util.find_spec(name) is None]
@@ -57,3 +57,46 @@ def built(tmp_path: Path, model: str) -> tuple[Any, Any]:
     config, _ = build_config(loaded, TokenIds(len(tokenizer), 0, 0, 1, media_ids(tokens, tokenizer)))
     made = build_model(loaded, config, seed=1, attention=None)
     return made, build_processor(config, folder, made)
+
+
+def save_media_model(folder: Path, kind: str) -> Path:
+    """A tiny model of a family with its tokenizer and processor, its weights so large that what it sees matters."""
+    made, processor = built(folder, f"{{type: {kind}, config: {TINY[kind]}}}")
+    louder(made)
+    made.save_pretrained(folder / "model")
+    save_processor(processor, folder / "model")
+    return folder / "model"
+
+
+def louder(model: Any) -> None:
+    """Random weights whose answers are far from uniform."""
+    import torch
+
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.ndim >= 2:
+                weights.normal_(std=0.3)
+    torch.set_rng_state(state)
+
+
+def write_media(folder: Path, kind: str, count: int) -> list[str]:
+    """Files of the kind of media that a family reads: pictures of 28 x 28, or sounds of up to a second."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for number in range(count):
+        if kind == "qwen2_audio":
+            import soundfile
+
+            names.append(f"{number}.wav")
+            soundfile.write(folder / names[-1], random.normal(scale=0.3, size=4000 + 1000 * number), 16_000)
+        else:
+            from PIL import Image
+
+            names.append(f"{number}.png")
+            Image.fromarray(random.integers(0, 256, (28, 28, 3)).astype(np.uint8)).save(folder / names[-1])
+    return names

@@ -48,6 +48,8 @@ OF_ERRORS = {"wer": metrics.word_error_rate, "cer": metrics.character_error_rate
 # SQuAD's metrics know an answer that is empty; the others have nothing to compare with.
 WITH_EMPTY = ("exact_match", "f1", "quality")
 
+SHOWN = 20  # rows with media on a page: which, what is right, what was answered
+
 
 @dataclass(frozen=True)
 class Task:
@@ -79,6 +81,7 @@ class TaskResult:
     """What a model's answers to the rows of a corpus are worth: `metrics` by name, and how many `rows` there were.
 
     `calibration` is of the probabilities of labels, taken over the labels alone; None where no label is asked for.
+    `answers` are those to the first rows with media: the names of these, what is right, what was answered.
     """
 
     model: str
@@ -86,6 +89,7 @@ class TaskResult:
     rows: int
     metrics: dict[str, Any]
     calibration: Calibration | None = None
+    answers: tuple[tuple[str, str, str], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `gptcli eval` where no loss was asked for."""
@@ -199,7 +203,14 @@ def run_tasks(
             write_atomic(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         reporter.say(f"answers: {predictions}")
     sureness = _sureness(task, answers) if task.of_labels else None
-    return TaskResult(str(folder), corpus.name, len(task.examples), found, sureness)
+    return TaskResult(str(folder), corpus.name, len(task.examples), found, sureness, _first_answers(lines))
+
+
+def _first_answers(lines: Sequence[dict[str, Any]]) -> tuple[tuple[str, str, str], ...]:
+    rows = [line for line in lines if "media" in line][:SHOWN]
+    answered = [line.get("label", line.get("prediction", "")) for line in rows]
+    named = [(", ".join(line["media"]), " | ".join(line["references"])) for line in rows]
+    return tuple((*each, answer) for each, answer in zip(named, answered, strict=True))
 
 
 def _check(section: Eval, of_texts: Sequence[str]) -> Any:

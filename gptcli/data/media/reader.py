@@ -104,7 +104,8 @@ class MediaReader:
     def inputs(self, rows: Sequence[Sequence[Medium]]) -> dict[str, torch.Tensor]:
         """What a model takes of the media of some rows, beside their tokens; nothing where there are none.
 
-        One that is in several rows is decoded once. Tensors have no dimension of rows that could be cut: a processor lays them out as its model wants them.
+        One that is in several rows is decoded once. Tensors have no dimension of rows that could be cut: a processor
+        lays them out as its model wants them.
 
         Raises:
             MediaFault: one cannot be read.
