@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gptcli.errors import DataError, UsageError
 from gptcli.evaluation.loss import Forward, each_batch, scoring
 from gptcli.evaluation.windows import Window, padded
+from gptcli.generation.media_prompt import media_of
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def log_likelihoods(
 
     def windows() -> Iterator[Window]:
         for row, prompt in enumerate(prompts):
-            media = getattr(prompt, "media", ())
+            media = media_of(prompt)
             for number, (inputs, _) in enumerate(passes):
                 # All passes of a row with media are of one length, so that they stand in one batch, which decodes once.
                 rest = longest - len(inputs) if media else 0

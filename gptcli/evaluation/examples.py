@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from gptcli.data.columns import Maps, mapped, missing_text, text_of, what_of
 from gptcli.data.formats import RowFormat, filled_prompt, media_columns
 from gptcli.data.media.fault import MediaFault
-from gptcli.data.media.item import PLACE, Medium
+from gptcli.data.media.item import Medium
 from gptcli.data.named_rows import named_rows
 from gptcli.data.readers import BadRow
 from gptcli.data.reading.row import listed
 from gptcli.errors import DataError, UsageError
+from gptcli.generation.media_prompt import shown_prompt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +61,7 @@ class Example:
 
     Attributes:
         where: its file and line.
-        prompt: what is asked, for people; `{image}` where an image stands.
+        prompt: what is asked, for people; `[image cat.png]` where an image stands.
         references: what is right, at least one where any is asked for.
         text: what is asked, for the tokenizer: with the placeholders of media.
         media: what these stand for, in their order.
@@ -135,4 +136,4 @@ def _example(place: str, row: dict[str, Any], maps: Maps, asked: Asked, file: Pa
             text = asked.reader.filled(prompt, iter(asked.reader.texts(placed)))
     except MediaFault as fault:
         return str(fault)
-    return Example(place, PLACE.sub(r"{\1}", prompt), references, text, placed)
+    return Example(place, shown_prompt(prompt, placed), references, text, placed)

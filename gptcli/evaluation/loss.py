@@ -239,7 +239,7 @@ def each_batch(
                 made = reader.inputs([window.media for window in batch]) | reader.type_ids(inputs)
             except MediaFault as fault:
                 raise DataError(str(fault), remedy="It could be read before: put back what was there.") from None
-            more = {name: values.to(model.device) for name, values in made.items()}
+            more = {name: _as_weights(values, model) for name, values in made.items()}
         return score(lambda inputs, mask: forward(inputs, mask, more), batch, model.device, pad_id)
 
     # The passes of a model that is divided over processes have to come in the same order on all of them.
@@ -262,6 +262,11 @@ def each_batch(
                 yield done, sums.result()
         for done, sums in running:
             yield done, sums.result()
+
+
+def _as_weights(values: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """What a model takes beside ids, on its device and in its precision."""
+    return values.to(model.device, model.dtype if values.is_floating_point() else values.dtype)
 
 
 def _batch_limit(model: PreTrainedModel, batch_tokens: int) -> int:

@@ -135,11 +135,29 @@ def test_labels_are_as_likely_as_the_models_own_processor_makes_them(media: Medi
             for label in LABELS
         }
         assert line["label_scores"] == pytest.approx(expected, abs=1e-4)
-        assert line["prompt"] == f"{{{COLUMN[kind]}}}\n{'one ' * at}This is a"
+        assert line["prompt"] == f"[{COLUMN[kind]} {line['media'][0]}]\n{'one ' * at}This is a"
         chosen.append(max(expected, key=lambda label: expected[label]))
     assert [line["label"] for line in lines] == chosen
     assert len({json.dumps(line["label_scores"]) for line in lines}) == len(lines)
     assert found.metrics["accuracy"] == chosen.count("coat") / 5
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_texts_are_those_of_transformers_and_the_models_own_processor(media: Media, kind: str) -> None:
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    folder = media(kind)
+    found, lines = run(folder, recipe(folder, kind, metrics=["exact_match", "quality"]))
+    model = AutoModelForMultimodalLM.from_pretrained(folder / "model").eval()
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    expected = []
+    for at, line in enumerate(lines):
+        file = folder / "files" / Path(line["media"][0]).name
+        inputs = plain_inputs(processor, kind, file, "\n" + "one " * at + "This is a")
+        made = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        expected.append(processor.tokenizer.decode(made, skip_special_tokens=True).strip())
+    assert [line["prediction"] for line in lines] == expected and len(set(expected)) > 1
+    assert found.rows == 5 and found.metrics["exact_match"] == 0
 
 
 def test_what_is_seen_decides(media: Media, tmp_path: Path) -> None:
