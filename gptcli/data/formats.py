@@ -241,7 +241,11 @@ def filled_prompt(
         placed.append(medium)
         return place_of(medium.modality)
 
-    return template.fill(text), tuple(placed)
+    prompt = template.fill(text)
+    # A text of the row may hold the mark of a place itself.
+    if kinds and (wrong := check_places(prompt, placed)) is not None:
+        raise MediaFault("the row", "not media", wrong)
+    return prompt, tuple(placed)
 
 
 def _conversation(

@@ -136,4 +136,5 @@ def _example(place: str, row: dict[str, Any], maps: Maps, asked: Asked, file: Pa
             text = asked.reader.filled(prompt, iter(asked.reader.texts(placed)))
     except MediaFault as fault:
         return str(fault)
-    return Example(place, shown_prompt(prompt, placed), references, text, placed)
+    shown = shown_prompt(prompt, placed) if placed else prompt
+    return Example(place, shown, references, text, placed)

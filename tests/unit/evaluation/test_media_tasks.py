@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from gptcli.data.media.item import place_of
 from gptcli.errors import DataError, UsageError
 from gptcli.evaluation import evaluate as evaluating
 from gptcli.evaluation.answers import Share, answer, encode, merged
@@ -183,6 +184,7 @@ def _labels(path: Path) -> dict[str, Any]:
         ({"image": ["files/0.png", "files/1.png"]}, "has 1 place {image} in the prompt and 2 for it"),
         ({"image": 5}, "of column 'image' is a number"),
         ({"image": "files/0.png", "q": "<image>"}, "holds <image>, which stands for a medium"),
+        ({"image": "files/0.png", "q": place_of("image")}, "has 2 places for images and 1 image"),
     ],
 )
 def test_a_row_whose_media_cannot_be_used_is_named_or_left_out(media: Media, row: dict[str, Any], said: str) -> None:
