@@ -54,6 +54,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
             names = write_media(home / "files", kind, 5)
             rows = [{COLUMN[kind]: f"files/{name}", "q": "one " * at, "label": "coat"} for at, name in enumerate(names)]
             write(home / "rows.jsonl", rows)
+            write(home / "train.jsonl", [{**row, "label": "shoe"} for row in rows])
         return made[kind]
 
     return folder
@@ -63,10 +64,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def recipe(folder: Path, kind: str, *, data: dict[str, Any] | None = None, **section: Any) -> LoadedRecipe:
+def recipe(folder: Path, kind: str, *, of_data: dict[str, Any] | None = None, **section: Any) -> LoadedRecipe:
     column = COLUMN[kind]
     about = {
-        "train": str(folder / "rows.jsonl"),
+        "train": str(folder / "train.jsonl"),
         "validation": 0.5,
         "format": "prompt",
         f"{column}s": [column],
@@ -74,7 +75,7 @@ def recipe(folder: Path, kind: str, *, data: dict[str, Any] | None = None, **sec
         "completion": " {label}",
         "sequence_length": 256,
         "packing": "none",
-        **(data or {}),
+        **(of_data or {}),
     }
     measured = {"data": str(folder / "rows.jsonl"), "references": "label", **section}
     model = {"type": kind, "config": json.loads(json.dumps(_config(kind)))}
@@ -166,7 +167,7 @@ def test_what_is_seen_decides(media: Media, tmp_path: Path) -> None:
     folder = media("llava")
     rows = [{"image": f"files/{name}.png", "q": "", "label": "coat"} for name in (0, 1, 0)]
     write(folder / "same.jsonl", rows)
-    _, lines = run(folder, recipe(folder, "llava", data={"train": "-"}, **_labels(folder / "same.jsonl")))
+    _, lines = run(folder, recipe(folder, "llava", **_labels(folder / "same.jsonl")))
     first, second, again = ([*line["label_scores"].values()] for line in lines)
     assert first == pytest.approx(again, abs=1e-5) and first != pytest.approx(second, abs=1e-2)
 
@@ -195,7 +196,7 @@ def test_a_row_whose_media_cannot_be_used_is_named_or_left_out(media: Media, row
     with pytest.raises(DataError) as caught:
         run(folder, recipe(folder, "llava", **_labels(folder / "bad.jsonl")))
     assert said in caught.value.what and str(caught.value.where).endswith("bad.jsonl:2")
-    loaded = recipe(folder, "llava", data={"on_bad_row": "skip"}, **_labels(folder / "bad.jsonl"))
+    loaded = recipe(folder, "llava", of_data={"on_bad_row": "skip"}, **_labels(folder / "bad.jsonl"))
     assert run(folder, loaded)[0].rows == 2
 
 
@@ -239,7 +240,7 @@ def test_the_loss_of_a_held_out_row_is_that_of_the_models_own_processor(
 
     monkeypatch.setenv("GPTCLI_CACHE", str(tmp_path / "cache"))
     folder = media(kind)
-    loaded = recipe(folder, kind, data={"validation": str(folder / "rows.jsonl")})
+    loaded = recipe(folder, kind, of_data={"validation": str(folder / "rows.jsonl")})
     prepared = prepare(loaded, Silent(), media=media_model(loaded))
     config, _ = build_config(loaded, media_token_ids(loaded, prepared.tokenizer))
     model = build_model(loaded, config, seed=1, attention=None).eval()
