@@ -46,7 +46,7 @@ def write(folder: Path, kind: str, column: str, metrics: str, **more: str) -> No
 
 def test_a_run_measures_its_task_as_eval_does(tmp_path: Path, run_cli: Cli) -> None:
     pytest.importorskip("sklearn", reason="the extra eval is not installed")
-    write(tmp_path, "llava", "image", "perplexity, accuracy")
+    write(tmp_path, "llava", "image", "accuracy, f1")
     labels = 'eval.labels=[" one", " two"]'
     done = run_cli("pretrain", "recipe.yaml", labels, cwd=tmp_path)
     assert done.code == 0, done.err

@@ -229,6 +229,21 @@ def test_processes_share_the_rows_of_labels(media: Media) -> None:
     assert parts == pytest.approx(whole, abs=1e-5)
 
 
+def test_a_file_that_has_gone_since_the_rows_were_read_is_an_error(media: Media, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the extra eval is not installed")
+    folder = media("llava")
+    names = write_media(tmp_path / "files", "llava", 1)
+    write(tmp_path / "rows.jsonl", [{"image": f"files/{names[0]}", "q": "", "label": "coat"}])
+    loaded = recipe(folder, "llava", **_labels(tmp_path / "rows.jsonl"))
+    reader = task_reader(folder / "model", loaded)
+    task = read_task(from_recipe(loaded), loaded, Silent(), reader)
+    model, tokenizer = load_model(folder / "model", device=CPU), load_tokenizer(folder / "model")
+    prompts = encode(model, tokenizer, task)
+    (tmp_path / "files" / names[0]).unlink()
+    with pytest.raises(DataError, match=r"0\.png does not exist"):
+        answer(model, tokenizer, task, prompts, Silent(), reader=reader)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_loss_of_a_held_out_row_is_that_of_the_models_own_processor(
     media: Media, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
