@@ -36,6 +36,9 @@ def generate(
     file: of_file.File = None,
     output: of_file.Output = None,
     prompt_column: of_file.PromptColumn = None,
+    template: of_file.Template = None,
+    image_column: of_file.ImageColumn = None,
+    audio_column: of_file.AudioColumn = None,
     save_every: of_file.SaveEvery = None,
     processes: of_file.Processes = None,
     overwrite: of_file.Overwrite = False,
@@ -76,7 +79,9 @@ def generate(
     from gptcli.runs.folder import resolve_model
 
     with_file: dict[str, Any] = {"save_every": save_every, "processes": processes, "overwrite": overwrite}
-    of_file.check_options(file=file, output=output, prompts=bool(prompt), prompt_column=prompt_column, **with_file)
+    with_columns: dict[str, Any] = {"image_column": image_column, "audio_column": audio_column, "template": template}
+    rest = with_file | with_columns | {"prompt_column": prompt_column}
+    of_file.check_options(file=file, output=output, prompts=bool(prompt), **rest)
     others = {"--json": json, "--prompt": bool(prompt), "-n": num_return_sequences not in (None, 1)}
     _check_chat(chat, others | {"--file": file is not None, "--logprobs": logprobs is not None}, system)
     if logprobs is not None and not json and file is None:
@@ -116,10 +121,14 @@ def generate(
     if chat:
         from gptcli.cli.chat import talk
 
-        talk(folder, settings, system or "", asked, quiet=quiet)
+        talk(folder, settings, system or "", asked, media=media, allow_urls=allow_urls, quiet=quiet)
     elif file is not None and output is not None:
-        column = {"seed": seed, "column": prompt_column, **with_file}
-        of_file.generate_file(file, output, folder=folder, settings=settings, asked=asked, json=json, out=out, **column)
+        from gptcli.generation.file_prompts import form_of
+
+        columns: dict[Any, list[str] | None] = {"image": image_column, "audio": audio_column}
+        form = form_of(prompt_column, template, columns, allow_urls=allow_urls)
+        rest = {"seed": seed, "form": form, **with_file}
+        of_file.generate_file(file, output, folder=folder, settings=settings, asked=asked, json=json, out=out, **rest)
     elif engine != "transformers":
         _by_vllm(engine, folder, prompts, settings, asked, out, json=json)
     else:

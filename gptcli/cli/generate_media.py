@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptcli.errors import UsageError
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -57,17 +55,11 @@ def reader_for(folder: Path, kinds: Iterable[Modality]) -> MediaReader:
         UsageError: the model does not read them.
         MissingError, CheckpointError: as `model_reader`.
     """
-    from gptcli.generation.media_prompt import model_reader
+    from gptcli.generation.media_prompt import check_reads, model_reader
 
     reader = model_reader(folder)
-    for kind in kinds:
-        if reader is None:
-            raise UsageError(f"{folder} is a model of text alone: it reads no {kind}s")
-        if kind not in reader.tokens:
-            reads = " and ".join(f"{each}s" for each in reader.tokens)
-            raise UsageError(f"{folder} reads no {kind}s, only {reads}")
-    assert reader is not None
-    return reader
+    every = [check_reads(reader, folder, kind) for kind in kinds]
+    return every[0]
 
 
 def prompts_with(
@@ -79,7 +71,8 @@ def prompts_with(
         UsageError: a prompt has more places than there are media, or fewer.
         DataError: one cannot be used.
     """
-    from gptcli.generation.media_prompt import media_errors, media_prompt, placed
+    from gptcli.generation.media_prompt import fetched_once, media_errors, media_prompt, placed
 
     with media_errors():
+        media = [fetched_once(medium) for medium in media]
         return [media_prompt(reader, tokenizer, *placed(prompt, media)) for prompt in prompts]

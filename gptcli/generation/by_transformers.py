@@ -145,18 +145,49 @@ def _generate(
     )
     ids = torch.tensor([row.prompt] * rows, device=model.device)
     more: dict[str, Any] = {} if assistant_model is None else {"assistant_model": assistant_model}
-    if reader is not None:
-        more |= media_inputs(model, reader, [row.prompt] * rows, ids)
-    with _alone(model, config):
+
+    def media(count: int) -> dict[str, torch.Tensor]:
+        return {} if reader is None else media_inputs(model, reader, [row.prompt] * count, ids[:1].repeat(count, 1))
+
+    with _alone(model, config), _multiplied(model, media):
         made: torch.Tensor = model.generate(  # type: ignore[operator]
             inputs=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=config,
             logits_processor=LogitsProcessorList([process]),
             stopping_criteria=None if watch is None else StoppingCriteriaList([watch]),
+            **media(rows),
             **more,
         )
     return made
+
+
+@contextmanager
+def _multiplied(model: Any, media: Callable[[int], dict[str, torch.Tensor]]) -> Iterator[None]:
+    """Inside, a prompt that `generate` makes several beams of has the media of as many prompts.
+
+    It repeats each entry of their first dimension, which for most models is that of pictures, not of prompts: two
+    pictures would become the first one twice for the first beam. A model that does this by its own code is left to it.
+    """
+    from transformers import GenerationMixin
+
+    name = "_expand_inputs_for_generation"
+    expand = getattr(model, name, None)
+    if expand is None or getattr(type(model), name) is not getattr(GenerationMixin, name):
+        yield
+        return
+
+    def expanded(expand_size: int = 1, **given: Any) -> Any:
+        if expand_size == 1 or not (each := media(expand_size)):
+            return expand(expand_size=expand_size, **given)
+        ids, more = expand(expand_size=expand_size, **{key: given[key] for key in given if key not in each})
+        return ids, more | each
+
+    setattr(model, name, expanded)
+    try:
+        yield
+    finally:
+        delattr(model, name)
 
 
 def _at(row: Row, tokens: list[int]) -> Row:

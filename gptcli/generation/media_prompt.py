@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptcli.data.media.fault import MediaFault
-from gptcli.data.media.item import MODALITIES, PLACE, Medium, check_places, hashed, place_of, shown_media
+from gptcli.data.media.fetch import fetched
+from gptcli.data.media.item import MODALITIES, PLACE, Medium, Modality, check_places, hashed, place_of, shown_media
+from gptcli.data.media.reference import Media, Url
 from gptcli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -86,6 +88,14 @@ def media_of(prompt: Sequence[int]) -> tuple[Medium, ...]:
     return prompt.media if isinstance(prompt, MediaPrompt) else ()
 
 
+def fetched_once(medium: Medium) -> Medium:
+    """A medium with what is behind its URL, which is then fetched no more. Raises `MediaFault` where it cannot be."""
+    value = medium.value
+    if isinstance(value, list) or not isinstance(value.source, Url):
+        return medium
+    return Medium(medium.modality, Media(value.name, fetched(value.source.address, value.name)), medium.hash)
+
+
 def media_hashes(prompt: Sequence[int]) -> list[str]:
     """The hashes of the content of a prompt's media. Raises `MediaFault` where one cannot be read."""
     return [medium.hash or hashed(medium).hash for medium in media_of(prompt)]
@@ -146,6 +156,23 @@ def _of_hub(name: Path, revision: str | None) -> Path:
     with typed_errors(name, "processor"):
         files = ["*.json", "*.jinja", "*.model", "*.txt"]
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
+
+
+def check_reads(reader: MediaReader | None, model: Path | str, kind: Modality) -> MediaReader:
+    """The reader, if there is one and it reads media of a kind. Raises `UsageError` that names the model."""
+    if reader is None:
+        raise UsageError(f"{model} is a model of text alone: it reads no {kind}s")
+    if kind not in reader.tokens:
+        raise UsageError(f"{model} reads no {kind}s, only {' and '.join(f'{each}s' for each in reader.tokens)}")
+    return reader
+
+
+def size_of(reader: MediaReader, medium: Medium) -> str:
+    """How large a medium is, as people see it: `28 x 28`, `1.2 s`. Raises `MediaFault` where it cannot be read."""
+    loaded = reader.load(medium)
+    if medium.modality == "image":
+        return f"{loaded.width} x {loaded.height}"
+    return f"{len(loaded)} frames" if medium.modality == "video" else f"{len(loaded) / reader.rate:.1f} s"
 
 
 @contextlib.contextmanager

@@ -70,9 +70,9 @@ class Reach:
     urls_by: str = "data.allow_urls is true"  # what lets them be fetched, for messages
 
     @classmethod
-    def of(cls, data_file: Path, *, allow_outside: bool = False, allow_urls: bool = False) -> Reach:
-        """That of the rows of a file."""
-        return cls(Path(os.path.realpath(data_file.parent)), allow_outside, allow_urls)
+    def of(cls, data_file: Path, **allowed: Any) -> Reach:
+        """That of the rows of a file; `allowed`: what else a `Reach` says."""
+        return cls(Path(os.path.realpath(data_file.parent)), **allowed)
 
 
 Video: TypeAlias = Media | list[Media]
