@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from gptcli.data.media.fault import MediaFault
+from gptcli.data.media.reader import changed
 from gptcli.device import keep_freed_memory
 from gptcli.evaluation.windows import Document, Window, batches, padded, padded_ids, shared, windows_of
 from gptcli.launch import world_size
@@ -233,7 +235,10 @@ def each_batch(
         more: dict[str, torch.Tensor] = {}
         if reader is not None:
             inputs = torch.from_numpy(padded_ids(batch, pad_id))
-            made = reader.inputs([window.media for window in batch]) | reader.type_ids(inputs)
+            try:
+                made = reader.inputs([window.media for window in batch]) | reader.type_ids(inputs)
+            except MediaFault as fault:
+                raise changed(fault, f"of document {batch[0].document} or one beside it") from None
             more = {name: values.to(model.device) for name, values in made.items()}
         return score(lambda inputs, mask: forward(inputs, mask, more), batch, model.device, pad_id)
 

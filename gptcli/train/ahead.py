@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from gptcli.model import context_parallel, isolation
 from gptcli.model.kernels import settle_attention
-from gptcli.train import float8, group
+from gptcli.train import float8, group, reading
 from gptcli.train.backoff import BackOffTrainer
 from gptcli.train.modes import FLASH
 from gptcli.train.rows import Batch, MicroBatches, WithMedia, inputs_and_labels, label_count, whole
@@ -76,8 +76,13 @@ class AheadTrainer(BackOffTrainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
+            worker_init_fn=reading.begin if workers else None,
             generator=torch.Generator(),  # a loader draws a seed, which is not to be one of the model's
         )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, and their labels. Raises what a worker met."""
+        return super().get_batch_samples(reading.arrived(epoch_iterator), num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
         """The labels that count of an optimizer step, over all processes."""

@@ -248,7 +248,8 @@ def trained_text(plan: Plan) -> str:
 
 def _adapter_lines(assembly: Assembly) -> list[str]:
     finetune, plan = assembly.loaded.recipe.finetune, assembly.plan
-    if plan.trained_parameters == plan.parameters:
+    # Without either, what is not trained are constants: the positions of a tower.
+    if plan.trained_parameters == plan.parameters or (finetune.adapter == "none" and not finetune.freeze):
         return []
     what = f"freeze {', '.join(finetune.freeze)}"
     if finetune.adapter_from is not None:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from gptcli.data.media.fault import MediaFault
-from gptcli.data.media.reader import TYPE_IDS
+from gptcli.data.media.reader import TYPE_IDS, changed
 from gptcli.data.packed import PackedRows
-from gptcli.errors import DataError
+from gptcli.errors import GptcliError
 from gptcli.train.loss import IGNORED
+from gptcli.train.reading import Failed
 
 if TYPE_CHECKING:
     from gptcli.data.media.reader import MediaReader
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 # Stands for a row that does not count: in a last, smaller step a process may have none, and still has to take part.
 FILLER = -1
-CHANGED = (
-    "Every image and sound was read when the data was prepared: put back what was there, or run gptcli tokenize again."
-)
 
 
 class WithMedia(NamedTuple):
@@ -63,8 +61,21 @@ class RunRows(Dataset[Batch]):
         """Whether a row holds documents that are not to see each other."""
         return self._rows.isolated
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """A batch as this module describes it, made by vectorised copies; the filler is all -100."""
+    def __getitems__(self, indices: list[int]) -> Batch | Failed:
+        """A batch (see `read`); in a worker an error takes its place."""
+        try:
+            return self.read(indices)
+        except GptcliError as error:
+            if get_worker_info() is None:
+                raise
+            return Failed(error)
+
+    def read(self, indices: list[int]) -> Batch:
+        """A batch as this module describes it, made by vectorised copies; the filler is all -100.
+
+        Raises:
+            DataError: an image or a sound is not what it was when the data was prepared.
+        """
         if indices == [FILLER]:
             return torch.full((1, *self._rows.batch(np.zeros(1, dtype=np.int64)).shape[1:]), IGNORED)
         numbers = np.asarray(indices, dtype=np.int64)
@@ -76,14 +87,14 @@ class RunRows(Dataset[Batch]):
             media = self._reader.inputs(self._rows.media(numbers))
         except MediaFault as fault:
             named = ", ".join(self._rows.row_id(number) for number in indices[:2])
-            raise DataError(f"{fault}, in a batch that begins with the rows {named}", remedy=CHANGED) from None
+            raise changed(fault, f"in a batch that begins with the rows {named}") from None
         return WithMedia(rows, media | self._reader.type_ids(rows[:, 0]), indices)
 
     def parts(self, batch: Batch, rows: int) -> list[Batch]:
         """A batch of this process in parts of so many rows."""
         if isinstance(batch, torch.Tensor):
             return list(torch.split(batch, rows))
-        return [self.__getitems__(batch.numbers[at : at + rows]) for at in range(0, len(batch.numbers), rows)]
+        return [self.read(batch.numbers[at : at + rows]) for at in range(0, len(batch.numbers), rows)]
 
     def tokens_at(self, step: int) -> int:
         """Inputs, without padding, of the first `step` steps."""
@@ -95,7 +106,7 @@ class RunRows(Dataset[Batch]):
 
     def first(self, count: int) -> Batch:
         """The first rows of the run, at most `count` of them, for a trial."""
-        return self.__getitems__(list(range(min(count, self._total))))
+        return self.read(list(range(min(count, self._total))))
 
 
 class MicroBatches(Sampler[list[int]]):

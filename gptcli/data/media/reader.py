@@ -22,7 +22,7 @@ from gptcli.data.media.image import load_image
 from gptcli.data.media.item import PLACE, Medium, Modality, hashed
 from gptcli.data.media.video import load_video
 from gptcli.data.tokenizer import PROCESSOR_FILES
-from gptcli.errors import CheckpointError, MissingError, first_line
+from gptcli.errors import CheckpointError, DataError, MissingError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +150,15 @@ class MediaReader:
             more["sampling_rate"] = self.rate
         with _quiet():
             return self.processor(text=texts, **given, **more)
+
+
+def changed(fault: MediaFault, where: str) -> DataError:
+    """The error for a medium that could be read when the data was prepared, and is met again `where`."""
+    return DataError(
+        f"{fault}, {where}",
+        remedy="Every image and sound was read when the data was prepared: put back what was there, or run gptcli tokenize "
+        "again.",
+    )
 
 
 def has_processor(folder: Path) -> bool:

@@ -1,0 +1,30 @@
+"""Rows with and without images or sounds on two processes: the step of one process, whoever has no medium in his part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import team
+from tests.media import FAMILIES, media_project, needs_media
+from tests.runs import Forks, lines
+
+
+@pytest.mark.slow_fault
+@needs_media
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_two_processes_take_the_steps_of_one(kind: str, tmp_path: Path, forks: Forks) -> None:
+    media_project(tmp_path, kind)
+    settings = ("pretrain", "r.yaml", "train.micro_batch_size=1", "train.max_steps=4")
+    alone = forks(*settings, "name=alone", cwd=tmp_path)
+    assert alone.code == 0, alone.err
+    team.run(forks, 2, *settings, "name=ddp", "launch.strategy=ddp", cwd=tmp_path)
+    expected, found = lines(tmp_path / "runs" / "alone"), lines(tmp_path / "runs" / "ddp")
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        for key in ("loss", "grad_norm", "tokens"):
+            assert np.isclose(mine.get(key, 0), theirs.get(key, 0), rtol=1e-5, atol=0)
+        if "validation" in theirs:
+            assert np.isclose(mine["validation"]["loss"], theirs["validation"]["loss"], rtol=1e-5)
