@@ -90,7 +90,7 @@ def _medium(folder: Path, modality: Modality, number: int) -> str:
 
 
 def media_project(folder: Path, kind: str, **sections: str) -> Path:
-    """A recipe of two steps on `write_rows`, in a folder; `sections` are YAML in place of or beside the recipe's own."""
+    """A recipe of two steps on `write_rows`, in a folder; `sections` are YAML instead of or beside its own."""
     from transformers import AutoConfig
 
     modality = next(each for each in MODALITIES if each in media_tokens(AutoConfig.for_model(kind)))

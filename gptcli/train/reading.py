@@ -1,4 +1,4 @@
-"""The processes that read images and sounds ahead of the step that takes them: how their errors come out, and their end.
+"""The processes that read images and sounds ahead of the step that takes them: their errors, and their end.
 
 torch hands on what a worker raises as the text of its traceback, and takes a worker that is gone for a bug. Here an
 error goes the way of the batches and is raised where the batch would be used; a worker that ended is told as that.

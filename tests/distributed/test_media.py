@@ -1,4 +1,4 @@
-"""Rows with and without images or sounds on two processes: the step of one process, whoever has no medium in his part."""
+"""Rows with and without images or sounds on two processes: the step of one process, whoever has none."""
 
 from __future__ import annotations
 

@@ -156,8 +156,8 @@ def changed(fault: MediaFault, where: str) -> DataError:
     """The error for a medium that could be read when the data was prepared, and is met again `where`."""
     return DataError(
         f"{fault}, {where}",
-        remedy="Every image and sound was read when the data was prepared: put back what was there, or run gptcli tokenize "
-        "again.",
+        remedy="All images and sounds were read when the data was prepared: put back what was there, or run "
+        "gptcli tokenize again.",
     )
 
 
