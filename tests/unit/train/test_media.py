@@ -1,4 +1,4 @@
-"""Training of models that see or hear: every family by one way, saved, resumed exactly, and read by transformers alone."""
+"""Training of models that see or hear: every family by one way, saved, resumed exactly, read by transformers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_family_whose_processor_reads_no_placeholders_is_refused_by_name(tmp_p
     assert caught.value.code == 2
 
 
-def test_rows_of_half_as_many_at_once_after_memory_ran_out_have_the_same_losses(
+def test_half_as_many_rows_at_once_after_memory_ran_out_have_the_same_losses(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     recipe = media_project(tmp_path, "llava")
