@@ -5,8 +5,14 @@ from __future__ import annotations
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+from gptcli.errors import RecipeError
+
 if TYPE_CHECKING:
     from torch import nn
+
+    from gptcli.recipe.load import LoadedRecipe
+
+FEATURES = "data.cache_features"
 
 
 def towers(model: nn.Module) -> dict[str, nn.Module]:
@@ -29,6 +35,28 @@ def language_model(model: nn.Module) -> str | None:
 def is_frozen(module: nn.Module) -> bool:
     """Whether nothing of a module is trained."""
     return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def frozen_tower(model: nn.Module, loaded: LoadedRecipe) -> tuple[str, nn.Module]:
+    """The one tower of a model that is not trained. Raises `RecipeError` where there is none, or several."""
+    found = towers(model)
+    frozen = {name: module for name, module in found.items() if is_frozen(module)}
+    if len(frozen) == 1:
+        return next(iter(frozen.items()))
+    where, names = loaded.where(FEATURES), ", ".join(name.rpartition(".")[2] for name in found)
+    if not found:
+        raise RecipeError(
+            f"{FEATURES}: {type(model).__name__} has no tower of its own", where=where, remedy="Leave it out."
+        )
+    if frozen:
+        raise RecipeError(
+            f"{FEATURES} keeps the outputs of one frozen tower, and there are several: {names}", where=where
+        )
+    raise RecipeError(
+        f"{FEATURES}: the tower ({names}) is trained, so that its outputs change with every step",
+        where=where,
+        remedy=f"Freeze it, with gptcli finetune: finetune: {{adapter: none, freeze: [{names}]}}\nOr leave {FEATURES} out.",
+    )
 
 
 def keep_evaluating(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from gptcli.files import fingerprint
 from gptcli.launch import world_size
 from gptcli.model.adapt import freeze, put_adapter
 from gptcli.model.media import media_model, media_token_ids
+from gptcli.model.towers import frozen_tower
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
@@ -188,6 +189,8 @@ def set_trained(model: PreTrainedModel, *, loaded: LoadedRecipe, new_tokens: Seq
         put_adapter(model, loaded, new_tokens)
     elif finetune.freeze:
         freeze(model, loaded)
+    if loaded.recipe.data is not None and loaded.recipe.data.cache_features:
+        frozen_tower(model, loaded)
 
 
 def model_config(

@@ -65,9 +65,7 @@ def test_a_family_whose_processor_reads_no_placeholders_is_refused_by_name(tmp_p
     assert caught.value.code == 2
 
 
-def test_half_as_many_rows_at_once_after_memory_ran_out_have_the_same_losses(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_half_as_many_rows_at_once_after_memory_ran_out_have_the_same_losses(tmp_path: Path, monkeypatch: Any) -> None:
     recipe = media_project(tmp_path, "llava")
     monkeypatch.chdir(tmp_path)
     by_twos = run(recipe, "by-twos")
