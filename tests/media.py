@@ -63,7 +63,7 @@ def built(tmp_path: Path, model: str) -> tuple[Any, Any]:
 
 def write_rows(folder: Path, modality: Modality, rows: int = 12) -> None:
     """rows.jsonl: chats of no, one and two media, which lie beside it."""
-    names = [_medium(folder, modality, number) for number in range(4)]
+    names = [_medium(folder, modality, number) for number in range(rows)]
     lines = []
     for row in range(rows):
         parts = [{"type": modality, modality: names[(row + each) % len(names)]} for each in range(row % 3)]
@@ -80,11 +80,11 @@ def _medium(folder: Path, modality: Modality, number: int) -> str:
     if modality == "audio":
         import soundfile
 
-        soundfile.write(folder / f"{number}.wav", values.normal(0, 0.1, 8000 + 1000 * number), 16000)
+        soundfile.write(folder / f"{number}.wav", values.normal(0, 0.1, 8000 + 1000 * (number % 4)), 16000)
         return f"{number}.wav"
     from PIL import Image
 
-    side = 24 + 8 * number
+    side = 24 + 8 * (number % 4)
     Image.fromarray(values.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     return f"{number}.png"
 

@@ -55,7 +55,8 @@ def frozen_tower(model: nn.Module, loaded: LoadedRecipe) -> tuple[str, nn.Module
     raise RecipeError(
         f"{FEATURES}: the tower ({names}) is trained, so that its outputs change with every step",
         where=where,
-        remedy=f"Freeze it, with gptcli finetune: finetune: {{adapter: none, freeze: [{names}]}}\nOr leave {FEATURES} out.",
+        remedy=f"Freeze it, with gptcli finetune: finetune: {{adapter: none, freeze: [{names}]}}\n"
+        f"Or leave {FEATURES} out.",
     )
 
 

@@ -89,7 +89,7 @@ def cached_features(
     about = {
         "format": _FORMAT,
         "tower": [type(module).__qualname__, _weights(module)],
-        "config": getattr(module, "config", model.config).to_dict(),
+        "config": {**getattr(module, "config", model.config).to_dict(), "_name_or_path": ""},
         "code": _version(),
         "processor": {name: _text(processor / name) for name in PROCESSOR_FILES},
         "kept": tower.kept,
@@ -153,7 +153,7 @@ class _Todo(Dataset[Any]):
         return medium.modality != self._features.modality or key in seen or self._features.store.has(key)
 
     def __getitems__(self, items: list[int]) -> Any:
-        """Media decoded and processed, or what is wrong with one: for each size their keys, that size, and the model's inputs."""
+        """Media as the model takes them, by sizes: their keys, their size, the inputs. What is wrong with one instead."""
         try:
             return self._read(items)
         except GptcliError as error:
