@@ -153,7 +153,7 @@ class _Todo(Dataset[Any]):
         return medium.modality != self._features.modality or key in seen or self._features.store.has(key)
 
     def __getitems__(self, items: list[int]) -> Any:
-        """Media as the model takes them, by sizes: their keys, their size, the inputs. What is wrong with one instead."""
+        """Media by sizes: their keys, their size, the inputs of the model. What is wrong with one instead."""
         try:
             return self._read(items)
         except GptcliError as error:
