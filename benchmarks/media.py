@@ -64,6 +64,7 @@ class Timing(Silent):
 
     @contextmanager
     def progress(self, name: str, total: float, unit: str) -> Iterator[Progress]:
+        """A task whose seconds are kept."""
         began = time.perf_counter()
         with super().progress(name, total, unit) as shown:
             yield shown
