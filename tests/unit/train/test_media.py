@@ -62,7 +62,7 @@ def test_a_family_whose_processor_reads_no_placeholders_is_refused_by_name(tmp_p
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match="voxtral cannot be built from nothing") as caught:
         run(recipe, "refused")
-    assert caught.value.code == 2
+    assert caught.value.exit_code == 2
 
 
 def test_half_as_many_rows_at_once_after_memory_ran_out_have_the_same_losses(tmp_path: Path, monkeypatch: Any) -> None:
@@ -79,15 +79,20 @@ def test_a_picture_that_vanished_or_changed_since_ends_the_run_and_is_named(tmp_
     recipe = media_project(tmp_path, "llava")
     monkeypatch.chdir(tmp_path)
     run(recipe, "before")
-    (tmp_path / "1.png").write_bytes((tmp_path / "2.png").read_bytes())
+    pictures = [*tmp_path.glob("*.png")]
+    for picture in pictures:
+        picture.write_bytes((tmp_path / "runs" / "before" / "run.json").read_bytes())
     for workers in (0, 1):
-        with pytest.raises(DataError, match=r"1\.png is another one than when the data was prepared") as caught:
-            run(recipe, f"changed-{workers}", f"data.workers={workers}")
+        with pytest.raises(DataError, match=r"\d\.png is another one than when the data was prepared") as caught:
+            run(recipe, f"changed-{workers}", f"data.workers={workers}", "train.eval_every=0")
         assert "rows.jsonl tokens" in caught.value.what and "put back what was there" in str(caught.value.remedy)
         assert len(caught.value.lines()) == 2
-    (tmp_path / "1.png").unlink()
-    with pytest.raises(DataError, match=r"1\.png does not exist"):
-        run(recipe, "vanished", "data.workers=1")
+    for picture in pictures:
+        picture.unlink()
+    with pytest.raises(DataError, match=r"\d\.png does not exist"):
+        run(recipe, "vanished", "data.workers=1", "train.eval_every=0")
+    with pytest.raises(DataError, match=r"\d\.png does not exist, of document \d"):
+        run(recipe, "unseen", "train.eval_at_start=true")
 
 
 class Killing(Silent):
