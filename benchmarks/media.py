@@ -88,7 +88,7 @@ def main() -> None:
         recipe.write_text(RECIPE.format(model=model, tokenizer="{train: {vocab_size: 320}}", data=data))
         train(load_recipe(str(recipe), ["train={epochs: null, max_steps: 1}"]), Options("pretrain"), Silent())
         base = "{from: runs/base/final}"
-        recipe.write_text(RECIPE.format(model=base, tokenizer=base, data=data))
+        recipe.write_text(RECIPE.format(model=base, tokenizer="null", data=data))
         print_machine(("torch", "transformers", "pillow"))
         print(f"tower: {tower_parameters() / 1e6:.1f} M parameters")
         timing = Timing()

@@ -85,12 +85,12 @@ class FeatureStore:
             keys.append(found.view(_KEY).reshape(-1))
             self._names.append(path.name)
             self._abouts.append((sizes, counts, np.cumsum(counts, axis=0) - counts))
-        lengths = [len(part) for part in keys[1:]]
+        lengths = np.array([len(part) for part in keys[1:]], dtype=np.int64)
         every = np.concatenate(keys)
         order = np.argsort(every, kind="stable")
         self._keys = every[order]
         self._homes = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[order]
-        self._places = np.concatenate([np.empty(0, np.int64), *map(np.arange, lengths)]).astype(np.int32)[order]
+        self._places = np.concatenate([np.empty(0, np.int64), *map(np.arange, lengths.tolist())]).astype(np.int32)[order]
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -44,7 +44,7 @@ def project(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch, seed: str 
         kind,
         data=data,
         model="{from: runs/base/final}",
-        tokenizer="{from: runs/base/final}",
+        tokenizer="null",
         seed=seed,
         finetune=f"{{adapter: none, freeze: [{PARTS[kind][0]}]}}",
         train="{max_steps: 6, global_batch_size: 4, micro_batch_size: 2, learning_rate: 1e-2, precision: fp32, "
