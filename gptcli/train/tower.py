@@ -42,7 +42,7 @@ class Tower:
         self._build: Any = None
         self._held: dict[Place, torch.Tensor] | None = None
         self.kept: list[Place] = []
-        module.forward = torch.compiler.disable(self._answer)  # type: ignore[method-assign]
+        module.forward = torch.compiler.disable(self._answer)  # type: ignore[no-untyped-call]
 
     def hold(self, parts: Sequence[torch.Tensor] | None) -> None:
         """From now on answer with these, in the order of `kept`; None: with what the module makes."""

@@ -90,7 +90,9 @@ class FeatureStore:
         order = np.argsort(every, kind="stable")
         self._keys = every[order]
         self._homes = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[order]
-        self._places = np.concatenate([np.empty(0, np.int64), *map(np.arange, lengths.tolist())]).astype(np.int32)[order]
+        self._places = np.concatenate([np.empty(0, np.int64), *map(np.arange, lengths.tolist())]).astype(np.int32)[
+            order
+        ]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -233,4 +235,4 @@ def by_rows(sizes: Sequence[tuple[int, int]], rows: Sequence[Sequence[Medium]]) 
 def _opened(path: Path) -> Any:
     from safetensors import safe_open
 
-    return safe_open(str(path), framework="pt")  # type: ignore[no-untyped-call]
+    return safe_open(str(path), framework="pt")

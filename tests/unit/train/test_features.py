@@ -38,6 +38,7 @@ def project(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch, seed: str 
     data = "{train: rows.jsonl, validation: 0, format: chat, sequence_length: 256, packing: none, workers: 0}"
     recipe = media_project(folder, kind, data=data, seed=seed)
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("GPTCLI_CACHE", str(folder / "cache"))
     run(recipe, "base", "train.max_steps=1")
     return media_project(
         folder,
