@@ -1,6 +1,6 @@
 """An epoch of pictures with a frozen tower: without and with kept features, and how long steps wait for decoding.
 
-    python benchmarks/media.py DATA [--rounds 2] [--layers 6] [--hidden 384]
+    python benchmarks/media.py DATA [--rounds 1] [--layers 6] [--hidden 384]
 
 DATA is a file of rows with the columns image and label (Fashion-MNIST, for example). The model is a llava of random
 weights: a tower of 112 x 112 pixels in patches of 14, frozen, and a small language model that is trained.
@@ -75,7 +75,7 @@ class Timing(Silent):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=384)
     options = parser.parse_args()

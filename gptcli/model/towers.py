@@ -37,6 +37,14 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def check_features(loaded: LoadedRecipe, *, media: bool) -> None:
+    """Raise a `RecipeError` where outputs of a tower are to be kept of data without (`media`) images and sounds."""
+    if loaded.recipe.data is not None and loaded.recipe.data.cache_features and not media:
+        raise RecipeError(
+            f"{FEATURES}: no row has an image or a sound", where=loaded.where(FEATURES), remedy="Leave it out."
+        )
+
+
 def frozen_tower(model: nn.Module, loaded: LoadedRecipe) -> tuple[str, nn.Module]:
     """The one tower of a model that is not trained. Raises `RecipeError` where there is none, or several."""
     found = towers(model)

@@ -17,7 +17,7 @@ from gptcli.files import fingerprint
 from gptcli.launch import world_size
 from gptcli.model.adapt import freeze, put_adapter
 from gptcli.model.media import media_model, media_token_ids
-from gptcli.model.towers import frozen_tower
+from gptcli.model.towers import check_features, frozen_tower
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
@@ -103,6 +103,7 @@ def assemble(
     else:
         prepared = prepare(loaded, reporter, verify=verify, media=media_model(loaded))
         media = prepared.train.has_media
+        check_features(loaded, media=media)
         _check_metric(loaded, prepared)
         rows = training_rows(prepared.train, prepared.index, loaded.recipe, _batch(loaded))
     config, new_tokens = model_config(loaded, prepared, reporter)

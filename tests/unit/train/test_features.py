@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from gptcli.data.media.reader import MediaReader
 from gptcli.errors import RecipeError, StoppedError
 from gptcli.files import cache_root
+from gptcli.model.load import load_model
 from tests.media import media_project, needs_media
 from tests.runs import assert_same_model, lines, truncate
 from tests.unit.model.test_towers import PARTS
@@ -142,3 +143,29 @@ def test_a_tower_that_is_trained_is_refused_with_what_freezes_it(
         tuned(recipe, "refused", CACHED, *overrides)
     assert "freeze: [vision_tower]" in str(caught.value.remedy)
     assert not (tmp_path / "runs" / "refused").exists()
+
+
+@pytest.mark.slow_fault
+@pytest.mark.parametrize("kind", ["llava", "qwen2_audio"])
+def test_an_adapter_on_the_language_model_leaves_the_tower_to_be_kept(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft", reason="needs the package peft")
+    recipe = project(tmp_path, kind, monkeypatch)
+    adapted = "finetune={adapter: lora, freeze: [], lora: {r: 2}}"
+    plain = tuned(recipe, "plain", adapted)
+    cached = tuned(recipe, "cached", adapted, CACHED)
+    for mine, theirs in zip(lines(cached), lines(plain), strict=True):
+        assert np.isclose(mine["loss"], theirs["loss"], rtol=1e-5, atol=0)
+    whole = load_model(cached / "final", device=torch.device("cpu"))
+    base = load_model(tmp_path / "runs" / "base" / "final", device=torch.device("cpu")).state_dict()
+    changed = {name for name, values in whole.state_dict().items() if not torch.equal(values, base[name])}
+    assert changed and all(name.startswith(f"model.{PARTS[kind][1]}.") for name in changed)
+
+
+def test_rows_without_media_have_nothing_to_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = project(tmp_path, "llava", monkeypatch)
+    said = [line for line in (tmp_path / "rows.jsonl").read_text().splitlines() if '"type": "image"' not in line]
+    (tmp_path / "rows.jsonl").write_text("\n".join(said * 3))
+    with pytest.raises(RecipeError, match=r"data\.cache_features: no row has an image or a sound"):
+        tuned(recipe, "refused", CACHED)
