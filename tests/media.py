@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptcli.data.media.item import Medium
+from gptcli.data.media.item import MODALITIES, Medium, Modality
 from gptcli.data.media.reference import Media, Samples
 from gptcli.data.tokenizer import train_bpe
 from gptcli.model.build import TokenIds, build_config, build_model
@@ -132,3 +133,52 @@ def sound(seed: int, samples: int = 8000) -> Medium:
 
     noise = np.random.default_rng(seed).standard_normal(samples).astype(np.float32) * np.float32(0.3)
     return Medium("audio", Media(f"sound {seed}", Samples(noise, 16_000)))
+
+
+def write_rows(folder: Path, modality: Modality, rows: int = 12) -> None:
+    """rows.jsonl: chats of no, one and two media, which lie beside it."""
+    names = [_medium(folder, modality, number) for number in range(rows)]
+    lines = []
+    for row in range(rows):
+        parts = [{"type": modality, modality: names[(row + each) % len(names)]} for each in range(row % 3)]
+        asked = {"role": "user", "content": [*parts, {"type": "text", "text": f"which {row}?"}]}
+        lines.append({"messages": [asked, {"role": "assistant", "content": f"the answer is {row % 4}"}]})
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def _medium(folder: Path, modality: Modality, number: int) -> str:
+    """A picture or a sound of random numbers, as a file of the folder; its name."""
+    import numpy as np
+
+    values = np.random.default_rng(number)
+    if modality == "audio":
+        import soundfile
+
+        soundfile.write(folder / f"{number}.wav", values.normal(0, 0.1, 8000 + 1000 * (number % 4)), 16000)
+        return f"{number}.wav"
+    from PIL import Image
+
+    side = 24 + 8 * (number % 4)
+    Image.fromarray(values.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return f"{number}.png"
+
+
+def media_project(folder: Path, kind: str, **sections: str) -> Path:
+    """A recipe of two steps on `write_rows`, in a folder; `sections` are YAML instead of or beside its own."""
+    from transformers import AutoConfig
+
+    modality = next(each for each in MODALITIES if each in media_tokens(AutoConfig.for_model(kind)))
+    write_rows(folder, modality)
+    settings = {
+        "name": "run",
+        "output_dir": str(folder / "runs"),
+        "model": f"{{type: {kind}, config: {TINY[kind]}}}",
+        "tokenizer": "{train: {vocab_size: 320}, chat_template: chatml}",
+        "data": "{train: rows.jsonl, validation: 25%, format: chat, sequence_length: 256, packing: none, workers: 0}",
+        "train": "{max_steps: 2, global_batch_size: 4, micro_batch_size: 2, learning_rate: 1e-3, precision: fp32, "
+        "log_every: 1, eval_every: 1, save_every: 1, sample_every: 0}",
+        **sections,
+    }
+    path = folder / "r.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    return path

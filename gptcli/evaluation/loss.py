@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptcli.data.media.fault import MediaFault
+from gptcli.data.media.reader import changed
 from gptcli.device import keep_freed_memory
-from gptcli.errors import DataError
 from gptcli.evaluation.windows import Document, Window, batches, padded, padded_ids, shared, windows_of
 from gptcli.launch import world_size
 from gptcli.model.load import evaluating, quiet
@@ -241,7 +241,7 @@ def each_batch(
             try:
                 made = reader.inputs([window.media for window in batch]) | reader.type_ids(inputs)
             except MediaFault as fault:
-                raise DataError(str(fault), remedy="It could be read before: put back what was there.") from None
+                raise changed(fault, f"of document {batch[0].document} or one beside it") from None
             more = {name: _as_weights(values, model) for name, values in made.items()}
         return score(lambda inputs, mask: forward(inputs, mask, more), batch, model.device, pad_id)
 

@@ -81,7 +81,7 @@ class TaskResult:
     """What a model's answers to the rows of a corpus are worth: `metrics` by name, and how many `rows` there were.
 
     `calibration` is of the probabilities of labels, taken over the labels alone; None where no label is asked for.
-    `task` and `answers` are what was measured, `shown` the answers to the first rows with media: the names of these, what
+    `task` and `answers` are what was measured, `shown` those to the first rows with media: their names, what
     is right, what was answered.
     """
 

@@ -20,6 +20,7 @@ from gptcli.files import read_json, write_json
 from gptcli.model.adapters import CONFIG, NAME, WEIGHTS, base_of, read_adapter, tensor_names
 from gptcli.model.folder import is_adapter
 from gptcli.model.load import quiet
+from gptcli.model.towers import keep_evaluating, language_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
 
 PREFIX = "base_model.model."  # of peft's own model around the one of transformers, in the names of the file
+ALL_LINEAR = "all-linear"
 BASE = "base.json"  # beside the adapter: what it was trained on
 
 
@@ -68,6 +70,7 @@ def put_adapter(model: PreTrainedModel, loaded: LoadedRecipe, new_tokens: Sequen
                 where=loaded.where(key),
                 remedy=f"Its linear layers: {', '.join(linear_names(model))}; or all-linear.",
             ) from error
+    keep_evaluating(model)
     if finetune.adapter_from is not None and not next(model.parameters()).is_meta:
         read(model, Path(finetune.adapter_from))
 
@@ -77,6 +80,7 @@ def freeze(model: nn.Module, loaded: LoadedRecipe) -> None:
     for module in _frozen(model, loaded):
         for parameter in model.get_submodule(module).parameters():
             parameter.requires_grad_(False)
+    keep_evaluating(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError("finetune.freeze: nothing is left to be trained", where=loaded.where("finetune.freeze"))
 
@@ -157,17 +161,42 @@ def check_adapter_from(loaded: LoadedRecipe, base: Base) -> None:
 
 def linear_names(model: nn.Module) -> list[str]:
     """The last words of the names of a model's linear layers, the output head's aside: what `target_modules` takes."""
+    return sorted({name.rpartition(".")[2] for name in _linear(model)})
+
+
+def _linear(model: nn.Module) -> list[str]:
+    """The names of a model's linear layers, the output head's aside."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-        }
-    )
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+
+
+def _targets(model: nn.Module, wanted: str | list[str]) -> str | list[str]:
+    """Where an adapter goes, as peft takes it.
+
+    Of a model with towers, which are trained for their media by much more data: the layers of its language model alone.
+    A name that is not there, of a projector or in a tower, is taken where it is, and of a module all linear layers.
+    """
+    text = language_model(model)
+    if text is None or (isinstance(wanted, str) and wanted != ALL_LINEAR):
+        return wanted
+    linear = _linear(model)
+    inner = [name for name in linear if name.startswith(f"{text}.")]
+    found: set[str] = set()
+    for given in [wanted] if isinstance(wanted, str) else wanted:
+        named = [name for name in linear if _is_named(name, given)]
+        inside = [name for name in named if name in inner]
+        modules = [name for name, _ in model.named_modules() if _is_named(name, given)]
+        below = [name for name in linear if any(name.startswith(f"{module}.") for module in modules)]
+        found.update(inner if given == ALL_LINEAR else inside or named or below)
+    return sorted(found)
+
+
+def _is_named(name: str, given: str) -> bool:
+    return name == given or name.endswith(f".{given}")
 
 
 def _settings(model: PreTrainedModel, loaded: LoadedRecipe, new_tokens: Sequence[int]) -> Any:
@@ -182,9 +211,9 @@ def _settings(model: PreTrainedModel, loaded: LoadedRecipe, new_tokens: Sequence
         return _settings_from(loaded, peft, tokens)
     lora = finetune.lora
     modules = {name for name, _ in model.named_modules()}
-    wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
-    for name in [] if isinstance(lora.target_modules, str) else wanted:
-        if not any(module == name or module.endswith(f".{name}") for module in modules):
+    for name in [] if isinstance(lora.target_modules, str) else lora.target_modules:
+        known = name == ALL_LINEAR and language_model(model) is not None
+        if not known and not any(_is_named(module, name) for module in modules):
             raise RecipeError(
                 f"finetune.lora.target_modules: {type(model).__name__} has no module {name}",
                 where=loaded.where("finetune.lora.target_modules"),
@@ -195,7 +224,7 @@ def _settings(model: PreTrainedModel, loaded: LoadedRecipe, new_tokens: Sequence
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        target_modules=_targets(model, lora.target_modules),
         exclude_modules=rf"({'|'.join(map(re.escape, frozen))})(\..*)?" if frozen else None,
         use_rslora=lora.rank_stabilized,
         use_dora=finetune.adapter == "dora",
@@ -265,21 +294,25 @@ def _token_rows(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list
 
 
 def _frozen(model: nn.Module, loaded: LoadedRecipe) -> list[str]:
-    """The modules that `finetune.freeze` names, by their whole names or as the model's body has them."""
+    """The modules that `finetune.freeze` names: by whole names, as the model's body has them, or by their ends."""
     body = f"{getattr(model, 'base_model_prefix', '')}."
     modules = [name for name, _ in model.named_modules() if name]
     found: list[str] = []
-    for prefix in loaded.recipe.finetune.freeze:
-        named = [name for name in modules if prefix in (name, name.removeprefix(body))]
-        if not named:
-            short = sorted({name.removeprefix(body) for name in modules}, key=lambda name: (name.count("."), name))
-            near = get_close_matches(prefix, short, n=1, cutoff=0.0)
-            raise RecipeError(
-                f"finetune.freeze: {type(model).__name__} has no module {prefix}",
-                where=loaded.where("finetune.freeze"),
-                remedy=f"The nearest: {near[0]}" if near else None,
-            )
-        found += named
+    for given in loaded.recipe.finetune.freeze:
+        named = [name for name in modules if given in (name, name.removeprefix(body))]
+        named = named or [name for name in modules if _is_named(name, given)]
+        outer = [name for name in named if not any(name.startswith(f"{other}.") for other in named)]
+        if len(outer) == 1:
+            found += outer
+            continue
+        what, remedy = f"{type(model).__name__} has no module {given}", None
+        short = sorted({name.removeprefix(body) for name in modules}, key=lambda name: (name.count("."), name))
+        if outer:
+            what = f"{given} is the name of {len(outer)} modules of {type(model).__name__}"
+            remedy = f"Write one of: {', '.join(name.removeprefix(body) for name in outer[:4])}"
+        elif near := get_close_matches(given, short, n=3, cutoff=0.0):
+            remedy = f"The nearest: {', '.join(near)}"
+        raise RecipeError(f"finetune.freeze: {what}", where=loaded.where("finetune.freeze"), remedy=remedy)
     return found
 
 

@@ -40,7 +40,6 @@ TABLE: tuple[Row, ...] = (
     Row("eval.data.*.tokens", feature="evaluation on tokens made before"),
     Row("data.format", ("text", "prompt", "chat", "preference")),
     Row("data.format", ("text", "prompt", "chat"), commands=("tokenize", "pretrain", "eval")),
-    Row("data.cache_features", (False,)),
     Row("model.rope_scaling", feature="a longer context by rope_scaling"),
     Row("train.objective", ("causal", "fim")),
     Row("train.profile", feature="a profile"),

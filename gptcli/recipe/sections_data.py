@@ -244,7 +244,10 @@ class Data(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="A row that cannot be read; skipped rows are counted."
     )
-    cache_features: bool = Field(default=False, description="Keep the outputs of frozen towers on disk.")
+    cache_features: bool = Field(
+        default=False,
+        description="Run a frozen tower once on each image or sound; epochs and later runs read its outputs from disk.",
+    )
     shuffle: bool = Field(default=True, description="A new order of the rows every epoch, keyed by the seed.")
     workers: AutoOrCountOrZero = Field(
         default="auto", description="Processes that prepare batches; 0: the training process itself."

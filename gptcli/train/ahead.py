@@ -10,18 +10,21 @@ The one wait that is left is that of fp16's loss scaling, which has to know whet
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from gptcli.model import context_parallel, isolation
 from gptcli.model.kernels import settle_attention
-from gptcli.train import float8, group
+from gptcli.train import float8, group, reading
 from gptcli.train.backoff import BackOffTrainer
 from gptcli.train.modes import FLASH
 from gptcli.train.rows import Batch, MicroBatches, WithMedia, inputs_and_labels, label_count, whole
 from gptcli.train.sharding import part_again
+
+if TYPE_CHECKING:
+    from gptcli.train.tower import Tower
 
 
 class AheadTrainer(BackOffTrainer):
@@ -32,6 +35,7 @@ class AheadTrainer(BackOffTrainer):
 
     _cut: context_parallel.Cut | None = None
     _flat = False
+    _tower: Tower | None = None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with warnings.catch_warnings():
@@ -48,6 +52,7 @@ class AheadTrainer(BackOffTrainer):
             with self.compute_loss_context_manager():
                 isolation.check(model, flat=self._flat)
         self._compiler.settle(self._prepare_inputs(self._run_rows.first(self._plan.micro_batch_size)))
+        self._hold(None)
         part_again(model)
         return prepared
 
@@ -61,8 +66,11 @@ class AheadTrainer(BackOffTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a micro-batch, of this process's part of its rows."""
         with context_parallel.attending(self._cut):
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-            return loss
+            try:
+                loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+                return loss
+            finally:
+                self._hold(None)  # whatever comes next, an evaluation or a text, brings its own media
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """The micro-batches of this process. accelerate would deal them out by another rule."""
@@ -76,8 +84,13 @@ class AheadTrainer(BackOffTrainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
+            worker_init_fn=reading.begin if workers else None,
             generator=torch.Generator(),  # a loader draws a seed, which is not to be one of the model's
         )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, and their labels. Raises what a worker met."""
+        return super().get_batch_samples(reading.arrived(epoch_iterator), num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
         """The labels that count of an optimizer step, over all processes."""
@@ -91,7 +104,14 @@ class AheadTrainer(BackOffTrainer):
         """The model's inputs and the labels, two views of the batch that is on the device already."""
         if not isinstance(inputs, torch.Tensor | WithMedia):
             return super()._prepare_inputs(inputs)
+        features = inputs.features if isinstance(inputs, WithMedia) else None
+        self._hold(None if features is None else [part.to(self.args.device, non_blocking=True) for part in features])
         return inputs_and_labels(inputs, self.args.device, flat=self._flat)
+
+    def _hold(self, features: list[torch.Tensor] | None) -> None:
+        """What a frozen tower answers with, in place of its own outputs."""
+        if self._tower is not None:
+            self._tower.hold(features)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)

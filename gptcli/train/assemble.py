@@ -17,6 +17,7 @@ from gptcli.files import fingerprint
 from gptcli.launch import world_size
 from gptcli.model.adapt import freeze, put_adapter
 from gptcli.model.media import media_model, media_token_ids
+from gptcli.model.towers import check_features, frozen_tower
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
 from gptcli.runs.folder import RunFolder
@@ -102,6 +103,7 @@ def assemble(
     else:
         prepared = prepare(loaded, reporter, verify=verify, media=media_model(loaded))
         media = prepared.train.has_media
+        check_features(loaded, media=media)
         _check_metric(loaded, prepared)
         rows = training_rows(prepared.train, prepared.index, loaded.recipe, _batch(loaded))
     config, new_tokens = model_config(loaded, prepared, reporter)
@@ -188,6 +190,8 @@ def set_trained(model: PreTrainedModel, *, loaded: LoadedRecipe, new_tokens: Seq
         put_adapter(model, loaded, new_tokens)
     elif finetune.freeze:
         freeze(model, loaded)
+    if loaded.recipe.data is not None and loaded.recipe.data.cache_features:
+        frozen_tower(model, loaded)
 
 
 def model_config(
@@ -249,7 +253,8 @@ def trained_text(plan: Plan) -> str:
 
 def _adapter_lines(assembly: Assembly) -> list[str]:
     finetune, plan = assembly.loaded.recipe.finetune, assembly.plan
-    if plan.trained_parameters == plan.parameters:
+    # Without either, what is not trained are constants: the positions of a tower.
+    if plan.trained_parameters == plan.parameters or (finetune.adapter == "none" and not finetune.freeze):
         return []
     what = f"freeze {', '.join(finetune.freeze)}"
     if finetune.adapter_from is not None:

@@ -46,6 +46,7 @@ _HARMLESS = (
     "train.eval_at_start",
     "train.max_time",
     "data.workers",
+    "data.cache_features",
 )
 # Files that a recipe names and that a run reads again, by the key that names them.
 _PARTS = (

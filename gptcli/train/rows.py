@@ -14,32 +14,45 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from gptcli.data.media.fault import MediaFault
-from gptcli.data.media.reader import TYPE_IDS
+from gptcli.data.media.features import by_rows
+from gptcli.data.media.reader import TYPE_IDS, changed
 from gptcli.data.packed import PackedRows
-from gptcli.errors import DataError
+from gptcli.errors import GptcliError
 from gptcli.train.loss import IGNORED
+from gptcli.train.reading import Failed
 
 if TYPE_CHECKING:
+    from gptcli.data.media.features import FeatureStore, Layouts
+    from gptcli.data.media.item import Medium, Modality
     from gptcli.data.media.reader import MediaReader
     from gptcli.data.packed import Rows
     from gptcli.train.plan import Plan
 
 # Stands for a row that does not count: in a last, smaller step a process may have none, and still has to take part.
 FILLER = -1
-CHANGED = (
-    "Every image and sound was read when the data was prepared: put back what was there, or run gptcli tokenize again."
-)
 
 
 class WithMedia(NamedTuple):
-    """A batch of the rows `numbers`, and what the model takes of their images and sounds."""
+    """A batch of the rows `numbers`, and what the model takes of their images and sounds.
+
+    With `features`, what is kept of a frozen tower's output for them, `media` is their layout alone.
+    """
 
     rows: torch.Tensor
     media: dict[str, torch.Tensor]
     numbers: list[int]
+    features: list[torch.Tensor] | None = None
+
+
+class Features(NamedTuple):
+    """Outputs of a tower for media of one kind, and how a batch of these is laid out."""
+
+    store: FeatureStore
+    layouts: Layouts
+    modality: Modality
 
 
 Batch: TypeAlias = torch.Tensor | WithMedia
@@ -48,11 +61,13 @@ Batch: TypeAlias = torch.Tensor | WithMedia
 class RunRows(Dataset[Batch]):
     """The rows of the whole run in order, as the Trainer's data set: item k is row k of the run.
 
-    `reader`: of their images and sounds, where they have some.
+    `reader`: of their images and sounds, where they have some; `features`: what is kept of these.
     """
 
-    def __init__(self, rows: Rows, plan: Plan, reader: MediaReader | None = None) -> None:
-        self._rows, self._reader = rows, reader
+    def __init__(
+        self, rows: Rows, plan: Plan, reader: MediaReader | None = None, features: Features | None = None
+    ) -> None:
+        self._rows, self._plan, self._reader, self._features = rows, plan, reader, features
         self._batch, self._total = plan.global_batch_size, plan.total_rows
 
     def __len__(self) -> int:
@@ -63,8 +78,21 @@ class RunRows(Dataset[Batch]):
         """Whether a row holds documents that are not to see each other."""
         return self._rows.isolated
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """A batch as this module describes it, made by vectorised copies; the filler is all -100."""
+    def __getitems__(self, indices: list[int]) -> Batch | Failed:
+        """A batch (see `read`); in a worker an error takes its place."""
+        try:
+            return self.read(indices)
+        except GptcliError as error:
+            if get_worker_info() is None:
+                raise
+            return Failed(error)
+
+    def read(self, indices: list[int]) -> Batch:
+        """A batch as this module describes it, made by vectorised copies; the filler is all -100.
+
+        Raises:
+            DataError: an image or a sound is not what it was when the data was prepared.
+        """
         if indices == [FILLER]:
             return torch.full((1, *self._rows.batch(np.zeros(1, dtype=np.int64)).shape[1:]), IGNORED)
         numbers = np.asarray(indices, dtype=np.int64)
@@ -72,18 +100,33 @@ class RunRows(Dataset[Batch]):
         if self._reader is None:
             return rows
         assert isinstance(self._rows, PackedRows)
+        found, types = self._rows.media(numbers), self._reader.type_ids(rows[:, 0])
+        if self._features is not None:
+            every = [medium for row in found for medium in row]
+            known = self._features.store.find(every) if self._of_one_kind(every) else None
+            if known is not None:
+                layout = self._features.layouts.of(by_rows(known.sizes, found))
+                return WithMedia(rows, layout | types, indices, known.parts)
         try:
-            media = self._reader.inputs(self._rows.media(numbers))
+            media = self._reader.inputs(found)
         except MediaFault as fault:
             named = ", ".join(self._rows.row_id(number) for number in indices[:2])
-            raise DataError(f"{fault}, in a batch that begins with the rows {named}", remedy=CHANGED) from None
-        return WithMedia(rows, media | self._reader.type_ids(rows[:, 0]), indices)
+            raise changed(fault, f"in a batch that begins with the rows {named}") from None
+        return WithMedia(rows, media | types, indices)
+
+    def with_features(self, features: Features) -> RunRows:
+        """The same rows, with what is kept of their media."""
+        return RunRows(self._rows, self._plan, self._reader, features)
+
+    def _of_one_kind(self, media: list[Medium]) -> bool:
+        assert self._features is not None
+        return all(medium.modality == self._features.modality for medium in media)
 
     def parts(self, batch: Batch, rows: int) -> list[Batch]:
         """A batch of this process in parts of so many rows."""
         if isinstance(batch, torch.Tensor):
             return list(torch.split(batch, rows))
-        return [self.__getitems__(batch.numbers[at : at + rows]) for at in range(0, len(batch.numbers), rows)]
+        return [self.read(batch.numbers[at : at + rows]) for at in range(0, len(batch.numbers), rows)]
 
     def tokens_at(self, step: int) -> int:
         """Inputs, without padding, of the first `step` steps."""
@@ -95,7 +138,7 @@ class RunRows(Dataset[Batch]):
 
     def first(self, count: int) -> Batch:
         """The first rows of the run, at most `count` of them, for a trial."""
-        return self.__getitems__(list(range(min(count, self._total))))
+        return self.read(list(range(min(count, self._total))))
 
 
 class MicroBatches(Sampler[list[int]]):

@@ -258,8 +258,20 @@ def _build_trainer(
     tasks = None
     if assembly.task is not None:
         together = zero is not None or is_divided(plan)
-        reader = task_reader(assembly.prepared.tokenizer, loaded)
-        tasks = Tasks(assembly.task, model, tokenizer, plan, reporter, together=together, reader=reader)
+        asked = task_reader(assembly.prepared.tokenizer, loaded)
+        tasks = Tasks(assembly.task, model, tokenizer, plan, reporter, together=together, reader=asked)
+    reader = open_reader(assembly.prepared.tokenizer) if assembly.has_media else None
+    features = None
+    if recipe.data is not None and recipe.data.cache_features:
+        from gptcli.data.packed import PackedRows
+        from gptcli.train.features import cached_features
+
+        assert reader is not None and isinstance(assembly.rows, PackedRows)
+        moved: Any = model.to(assembly.device)  # type: ignore[arg-type]
+        workers = arguments.dataloader_num_workers
+        features = cached_features(
+            loaded, plan, moved, assembly.rows, reader, assembly.prepared.tokenizer, workers, reporter
+        )
     with quiet():
         return CausalTrainer(
             model=model,
@@ -270,7 +282,8 @@ def _build_trainer(
             tokenizer=tokenizer,
             replan=partial(_replan, assembly),
             zero=zero,
-            reader=open_reader(assembly.prepared.tokenizer) if assembly.has_media else None,
+            reader=reader,
+            features=features,
             **record,
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptcli.model.kernels import one_stream_rows
-from gptcli.train import sharding
+from gptcli.train import reading, sharding
 from gptcli.train.ahead import AheadTrainer
 from gptcli.train.backoff import Replan
 from gptcli.train.compiling import Compiler
@@ -18,7 +18,7 @@ from gptcli.train.loss import IGNORED, build_loss
 from gptcli.train.measured import Tasks, as_line, as_text
 from gptcli.train.meter import Meter
 from gptcli.train.recorded import RecordedTrainer
-from gptcli.train.rows import RunRows, whole
+from gptcli.train.rows import Features, RunRows, whole
 from gptcli.train.validation import validation_loss
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gptcli.runs.folder import RunFolder
     from gptcli.train.callbacks import Schedule
     from gptcli.train.plan import Plan
+    from gptcli.train.tower import Tower
     from gptcli.train.zero import Zero
 
 
@@ -56,6 +57,7 @@ class CausalTrainer(RecordedTrainer, AheadTrainer):
         progress: the progress display.
         zero: the optimizer of a model that DeepSpeed divides.
         reader: of the images and sounds of the rows, where they have some.
+        features: what is kept of a frozen tower's outputs for these, and that tower.
     """
 
     # Our loss is divided by the tokens of the whole accumulated batch already.
@@ -81,11 +83,13 @@ class CausalTrainer(RecordedTrainer, AheadTrainer):
         progress: Progress,
         zero: Zero | None = None,
         reader: MediaReader | None = None,
+        features: tuple[Tower, Features] | None = None,
     ) -> None:
         self._rows, self._validation, self._tasks, self._replan = rows, validation, tasks, replan
         # Two threads cannot take a half each of media: no dimension of theirs is the batch's.
         self._halve_due = plan.halves and reader is None
-        self._run_rows = RunRows(rows, plan, reader)
+        self._tower, kept = features or (None, None)
+        self._run_rows = RunRows(rows, plan, reader, kept)
         self._reader = reader
         self._record(
             model=model,
@@ -171,7 +175,7 @@ class CausalTrainer(RecordedTrainer, AheadTrainer):
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        with self.lean(), nullcontext() if self._rows.isolated else one_stream_rows():
+        with reading.watched(), self.lean(), nullcontext() if self._rows.isolated else one_stream_rows():
             yield
 
     def _validate(self) -> tuple[dict[str, Any], str] | None:

@@ -22,7 +22,7 @@ from gptcli.data.media.image import load_image
 from gptcli.data.media.item import PLACE, Medium, Modality, hashed
 from gptcli.data.media.video import load_video
 from gptcli.data.tokenizer import PROCESSOR_FILES
-from gptcli.errors import CheckpointError, MissingError, first_line
+from gptcli.errors import CheckpointError, DataError, MissingError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,8 @@ class MediaReader:
             return []
         loaded = [self.load(medium) for medium in media]
         with _faults(media):
-            made = self._processed([media], [loaded], return_text_replacement_offsets=True)
+            kinds = [medium.modality for medium in media]
+            made = self._processed([kinds], [loaded], return_text_replacement_offsets=True)
             found = [each["replacement"] for each in made["text_replacement_offsets"][0]]
         if len(found) != len(media) or "" in found:
             named = media[found.index("")] if "" in found else media[0]
@@ -116,7 +117,14 @@ class MediaReader:
         decoded = {medium: self.load(medium) for medium in dict.fromkeys(each for row in rows for each in row)}
         loaded = [[decoded[medium] for medium in row] for row in rows]
         with _faults([medium for row in rows for medium in row]):
-            made = self._processed(rows, loaded, return_tensors="pt", padding=True)
+            return self._inputs([[medium.modality for medium in row] for row in rows], loaded)
+
+    def inputs_of(self, loaded: Sequence[Sequence[Any]], modality: Modality) -> dict[str, torch.Tensor]:
+        """`inputs` of decoded media of one kind, by rows of one or more."""
+        return self._inputs([[modality] * len(row) for row in loaded], loaded)
+
+    def _inputs(self, kinds: Sequence[Sequence[Modality]], loaded: Sequence[Sequence[Any]]) -> dict[str, torch.Tensor]:
+        made = self._processed(kinds, loaded, return_tensors="pt", padding=True)
         of_text = {*self.processor.tokenizer.model_input_names, TYPE_IDS, "input_ids", "attention_mask"}
         own = {name: value for name, value in made.items() if name not in of_text}
         return {name: value for name, value in own.items() if hasattr(value, "shape")}
@@ -142,16 +150,25 @@ class MediaReader:
                 raise MediaFault("the text", "not media", f"holds {written[0]}, which stands for a medium")
         return "".join(part if index % 2 == 0 else next(texts) for index, part in enumerate(parts))
 
-    def _processed(self, rows: Sequence[Sequence[Medium]], loaded: Sequence[Sequence[Any]], **more: Any) -> Any:
-        texts = ["".join(self.tokens[medium.modality] for medium in row) for row in rows]
+    def _processed(self, kinds: Sequence[Sequence[Modality]], loaded: Sequence[Sequence[Any]], **more: Any) -> Any:
+        texts = ["".join(self.tokens[modality] for modality in row) for row in kinds]
         given: dict[str, Any] = {}
-        for row, values in zip(rows, loaded, strict=True):
-            for medium, value in zip(row, values, strict=True):
-                given.setdefault(_ARGUMENTS[medium.modality], []).append(value)
+        for row, values in zip(kinds, loaded, strict=True):
+            for modality, value in zip(row, values, strict=True):
+                given.setdefault(_ARGUMENTS[modality], []).append(value)
         if "audio" in given:
             more["sampling_rate"] = self.rate
         with _quiet():
             return self.processor(text=texts, **given, **more)
+
+
+def changed(fault: MediaFault, where: str) -> DataError:
+    """The error for a medium that could be read when the data was prepared, and is met again `where`."""
+    return DataError(
+        f"{fault}, {where}",
+        remedy="All images and sounds were read when the data was prepared: put back what was there, or run "
+        "gptcli tokenize again.",
+    )
 
 
 def has_processor(folder: Path) -> bool:

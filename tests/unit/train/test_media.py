@@ -1,0 +1,123 @@
+"""Training of models that see or hear: every family by one way, saved, resumed exactly, read by transformers."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptcli.errors import DataError, RecipeError, StoppedError
+from gptcli.recipe.load import load_recipe
+from gptcli.reporting import Silent
+from gptcli.runs.folder import RunFolder
+from gptcli.train.assemble import assemble, describe
+from gptcli.train.begin import Options
+from gptcli.train.run import train
+from tests.media import FAMILIES, media_project, needs_media
+from tests.runs import assert_all_good, assert_same_model, lines
+from tests.unit.train.test_backoff import running_out
+
+pytestmark = needs_media
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def run(recipe: Path, name: str, *overrides: str, command: str = "pretrain", stop_after: int | None = None) -> Path:
+    loaded = load_recipe(str(recipe), [f"name={name}", *overrides])
+    train(loaded, Options(command, stop_after=stop_after), Silent())
+    return recipe.parent / "runs" / name
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_resumed_run_is_the_undisturbed_one_and_transformers_loads_it(
+    kind: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    recipe = media_project(tmp_path, kind)
+    monkeypatch.chdir(tmp_path)
+    whole = run(recipe, "whole")
+    with pytest.raises(StoppedError, match="step 1 of 2 is saved"):
+        run(recipe, "resumed", stop_after=1)
+    resumed = run(recipe, "resumed")
+    assert lines(resumed) == lines(whole)
+    assert_same_model(resumed / "final", whole / "final")
+    assert_all_good(resumed)
+
+    first, second = (line["loss"] for line in lines(whole) if "loss" in line)
+    assert first != second
+    processor = AutoProcessor.from_pretrained(whole / "final")
+    again = AutoModelForMultimodalLM.from_pretrained(whole / "final")
+    assert {*again.state_dict()} and len(processor.tokenizer) == again.config.get_text_config().vocab_size
+
+
+def test_a_family_whose_processor_reads_no_placeholders_is_refused_by_name(tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = media_project(tmp_path, "voxtral")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="voxtral cannot be built from nothing") as caught:
+        run(recipe, "refused")
+    assert caught.value.exit_code == 2
+
+
+def test_half_as_many_rows_at_once_after_memory_ran_out_have_the_same_losses(tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = media_project(tmp_path, "llava")
+    monkeypatch.chdir(tmp_path)
+    by_twos = run(recipe, "by-twos")
+    with running_out(1):
+        halved = run(recipe, "halved", "train.micro_batch_size=4")
+    assert lines(halved) == lines(by_twos)
+    assert_same_model(halved / "final", by_twos / "final")
+
+
+def test_a_picture_that_vanished_or_changed_since_ends_the_run_and_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = media_project(tmp_path, "llava")
+    monkeypatch.chdir(tmp_path)
+    run(recipe, "before")
+    pictures = [*tmp_path.glob("*.png")]
+    for picture in pictures:
+        picture.write_bytes((tmp_path / "runs" / "before" / "run.json").read_bytes())
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"\d\.png is another one than when the data was prepared") as caught:
+            run(recipe, f"changed-{workers}", f"data.workers={workers}", "train.eval_every=0")
+        assert "rows.jsonl tokens" in caught.value.what and "put back what was there" in str(caught.value.remedy)
+        assert len(caught.value.lines()) == 2
+    for picture in pictures:
+        picture.unlink()
+    with pytest.raises(DataError, match=r"\d\.png does not exist"):
+        run(recipe, "vanished", "data.workers=1", "train.eval_every=0")
+    with pytest.raises(DataError, match=r"\d\.png does not exist, of document \d"):
+        run(recipe, "unseen", "train.eval_at_start=true")
+
+
+class Killing(Silent):
+    """Kills the processes that read ahead once the first step is logged."""
+
+    def say(self, text: str) -> None:
+        if text.startswith("step"):
+            for child in multiprocessing.active_children():
+                child.kill()
+
+
+def test_a_worker_that_is_killed_ends_the_run_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = media_project(tmp_path, "llava")
+    monkeypatch.chdir(tmp_path)
+    long = ["name=killed", "data.workers=1", "train.max_steps=20", "train.eval_every=20", "train.save_every=20"]
+    with pytest.raises(DataError, match="reads images and sounds was ended") as caught:
+        train(load_recipe(str(recipe), long), Options("pretrain"), Killing())
+    assert "data.workers: 0" in str(caught.value.remedy)
+    assert not multiprocessing.active_children()
+
+
+def test_what_is_trained_is_said_only_where_something_is_left_out(tmp_path: Path, monkeypatch: Any) -> None:
+    # The positions of its tower are constants.
+    loaded = load_recipe(str(media_project(tmp_path, "qwen2_audio")))
+    monkeypatch.chdir(tmp_path)
+    assembly = assemble(loaded, RunFolder(tmp_path / "runs" / "x"), Silent())
+    assert assembly.plan.trained_parameters < assembly.plan.parameters
+    assert not [line for line in describe(assembly) if line.startswith("trained:")]
