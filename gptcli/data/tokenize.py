@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gptcli.data import report as reports
+from gptcli.data.changed import changed_medium
 from gptcli.data.chat_template import absent_tokens, find_template, with_template
 from gptcli.data.fast import Unequal, distrust
 from gptcli.data.finish import finish
@@ -35,6 +36,7 @@ from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.data.tokenizer_training import trained_tokenizer
 from gptcli.data.tokens import TokensInput
 from gptcli.data.work import RESULT, Task, encode, encoder_of
+from gptcli.data.writer import MEDIA
 from gptcli.errors import DataError, RecipeError
 from gptcli.files import (
     cache_root,
@@ -107,10 +109,13 @@ def prepare(
 
 def _prepared(loaded: LoadedRecipe, reporter: Reporter, found: _Found, verify: bool | None) -> Prepared:
     job, tokenizer, folder = found.job, found.tokenizer, found.folder
-    reused = folder.is_dir()
+    changed = changed_medium(folder) if verify and job.reads_media and folder.is_dir() else None
+    if changed is not None:
+        reporter.say(f"{changed}: everything is tokenized again")
+    reused = folder.is_dir() and changed is None
     if not reused or work_folder(folder).is_dir():
         with locked(folder.name, waiting(reporter)), unfinished_removed(job, tokenizer, folder):
-            reused = folder.is_dir()  # another process may have made it meanwhile
+            reused = folder.is_dir() and changed is None  # another process may have made it meanwhile
             if not reused:
                 encode_pieces(loaded, job, tokenizer, folder, reporter)
                 commit(job, tokenizer, folder)
@@ -334,6 +339,8 @@ def _opened(
         verify = False  # written a moment ago
     train = Shards.open(folder / "train", verify=verify)
     validation = Shards.open(folder / "validation", verify=verify) if job.data.validation != 0 else None
+    if train.has_media and not train.manifest[MEDIA]:
+        reporter.warn("no row has an image or a sound, which the model reads: it learns from texts alone")
     recipe, length, where = loaded.recipe, job.data.sequence_length, loaded.where("data.sequence_length")
     index, found = _rows(loaded, train, validation, tokenizer, reporter)
     batch = max(1, recipe.train.rows_of_step(length))
