@@ -17,7 +17,7 @@ from gptcli.data.counts import Counts
 from gptcli.data.duplicates import repeated
 from gptcli.data.encode import Encoder
 from gptcli.data.job import Job
-from gptcli.data.media.item import ARTICLE
+from gptcli.data.media.item import A_NOUN
 from gptcli.data.pieces import Piece
 from gptcli.data.reading.row import Mark
 from gptcli.data.report import make_report
@@ -129,7 +129,7 @@ def check_media(job: Job, counts: Sequence[Counts], dropped: Counter[str]) -> No
         if not any(kind in each.counted_media for each in counts):
             named = " and ".join(map(repr, columns))
             raise DataError(
-                f"data.{kind}s: no row has {ARTICLE[kind]} {kind} in column {named}{_left_out(dropped)}",
+                f"data.{kind}s: no row has {A_NOUN[kind]} in column {named}{_left_out(dropped)}",
                 where=job.train[0].where,
                 remedy=f"Check what the rows have there (gptcli tokenize RECIPE --preview 3), or remove data.{kind}s.",
             )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from gptcli.data.columns import filled, mapped, missing_text, text_of
 from gptcli.data.conversation import ALPACA, columns_of, messages_of, text_of_messages
 from gptcli.data.media.fault import MediaFault
-from gptcli.data.media.item import PLACE, Medium, Modality, check_places, counted, identity, media_in, place_of
+from gptcli.data.media.item import NOUNS, PLACE, Medium, Modality, check_places, counted, identity, media_in, place_of
 from gptcli.data.media.parts import extracted
 from gptcli.data.media.reference import NAMELESS, Reach
 from gptcli.data.reading.row import BadRow, Layout, Row
@@ -216,7 +216,7 @@ def filled_prompt(
             places[modality] = [each for column in columns if column not in used for each in media[column]]
     for column, found in places.items():
         if found and (wanted := used.count(column)) != len(found):
-            given = counted(len(found), found[0].modality)
+            given = counted(len(found), NOUNS[found[0].modality])
             wrong = f"has {given}, and data.prompt has {counted(wanted, 'place')} {{{column}}}"
             raise MediaFault("the row", "not media", wrong)
     waiting = {column: iter(found) for column, found in places.items()}

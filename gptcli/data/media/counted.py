@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gptcli.data.media.item import MODALITIES, Medium, counted, pixels
-
-NAMES = {"image": "images", "audio": "sounds", "video": "videos"}
+from gptcli.data.media.item import MODALITIES, NOUNS, Medium, counted, pixels
 
 
 @dataclass
@@ -78,7 +76,7 @@ def _numbers(kind: str, counts: MediaCounts, tokens: int) -> dict[str, Any]:
 
 def media_lines(numbers: Mapping[str, Mapping[str, Any]], rows: int, length: int | None) -> list[str]:
     """`media_numbers` of `rows` rows for people, a line for each kind; `length`: of a row of the training."""
-    return [_line(NAMES[kind], each, rows, length) for kind, each in numbers.items()]
+    return [_line(NOUNS[kind], each, rows, length) for kind, each in numbers.items()]
 
 
 def _line(name: str, numbers: Mapping[str, Any], rows: int, length: int | None) -> str:
@@ -92,6 +90,5 @@ def _line(name: str, numbers: Mapping[str, Any], rows: int, length: int | None) 
     mean, most = numbers["mean_tokens"], numbers["most_tokens"]
     each = f"{most:,} tokens each" if mean == most else f"{mean:,g} tokens each on average, {most:,} at most"
     of_row = f" of the {length:,} of a row" if length else ""
-    return (
-        f"{numbers['count']:,} {name} {where}: {size}, {each}{of_row}, {100 * numbers['share_of_tokens']:.1f}% of all"
-    )
+    share = 100 * numbers["share_of_tokens"]
+    return f"{counted(numbers['count'], name)} {where}: {size}, {each}{of_row}, {share:.1f}% of all"

@@ -31,7 +31,8 @@ from gptcli.data.media.reference import (
 
 Modality: TypeAlias = Literal["image", "audio", "video"]
 MODALITIES: tuple[Modality, ...] = ("image", "audio", "video")
-ARTICLE = {"image": "an", "audio": "an", "video": "a"}
+NOUNS = {"image": "image", "audio": "sound", "video": "video"}
+A_NOUN = {"image": "an image", "audio": "a sound", "video": "a video"}
 PLACE = re.compile("\ue0c3(image|audio|video)\ue0c4")
 
 
@@ -86,7 +87,7 @@ def check_places(text: str, media: Sequence[Medium]) -> str | None:
     places, given = Counter(wanted), Counter(each.modality for each in media)
     for modality in MODALITIES:
         if places[modality] != given[modality]:
-            return f"has {counted(given[modality], modality)} and {counted(places[modality], 'place')} for {modality}s"
+            return f"has {counted(given[modality], NOUNS[modality])} and {counted(places[modality], 'place')} for them"
     return "has its media in another order than their places"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from gptcli.data.conversation import ALPACA
 from gptcli.data.media.fault import MediaFault
-from gptcli.data.media.item import ARTICLE, Medium, Modality, counted, media_in, place_of
+from gptcli.data.media.item import A_NOUN, NOUNS, Medium, Modality, counted, media_in, place_of
 from gptcli.data.media.reference import NAMELESS, Reach
 
 _WRITTEN = re.compile("<(image|audio|video)>")
@@ -54,7 +54,7 @@ def extracted(
         row = {**row, column: [_text_alone(at, message, place, waiting) for at, message in messages]}
     for modality, left in waiting.items():
         if left:
-            more = f"has {counted(len(left), modality)} more than there are places in its messages"
+            more = f"has {counted(len(left), NOUNS[modality])} more than there are places in its messages"
             raise MediaFault("the row", "not media", more)
     return row, placed
 
@@ -66,8 +66,8 @@ def _written(text: str, at: int, place: Any, waiting: Mapping[Modality, Sequence
 
 def _no_more(modality: Modality, given: int) -> str:
     if not given:
-        return f"has a place for {ARTICLE[modality]} {modality}, and neither it nor the row holds one"
-    return f"has one more place for {ARTICLE[modality]} {modality}, and the row holds {counted(given, modality)}"
+        return f"has a place for {A_NOUN[modality]}, and neither it nor the row holds one"
+    return f"has one more place for {A_NOUN[modality]}, and the row holds {counted(given, NOUNS[modality])}"
 
 
 def _text_alone(at: int, message: Any, place: Any, waiting: Mapping[Modality, Sequence[Medium]]) -> Any:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gptcli.data.media.audio import load_audio
 from gptcli.data.media.fault import MediaFault
 from gptcli.data.media.image import load_image
-from gptcli.data.media.item import ARTICLE, PLACE, Medium, Modality, hashed
+from gptcli.data.media.item import A_NOUN, NOUNS, PLACE, Medium, Modality, hashed
 from gptcli.data.media.video import load_video
 from gptcli.data.tokenizer import PROCESSOR_FILES
 from gptcli.errors import CheckpointError, MissingError, first_line
@@ -71,9 +71,9 @@ class MediaReader:
     def load(self, medium: Medium) -> Any:
         """A medium decoded, as the processor takes it. Raises `MediaFault`; one that has changed since is one too."""
         if medium.modality not in self.tokens:
-            known = ", ".join(f"{each}s" for each in self.tokens)
-            what = f"{ARTICLE[medium.modality]} {medium.modality}"
-            raise MediaFault(medium.name, "not media", f"is {what}, and the model reads {known} alone")
+            known = " and ".join(f"{NOUNS[each]}s" for each in self.tokens)
+            what = f"is {A_NOUN[medium.modality]}, and the model reads {known} alone"
+            raise MediaFault(medium.name, "not media", what)
         if medium.hash and hashed(medium).hash != medium.hash:
             raise MediaFault(medium.name, "damaged file", "is another one than when the data was prepared")
         if isinstance(medium.value, list) or medium.modality == "video":
@@ -102,7 +102,7 @@ class MediaReader:
         if len(found) != len(media) or "" in found:
             named = media[found.index("")] if "" in found else media[0]
             raise MediaFault(
-                named.name, "not media", f"is too small or too short: no token of the {named.modality} is left"
+                named.name, "not media", f"is too small or too short: no token of the {NOUNS[named.modality]} is left"
             )
         sizes = {text: self._tokens(text) for text in set(found)}
         return [
@@ -155,7 +155,7 @@ class MediaReader:
         for part in parts[::2]:
             if written := pattern.search(part):
                 named = next(each for each, token in self.tokens.items() if token == written[0])
-                wrong = f"holds {written[0]}, by which the model knows {ARTICLE[named]} {named}; no text can hold it"
+                wrong = f"holds {written[0]}, by which the model knows {A_NOUN[named]}; no text can hold it"
                 raise MediaFault("the text", "not media", wrong)
         return "".join(part if index % 2 == 0 else next(texts) for index, part in enumerate(parts))
 
