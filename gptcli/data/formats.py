@@ -178,7 +178,10 @@ def _media(values: dict[str, Any], row_format: RowFormat, reach: Reach) -> Colum
     found: Columns = {}
     for modality, columns in row_format.media:
         for column in columns:
-            found[column] = media_in(values.get(column), modality, reach, f"{NAMELESS} of column {column!r}")
+            value = values.get(column)
+            if isinstance(value, str) and not value.strip():  # tables of text have no null
+                value = None
+            found[column] = media_in(value, modality, reach, f"{NAMELESS} of column {column!r}")
     return found
 
 

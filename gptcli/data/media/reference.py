@@ -184,7 +184,7 @@ def _data_url(text: str) -> Media:
 def _file(text: str, reach: Reach) -> Media:
     name = shown_name(text)
     if not text:
-        raise MediaFault(NAMELESS, "not media", "is an empty text, no path (null is none)")
+        raise MediaFault(NAMELESS, "not media", "is an empty text, no path")
     try:
         path = Path(os.path.realpath(reach.folder / text))
     except (ValueError, OSError):  # a NUL, a lone surrogate
