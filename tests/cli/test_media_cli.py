@@ -46,7 +46,7 @@ def test_a_picture_that_is_cut_off_is_code_3_with_file_and_row(folder: Path, run
 def test_pictures_are_counted_with_the_rows_that_were_left_out(folder: Path, run_cli: Cli) -> None:
     done = run_cli("tokenize", "r.yaml", "data.on_bad_row=skip", cwd=folder, COLUMNS="200")
     assert done.code == 0, done.err
-    assert "2 images in 2 rows (1 have none): 28 x 28 to 60 x 40 pixels, 16 tokens each of the 64 of a row" in done.out
+    assert "  2 images in 2 rows (1 without): 28 x 28 to 60 x 40 pixels, 16 tokens each (of a row's 64), " in done.out
     assert "dropped: 1 damaged file; first: a.jsonl:3: damaged file" in done.out
     report = run_cli("tokenize", "r.yaml", "data.on_bad_row=skip", "--json", cwd=folder).json()
     assert report["reused"] and report["dropped"] == {"damaged file": 1}

@@ -57,10 +57,8 @@ def media_numbers(counts: Mapping[str, MediaCounts], tokens: int) -> dict[str, A
 
 def _numbers(kind: str, counts: MediaCounts, tokens: int) -> dict[str, Any]:
     if kind == "audio":
-        seconds = (counts.total, *counts.least, *counts.most)
-        about: dict[str, Any] = dict(
-            zip(("seconds", "shortest", "longest"), (round(s, 3) for s in seconds), strict=True)
-        )
+        seconds = {"seconds": counts.total, "shortest": counts.least[0], "longest": counts.most[0]}
+        about: dict[str, Any] = {name: round(value, 3) for name, value in seconds.items()}
     else:
         about = {"smallest": counts.least, "largest": counts.most}
     return {
@@ -81,14 +79,15 @@ def media_lines(numbers: Mapping[str, Mapping[str, Any]], rows: int, length: int
 
 def _line(name: str, numbers: Mapping[str, Any], rows: int, length: int | None) -> str:
     without = rows - numbers["rows"]
-    where = f"in {counted(numbers['rows'], 'row')}" + (f" ({without:,} have none)" if without else "")
+    where = f"in {counted(numbers['rows'], 'row')}" + (f" ({without:,} without)" if without else "")
     if "seconds" in numbers:
         size = f"{numbers['seconds']:,.1f} s in all, {numbers['shortest']:,.3g} to {numbers['longest']:,.3g} s each"
     else:
         sizes = [pixels(numbers["smallest"]), pixels(numbers["largest"])]
         size = f"{' to '.join(dict.fromkeys(sizes))} pixels"
     mean, most = numbers["mean_tokens"], numbers["most_tokens"]
-    each = f"{most:,} tokens each" if mean == most else f"{mean:,g} tokens each on average, {most:,} at most"
-    of_row = f" of the {length:,} of a row" if length else ""
-    share = 100 * numbers["share_of_tokens"]
-    return f"{counted(numbers['count'], name)} {where}: {size}, {each}{of_row}, {share:.1f}% of all"
+    of_row = f"of a row's {length:,}" if length else ""
+    at_most = " ".join(each for each in (f"at most {most:,}" if mean != most else "", of_row) if each)
+    tokens = f"{mean:,g} tokens each{f' ({at_most})' if at_most else ''}"
+    share = f"{100 * numbers['share_of_tokens']:.1f}% of all tokens"
+    return f"{counted(numbers['count'], name)} {where}: {size}, {tokens}, {share}"
