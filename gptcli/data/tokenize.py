@@ -23,7 +23,7 @@ from gptcli.data.fast import Unequal, distrust
 from gptcli.data.finish import finish
 from gptcli.data.infill import infill_ids
 from gptcli.data.job import Job, find_job
-from gptcli.data.media.reader import has_processor
+from gptcli.data.media.reader import has_processor, open_reader
 from gptcli.data.packed import PackedRows, packing_of
 from gptcli.data.pieces import Piece
 from gptcli.data.readers import shown
@@ -260,6 +260,11 @@ def encode_pieces(
     if job.data.format == "chat":
         section = "tokenizer" if loaded.recipe.tokenizer is not None else "model.from"
         open_templater(tokenizer, where=loaded.where(section))
+    for kind, _ in job.data.media:
+        if kind not in (reader := open_reader(tokenizer)).tokens:
+            raise RecipeError(
+                f"data.{kind}s: the model reads {reader.reads} alone", where=loaded.where(f"data.{kind}s")
+            )
     work = work_folder(folder)
     check_tokens(job, tokenizer)
     repeated = repeated_marks(loaded, job, reporter, tokenizer) if job.data.deduplicate == "exact" else None

@@ -54,6 +54,11 @@ class MediaReader:
     tokens: Mapping[Modality, str]
 
     @property
+    def reads(self) -> str:
+        """What is read, for people."""
+        return " and ".join(f"{NOUNS[each]}s" for each in self.tokens)
+
+    @property
     def rate(self) -> int:
         """The samples a second of the sounds that the processor takes."""
         return int(self._sounds.sampling_rate)
@@ -71,8 +76,7 @@ class MediaReader:
     def load(self, medium: Medium) -> Any:
         """A medium decoded, as the processor takes it. Raises `MediaFault`; one that has changed since is one too."""
         if medium.modality not in self.tokens:
-            known = " and ".join(f"{NOUNS[each]}s" for each in self.tokens)
-            what = f"is {A_NOUN[medium.modality]}, and the model reads {known} alone"
+            what = f"is {A_NOUN[medium.modality]}, and the model reads {self.reads} alone"
             raise MediaFault(medium.name, "not media", what)
         if medium.hash and hashed(medium).hash != medium.hash:
             raise MediaFault(medium.name, "damaged file", "is another one than when the data was prepared")

@@ -7,14 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
 
 from gptcli.data.tokenize import Prepared, prepare
 from gptcli.data.tokenizer import train_bpe
-from gptcli.model.media import media_model
-from gptcli.model.processor import media_tokens
 from gptcli.recipe.load import load_recipe
-from tests.media import TINY
 from tests.unit.data.conftest import Lines
 
 
@@ -48,6 +44,10 @@ def tokenizer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
     @functools.cache
     def made(kind: str) -> Path:
+        from transformers import AutoConfig
+
+        from gptcli.model.processor import media_tokens
+
         folder = tmp_path_factory.mktemp(kind)
         tokens = media_tokens(AutoConfig.for_model(kind)).values()
         text = ["What is this? This is a coat, a shoe. "] * 3
@@ -60,6 +60,8 @@ def tokenizer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 @pytest.fixture
 def recipe(tmp_path: Path, tokenizer_of: Callable[[str], Path]) -> Callable[..., Path]:
     """Write the recipe of a data section (YAML flow text) and a tiny model; `chat`: a template for conversations."""
+
+    from tests.media import TINY
 
     def written(data: str, kind: str = "llava", *, chat: str = "") -> Path:
         path = tmp_path / "recipe.yaml"
@@ -78,6 +80,8 @@ def prepared(recipe: Callable[..., Path], lines: Told) -> Callable[..., Prepared
     """Prepare the data of such a recipe."""
 
     def run(data: str, *overrides: str, kind: str = "llava", chat: str = "", verify: bool = False) -> Prepared:
+        from gptcli.model.media import media_model
+
         loaded = load_recipe(str(recipe(data, kind, chat=chat)), overrides)
         return prepare(loaded, lines, verify=verify or None, media=media_model(loaded))
 

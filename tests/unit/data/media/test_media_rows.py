@@ -164,12 +164,13 @@ def test_conversations_without_any_picture_are_a_warning(tmp_path: Path, prepare
         (PROMPT.replace("{image}", ""), "prompt has no place for 'image': write {image}"),
         (PROMPT.replace("[image]", "[imgae]"), "data.images: no source has a column 'imgae'"),
         (PROMPT.replace("format: prompt", "format: text"), "format"),
+        (HEARD, "data.audios: the model reads images alone"),
     ],
 )
 def test_columns_that_make_no_sense_are_told_before_anything_is_read(
     tmp_path: Path, prepared: Prepare, data: str, says: str
 ) -> None:
-    jsonl(tmp_path / "a.jsonl", [GOOD])
+    jsonl(tmp_path / "a.jsonl", [{**GOOD, "audio": "media/absent.wav"}])
     with pytest.raises(RecipeError) as caught:
         prepared(f"{{train: a.jsonl, {data}}}")
     assert says in "\n".join(caught.value.lines()) and "recipe.yaml:3" in "\n".join(caught.value.lines())
@@ -200,6 +201,7 @@ FRAME = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "a coat<|im_
         (asked(part("media/cut.jpg"), "?"), "damaged file", r"media/cut\.jpg ends in the middle"),
         (asked(part(7), "?"), "not media", "the value in message 1 is a number"),
         (asked(part("media/good.wav", "audio"), "?"), "not media", "is a sound, and the model reads images alone"),
+        (asked(part(["media/good.png"] * 2, "video"), "?"), "not media", "is a video, and the model reads images alone"),
         (asked("?", said=[part("media/good.png")]), "not text", "message 2 is the assistant's and holds media"),
         (asked("?", said="<image>", image="media/good.png"), "not text", "message 2 is the assistant's"),
         ({"messages": turns("\ue0c3image\ue0c4", "a coat")}, "not media", "0 images and 1 place for them"),
