@@ -201,7 +201,7 @@ FRAME = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "a coat<|im_
         (asked(part("media/cut.jpg"), "?"), "damaged file", r"media/cut\.jpg ends in the middle"),
         (asked(part(7), "?"), "not media", "the value in message 1 is a number"),
         (asked(part("media/good.wav", "audio"), "?"), "not media", "is a sound, and the model reads images alone"),
-        (asked(part(["media/good.png"] * 2, "video"), "?"), "not media", "is a video, and the model reads images alone"),
+        (asked(part(["media/good.png"] * 2, "video"), "?"), "not media", "is a video, and the model reads"),
         (asked("?", said=[part("media/good.png")]), "not text", "message 2 is the assistant's and holds media"),
         (asked("?", said="<image>", image="media/good.png"), "not text", "message 2 is the assistant's"),
         ({"messages": turns("\ue0c3image\ue0c4", "a coat")}, "not media", "0 images and 1 place for them"),
