@@ -149,7 +149,7 @@ def _show(document: Shown, out: Console) -> None:
     from rich.text import Text
 
     from gptcli.data.media.fault import shown_name
-    from gptcli.data.media.item import counted, shown_extent
+    from gptcli.data.media.item import NOUNS, counted, shown_extent
     from gptcli.reporting import visible
 
     colours = out.rich.color_system is not None
@@ -180,7 +180,7 @@ def _show(document: Shown, out: Console) -> None:
     out.say(f"{document.document}: {document.total:,} tokens{told}")
     for medium in document.media:
         size = f"{shown_extent(medium)}, {counted(medium.tokens, 'token')}"
-        out.say(visible(f"  {medium.modality} {shown_name(medium.name)} ({size})"))
+        out.say(visible(f"  {NOUNS[medium.modality]} {shown_name(medium.name)} ({size})"))
     if not out.quiet:
         out.rich.print(line)
         out.rich.print()

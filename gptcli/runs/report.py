@@ -202,7 +202,7 @@ def _data(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for kind, numbers in mapping(train.get("media")).items():
         found, rows, tokens = (whole(mapping(numbers).get(key)) for key in ("count", "rows", "tokens"))
         if found is not None and rows is not None and tokens is not None:
-            yield f"{kind}s", f"{found:,} in {rows:,} rows, {tokens:,} tokens"
+            yield "sounds" if kind == "audio" else f"{kind}s", f"{found:,} in {rows:,} rows, {tokens:,} tokens"
 
 
 def _pairs(title: str, pairs: Iterable[tuple[str, Any]]) -> str:
