@@ -187,7 +187,7 @@ def asked(*content: Any, said: Any = "a coat", **columns: Any) -> dict[str, Any]
 
 
 GOOD_CHAT = asked(part("media/good.png"), "What?")
-FRAME = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "a coat<|im_end|>")
+FRAME = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n\n", "a coat<|im_end|>")  # a line end is behind it
 
 
 @pytest.mark.parametrize(
@@ -263,8 +263,9 @@ def test_a_row_with_media_that_is_too_long_is_an_error_or_dropped_and_never_cut(
 ) -> None:
     jsonl(tmp_path / "a.jsonl", [GOOD, {**GOOD, "text": "What is this? " * 40}])
     for overlong in ("split", "truncate", "error"):
-        with pytest.raises(DataError, match=r"document 2 has .* tokens, and a row takes 96 \+ 1"):
+        with pytest.raises(DataError, match=r"document 2 has .* tokens, and a row takes 96 \+ 1") as caught:
             prepared(f"{{train: a.jsonl, packing: {packing}, overlong: {overlong}, {PROMPT}}}")
+        assert "is never cut" in caught.value.what and "split" not in str(caught.value.remedy)
     made = prepared(f"{{train: a.jsonl, packing: {packing}, overlong: drop, {PROMPT}}}")
     assert made.report["rows"] == 1 and sum(made.report["left_out"].values()) == 1
 
@@ -318,8 +319,7 @@ def test_parts_put_together_are_the_same_bytes(
     data = f"{{train: a.jsonl, {PROMPT}}}"
     whole = prepared(data)
     monkeypatch.setattr("gptcli.data.pieces.SMALLEST", 2_000)
-    # The same tokenizer and processor, and none of the data.
-    monkeypatch.setattr("gptcli.data.tokenize.data_folder", lambda *_: tmp_path / "other" / "data")
+    monkeypatch.setenv("GPTCLI_CACHE", str(tmp_path / "other"))
     loaded = load_recipe(str(recipe(data)))
     media = media_model(loaded)
     shares = [prepare_share(loaded, Silent(), (number, 3), media=media) for number in (3, 1, 2)]
