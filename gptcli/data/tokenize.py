@@ -364,6 +364,13 @@ def _rows(
 ) -> tuple[RowIndex | None, bool]:
     """(the index of rows of whole documents, whether it was there); None where rows are of one stream."""
     how = packing_of(loaded.recipe, media=train.has_media)
+    if train.has_media and (how is None or how.every_label):
+        key = "data.packing" if how is None else "finetune.train_on"
+        raise RecipeError(
+            f"{key}: prompts of rows with images and sounds cannot be learnt, for what stands there nobody says",
+            where=loaded.where(key),
+            remedy="Set data.packing to isolated or none, and finetune.train_on: completion.",
+        )
     if how is None:
         if train.has_supervision and loaded.recipe.finetune.train_on != "all":
             raise RecipeError(

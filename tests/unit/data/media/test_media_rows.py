@@ -270,6 +270,15 @@ def test_a_row_with_media_that_is_too_long_is_an_error_or_dropped_and_never_cut(
     assert made.report["rows"] == 1 and sum(made.report["left_out"].values()) == 1
 
 
+@pytest.mark.parametrize("packing", ["concat", "isolated"])
+def test_placeholders_are_never_learnt_with_the_prompt_that_they_are_in(
+    tmp_path: Path, prepared: Prepare, packing: str
+) -> None:
+    jsonl(tmp_path / "a.jsonl", [GOOD])
+    with pytest.raises(RecipeError, match="prompts of rows with images and sounds cannot be learnt"):
+        prepared(f"{{train: a.jsonl, packing: {packing}, {PROMPT}}}", "finetune.train_on=all")
+
+
 def test_a_picture_that_has_changed_is_told_when_it_is_read_and_verify_prepares_it_again(
     tmp_path: Path, prepared: Prepare, lines: Any
 ) -> None:
