@@ -51,7 +51,7 @@ faults: $(STAMP)
 distributed: $(STAMP)
 	$(PYTEST) tests/distributed --all-faults
 
-## Every figure of benchmarks/RESULTS.md but a GPU's (benchmarks/gpu.py). NANOGPT=PATH, a checkout of karpathy/nanoGPT, adds that peer.
+## Every figure of benchmarks/RESULTS.md but a GPU's (benchmarks/gpu.py). NANOGPT=PATH, a checkout of karpathy/nanoGPT, adds that peer; DATA=PATH, with sst2/ and multi30k/, what packing is worth.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/quickstart.py
@@ -63,6 +63,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/evaluate.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/generate.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	$(BIN)/python benchmarks/train.py $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	$(BIN)/python benchmarks/time_to_loss.py $(if $(NANOGPT),--nanogpt $(NANOGPT))

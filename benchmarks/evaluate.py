@@ -26,9 +26,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measuring import MEBI, Sampler, print_machine
+from measuring import MEBI, Sampler, make_llama, print_machine
 
-END = "<|endoftext|>"
 FILE_BYTES = 1_000_000
 
 
@@ -45,10 +44,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder, small = Path(place) / "model", Path(place) / "small"
         documents = texts(options.text, options.bytes)
-        make(folder, documents, vocabulary=8192, hidden_size=256, num_hidden_layers=4)
+        make_llama(folder, documents, vocabulary=8192, hidden_size=256, num_hidden_layers=4)
         (folder / "texts.json").write_text(json.dumps(documents))
         speed(folder, options.rounds)
-        make(small, documents, vocabulary=512, hidden_size=32, num_hidden_layers=1)
+        make_llama(small, documents, vocabulary=512, hidden_size=32, num_hidden_layers=1)
         memory(small, documents)
 
 
@@ -67,28 +66,6 @@ def texts(path: Path | None, size: int) -> list[str]:
         chosen.append(text)
         filled += len(text.encode())
     return chosen
-
-
-def make(folder: Path, documents: list[str], vocabulary: int, **sizes: int) -> None:
-    """A llama with random weights and a byte-level BPE that was trained on the documents."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    plain = Tokenizer(models.BPE())
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    plain.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    plain.train_from_iterator(documents, trainer)
-    width = {"intermediate_size": 4 * sizes["hidden_size"], "num_attention_heads": sizes["hidden_size"] // 32}
-    config = {**sizes, **width, "vocab_size": vocabulary, "max_position_embeddings": 512}
-    torch.manual_seed(0)
-    llama = AutoConfig.for_model("llama", **config, bos_token_id=0, eos_token_id=0, initializer_range=0.1)
-    AutoModelForCausalLM.from_config(llama).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=plain, bos_token=END, eos_token=END).save_pretrained(folder)
 
 
 def speed(folder: Path, rounds: int) -> None:

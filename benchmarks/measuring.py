@@ -1,4 +1,4 @@
-"""What the benchmarks share: the memory of a process tree, and the lines that say what was measured on."""
+"""What the benchmarks share: the memory of a process tree, a small model, and lines that say what was measured on."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 MEBI = 1 << 20
 POLL_SECONDS = 0.002
+END = "<|endoftext|>"
 
 
 class Sampler:
@@ -105,3 +106,25 @@ def seconds_until(ready: Callable[[], bool], command: list[str], folder: Path) -
         process.kill()
         process.wait()
     return took
+
+
+def make_llama(folder: Path, documents: list[str], vocabulary: int, **sizes: int) -> None:
+    """A llama with random weights and a byte-level BPE that was trained on the documents."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    plain.train_from_iterator(documents, trainer)
+    width = {"intermediate_size": 4 * sizes["hidden_size"], "num_attention_heads": sizes["hidden_size"] // 32}
+    config = {**sizes, **width, "vocab_size": vocabulary, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    llama = AutoConfig.for_model("llama", **config, bos_token_id=0, eos_token_id=0, initializer_range=0.1)
+    AutoModelForCausalLM.from_config(llama).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=plain, bos_token=END, eos_token=END).save_pretrained(folder)

@@ -45,7 +45,7 @@ def page(run: RunFolder) -> str:
     sections = [
         _header(summary, fields),
         _figures(summary),
-        _curves(lines),
+        _curves(lines, summary.loss_unit),
         _samples(_read_samples(run)),
         _decisions(fields),
         _machine(fields),
@@ -75,11 +75,12 @@ def _when(moment: str | None) -> str | None:
 
 def _figures(summary: Summary) -> str:
     step = "-" if summary.step is None else f"{summary.step:,}"
+    unit = summary.loss_unit or ""
     of = "" if summary.steps is None or summary.steps == summary.step else f"of {summary.steps:,}"
     cells = [
-        ("Validation loss", figure(summary.validation_loss), "nats a token"),
+        ("Validation loss", figure(summary.validation_loss), unit),
         ("Bits per byte", figure(summary.bits_per_byte), "validation"),
-        ("Training loss", figure(summary.loss), "last log step"),
+        ("Training loss", figure(summary.loss), f"{unit}, last log step".removeprefix(", ")),
         ("Parameters", count(summary.parameters), ""),
         ("Steps", step, of),
         ("Tokens", count(summary.tokens), ""),
@@ -95,7 +96,7 @@ def _figures(summary: Summary) -> str:
     return f'<dl class="figures">{shown}</dl>' if shown else ""
 
 
-def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
+def _curves(lines: Sequence[Mapping[str, Any]], unit: str | None) -> str:
     training = points(lines, "loss")
     validation = points(lines, "validation", "loss")
     last_step = max((step for step, _ in [*training, *validation]), default=0.0)
@@ -110,9 +111,10 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> str:
         if validation:
             drawn.append(Line(validation, "second", "validation loss", dots=len(validation) <= 60))
         entries = [("main", "training", training), ("second", "validation", validation)]
+        title = f"Loss ({escape(unit)})" if unit else "Loss"
         keys = legend((style, name) for style, name, curve in entries if curve)
         picture = svg(drawn, "Loss by step", lambda value: f"{value:.4f}", last_step=last_step, width=1040, height=320)
-        charts.append(f'<figure class="wide"><figcaption>Loss{keys}</figcaption>{picture}</figure>')
+        charts.append(f'<figure class="wide"><figcaption>{title}{keys}</figcaption>{picture}</figure>')
     small = [
         ("Validation loss", validation, "second", lambda value: f"{value:.4f}", False, True),
         ("Learning rate", points(lines, "learning_rate"), "main", lambda value: f"{value:.3g}", True, False),

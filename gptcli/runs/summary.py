@@ -34,6 +34,7 @@ class Summary:
     loss: float | None
     validation_loss: float | None
     bits_per_byte: float | None
+    loss_unit: str | None
     tokens_per_second: float | None
     wall_seconds: float | None
     peak_bytes: int | None
@@ -78,6 +79,7 @@ def summarize(run: RunFolder) -> Summary:
         loss=number(latest.get("loss")),
         validation_loss=number(validation.get("loss")),
         bits_per_byte=number(validation.get("bits_per_byte")),
+        loss_unit=text(fields.get("loss_unit")),
         tokens_per_second=number(latest.get("tokens_per_second")),
         wall_seconds=number(latest.get("wall_seconds")) or number(latest.get("seconds")),
         peak_bytes=whole(latest.get("peak_bytes")) or _peak(lines),

@@ -198,6 +198,7 @@ def model_config(
     Names in the recipe are checked against what is installed.
     """
     from gptcli.model.build import TokenIds, build_config
+    from gptcli.model.kinds import is_multimodal
     from gptcli.train.arguments import check_names
 
     check_names(loaded)
@@ -206,7 +207,7 @@ def model_config(
         return _config_of(loaded, prepared, reporter)
     special = prepared.train.specials
     ids = TokenIds(prepared.train.vocab_size, special.bos, special.eos, special.pad)
-    if prepared.train.has_media:
+    if is_multimodal(loaded.recipe.model.type or ""):
         ids = media_token_ids(loaded, prepared.tokenizer)
     config, notes = build_config(loaded, ids)
     for note in notes:

@@ -160,7 +160,7 @@ def _check_resume(assembly: Assembly, options: Options, start: Start, reporter: 
 def write_start(assembly: Assembly, options: Options) -> None:
     """Write the run's recipe, the resolved one and `run.json`: from here on it is a run. Only rank 0 writes."""
     from gptcli.device import device_name
-    from gptcli.train.record import command_line, git_commit, versions
+    from gptcli.train.record import command_line, git_commit, loss_unit, versions
 
     run, loaded, plan = assembly.run, assembly.loaded, assembly.plan
     if not is_main_process():
@@ -184,6 +184,7 @@ def write_start(assembly: Assembly, options: Options) -> None:
         seed=loaded.recipe.seed,
         fingerprints=assembly.fingerprints,
         parameters=plan.parameters,
+        loss_unit=loss_unit(loaded.recipe),
         plan=plan.as_dict(),
         data=assembly.prepared.report,
     )

@@ -67,13 +67,18 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
+def loss_unit(recipe: Recipe) -> str:
+    """What a run's losses are measured in: those of preference tuning are their method's own."""
+    assert recipe.data is not None
+    return f"of {recipe.finetune.method}" if recipe.data.format == "preference" else "nats a token"
+
+
 def model_card(loaded: LoadedRecipe, plan: Plan, result: dict[str, Any]) -> str:
     """A model card (Markdown with a YAML head) that says what the model is, from what, and how good."""
     recipe = loaded.recipe
     assert recipe.model is not None and recipe.data is not None
     sources = "\n".join(f"- `{source.path or source.tokens}`" for source in recipe.data.train)
     validation = result.get("validation") or {}
-    unit = f"of {recipe.finetune.method}" if recipe.data.format == "preference" else "nats a token"
     rows = [
         ("type", recipe.model.type or f"continued from {recipe.model.from_}"),
         *_adapter_rows(recipe, plan),
@@ -81,7 +86,7 @@ def model_card(loaded: LoadedRecipe, plan: Plan, result: dict[str, Any]) -> str:
         ("context", f"{recipe.data.sequence_length:,} tokens"),
         ("trained on", f"{result['tokens']:,} tokens in {result['step']:,} steps"),
         ("training loss", _figure(result.get("loss"))),
-        (f"validation loss ({unit})", _figure(validation.get("loss"))),
+        (f"validation loss ({loss_unit(recipe)})", _figure(validation.get("loss"))),
         ("validation bits per byte", _figure(validation.get("bits_per_byte"))),
         *((name, _figure(value)) for name, value in validation.get("metrics", {}).items() if isinstance(value, float)),
     ]

@@ -41,6 +41,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, run_cli: Cli) -> Path:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.slow_fault
 def test_a_compiled_run_learns_the_same_and_keeps_the_names_of_the_weights(plain: Path, run_cli: Cli) -> None:
     folder = plain.parent.parent
     inductor = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}

@@ -26,6 +26,7 @@ def test_dpo_of_200_pairs_raises_the_margin_of_held_out_ones_and_goes_on(run_cli
     assert after["margin"] > 0.3 and after["accuracy"] > 0.9 and after["loss"] < before["loss"]
     assert result["validation"] == {key: after[key] for key in ("loss", "bits_per_byte", "margin", "accuracy")}
     assert result["tokens"] == lines[-2]["tokens"]
+    assert json.loads((folder / "runs" / "pairs" / "run.json").read_text())["loss_unit"] == "of dpo"
     # A longer run goes on from there, without a second look at what is done.
     more = run_cli("finetune", *settings, "train.max_steps=22", cwd=folder)
     assert more.code == 0 and "resuming pairs from checkpoint-20" in more.out

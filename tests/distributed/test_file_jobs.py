@@ -21,6 +21,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Jobs:
     return make_jobs(tmp_path_factory.mktemp("jobs"), forks)
 
 
+@pytest.mark.slow_fault
 def test_two_processes_write_what_one_writes_and_one_goes_on_with_what_two_began(jobs: Jobs) -> None:
     fault = faulty({1: {"at": JOURNAL.format(1), "then": 2, "do": "SIGINT"}})
     command = jobs.arguments("two", "--processes", "2", "--json")

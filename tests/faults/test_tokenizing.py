@@ -184,13 +184,13 @@ def make_jobs(folder: Path, environment: dict[str, str], megabytes: float) -> It
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Jobs]:
-    with make_jobs(tmp_path_factory.mktemp("tokenizing"), environment, 5) as jobs:
+    with make_jobs(tmp_path_factory.mktemp("tokenizing"), environment, 2.5) as jobs:
         yield jobs
 
 
 @pytest.fixture
 def jobs(shared: Jobs) -> Jobs:
-    """Some 27 pieces and an empty cache."""
+    """Some 13 pieces and an empty cache."""
     shared.anew()
     return shared
 
@@ -221,7 +221,7 @@ def assert_goes_on(jobs: Jobs, recipe: str, expected: dict[str, bytes]) -> None:
 def test_a_job_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_one(
     recipe: str, tmp_path: Path, environment: dict[str, str], pytestconfig: pytest.Config
 ) -> None:
-    kills, megabytes = (8, 25) if pytestconfig.getoption("--all-faults") else (3, 5)
+    kills, megabytes = (8, 25) if pytestconfig.getoption("--all-faults") else (3, 2.5)
     with make_jobs(tmp_path, environment, megabytes) as jobs:
         started = time.monotonic()
         assert jobs.run(recipe, "tokenize.processes=2").code == 0

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from gptcli.errors import CheckpointError, MissingError
+from gptcli.recipe.schema import Recipe
 from gptcli.runs import metrics
 from gptcli.runs.folder import RunFolder
 from gptcli.runs.report import page, write_report
 from gptcli.runs.summary import ago, count, size, span, summarize
+from gptcli.train.record import loss_unit
 
 HOSTILE = "<script>alert('x')</script>\"&"
 VOID = {"meta", "br"}
@@ -86,6 +88,21 @@ def test_the_page_has_figures_curves_samples_recipe_and_versions(run: RunFolder)
     for chart in ("Loss by step", "Validation loss by step", "Learning rate", "Gradient norm", "Tokens/s by step"):
         assert chart in content
     assert "prefers-color-scheme: dark" in content
+
+
+@pytest.mark.parametrize(
+    ("data", "unit"),
+    [({}, "nats a token"), ({"format": "preference"}, "of dpo")],
+)
+def test_a_loss_is_labelled_by_what_it_is(run: RunFolder, data: dict[str, Any], unit: str) -> None:
+    assert "nats" not in page(run), "a run that does not say"
+    recipe = Recipe.model_validate({"name": "x", "data": {"train": "a.jsonl", **data}, "finetune": {"method": "dpo"}})
+    run.update(loss_unit=loss_unit(recipe))
+    assert summarize(run).loss_unit == unit
+    content = page(run)
+    for shown in (f"<small>{unit}</small>", f"<small>{unit}, last log step</small>", f"Loss ({unit})"):
+        assert shown in content
+    assert ("nats" in content) == (unit == "nats a token")
 
 
 @pytest.mark.parametrize(

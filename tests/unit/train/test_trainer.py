@@ -185,6 +185,7 @@ def test_z_loss_is_trained_on_and_left_out_of_the_logged_loss(tmp_path: Path) ->
     assert strong[1:] != without[1:]
 
 
+@pytest.mark.slow_fault
 def test_bf16_trains_close_to_fp32(tmp_path: Path) -> None:
     folder = make_project(tmp_path)
     half = losses(run(folder, "half", "train.precision=bf16", "train.max_steps=4"))
