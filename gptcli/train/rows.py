@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 # Stands for a row that does not count: in a last, smaller step a process may have none, and still has to take part.
 FILLER = -1
 CHANGED = (
-    "Every image and sound was read when the data was prepared. Put back what was there,\n"
-    "or prepare the data again: gptcli tokenize RECIPE --verify reads all of them."
+    "Every image and sound was read when the data was prepared: put back what was there, or run gptcli tokenize again."
 )
 
 

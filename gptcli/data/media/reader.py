@@ -56,7 +56,7 @@ class MediaReader:
     @property
     def reads(self) -> str:
         """What is read, for people."""
-        return " and ".join(f"{NOUNS[each]}s" for each in self.tokens)
+        return " and ".join(f"{NOUNS[each]}s" for each in self.tokens) or "text"
 
     @property
     def rate(self) -> int:
