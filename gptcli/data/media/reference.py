@@ -190,7 +190,7 @@ def _file(text: str, reach: Reach) -> Media:
     except (ValueError, OSError):  # a NUL, a lone surrogate
         raise MediaFault(name, "missing file", "is no name that a file can have") from None
     if not reach.allow_outside and not path.is_relative_to(reach.folder):
-        reason = "lies outside the folder of the data file, where data.allow_outside lets it lie"
+        reason = "lies outside the folder of the data file (data.allow_outside: true reads it nonetheless)"
         raise MediaFault(name, "outside the folder", reason)
     return Media(name, path)
 
