@@ -216,7 +216,8 @@ def filled_prompt(
     places = dict(media)
     for modality, columns in kinds:
         if modality not in columns and modality in used:
-            places[modality] = [each for column in columns if column not in used for each in media[column]]
+            others = [column for column in columns if column not in used]
+            places[modality] = [each for column in others for each in places.pop(column)]
     for column, found in places.items():
         if found and (wanted := used.count(column)) != len(found):
             given = counted(len(found), NOUNS[found[0].modality])

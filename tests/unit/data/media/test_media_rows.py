@@ -29,9 +29,8 @@ from tests.unit.data.test_formats import examples, jsonl, turns
 pytestmark = needs_media
 Prepare = Callable[..., Prepared]
 
-PROMPT = (
-    "format: prompt, validation: 0, sequence_length: 96, images: [image], prompt: '{image}{text}', completion: ' coat'"
-)
+SPOKEN = "prompt: '{image}{text}', completion: ' {label}'"
+PROMPT = f"format: prompt, validation: 0, sequence_length: 96, images: [image], {SPOKEN}"
 HEARD = PROMPT.replace("image", "audio")
 CHAT = "format: chat, validation: 0, sequence_length: 128"
 SEEN = "<image>" * 16
@@ -39,12 +38,17 @@ GOOD = {"image": "media/good.png", "text": "What?"}
 LEARNT = " coat<|endoftext|>"
 
 
+def written(path: Path, rows: list[Any]) -> None:
+    """Rows as a file, each with what is to be said."""
+    jsonl(path, [{"label": "coat", **row} for row in rows])
+
+
 @pytest.fixture(autouse=True)
 def files(tmp_path: Path) -> None:
     make_media(tmp_path)
 
 
-def refused(prepared: Prepare, data: str, kind: str, says: str, **of: Any) -> None:
+def refused(prepared: Prepare, data: str, reason: str, says: str, **of: Any) -> None:
     """The second row of a.jsonl is an error that is named, and skipped it is counted; the first is left."""
     with pytest.raises(DataError) as caught:
         prepared(data, **of)
@@ -52,8 +56,8 @@ def refused(prepared: Prepare, data: str, kind: str, says: str, **of: Any) -> No
     assert str(caught.value.where).endswith("a.jsonl:2") and caught.value.exit_code == 3
     assert "data.on_bad_row: skip" in str(caught.value.remedy)
     made = prepared(data, "data.on_bad_row=skip", **of)
-    assert made.report["dropped"] == {kind: 1} and made.train.documents == 1
-    assert made.report["dropped_examples"][0].endswith(f"a.jsonl:2: {kind}")
+    assert made.report["dropped"] == {reason: 1} and made.train.documents == 1
+    assert made.report["dropped_examples"][0].endswith(f"a.jsonl:2: {reason}")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def refused(prepared: Prepare, data: str, kind: str, says: str, **of: Any) -> No
 def test_a_value_that_is_no_image_is_named_with_its_row_or_counted(
     tmp_path: Path, prepared: Prepare, value: Any, kind: str, says: str
 ) -> None:
-    jsonl(tmp_path / "a.jsonl", [GOOD, {"image": value, "text": "What?"}])
+    written(tmp_path / "a.jsonl", [GOOD, {"image": value, "text": "What?"}])
     refused(prepared, f"{{train: a.jsonl, {PROMPT}}}", kind, says)
 
 
@@ -94,20 +98,20 @@ def test_a_value_that_is_no_image_is_named_with_its_row_or_counted(
 def test_a_value_that_is_no_sound_is_named_with_its_row_or_counted(
     tmp_path: Path, prepared: Prepare, value: Any, kind: str, says: str
 ) -> None:
-    jsonl(tmp_path / "a.jsonl", [{"audio": "media/good.wav", "text": "a"}, {"audio": value, "text": "a"}])
+    written(tmp_path / "a.jsonl", [{"audio": "media/good.wav", "text": "a"}, {"audio": value, "text": "a"}])
     refused(prepared, f"{{train: a.jsonl, {HEARD}}}", kind, says, kind="qwen2_audio")
 
 
 def test_a_placeholder_that_a_row_writes_itself_is_named(tmp_path: Path, prepared: Prepare) -> None:
-    jsonl(tmp_path / "a.jsonl", [GOOD, {"image": None, "text": "<image>?"}])
+    written(tmp_path / "a.jsonl", [GOOD, {"image": None, "text": "<image>?"}])
     says = "^the text holds <image>, by which the model knows an image"
     refused(prepared, f"{{train: a.jsonl, {PROMPT}}}", "not media", says)
-    jsonl(tmp_path / "a.jsonl", [GOOD, {"image": None, "text": "\ue0c3image\ue0c4?"}])  # nor our own mark
+    written(tmp_path / "a.jsonl", [GOOD, {"image": None, "text": "\ue0c3image\ue0c4?"}])  # nor our own mark
     refused(prepared, f"{{train: a.jsonl, {PROMPT}}}", "not media", "^the row has 0 images and 1 place for them")
 
 
 def test_two_places_want_two_pictures(tmp_path: Path, prepared: Prepare) -> None:
-    jsonl(tmp_path / "a.jsonl", [{"image": ["media/good.png", "media/wide.png"], "text": "?"}, {**GOOD}])
+    written(tmp_path / "a.jsonl", [{"image": ["media/good.png", "media/wide.png"], "text": "?"}, {**GOOD}])
     data = f"{{train: a.jsonl, {PROMPT.replace('{image}', '{image}{image}')}}}"
     refused(prepared, data, "not media", "^the row has 1 image, and data.prompt has 2 places {image}")
 
@@ -115,11 +119,13 @@ def test_two_places_want_two_pictures(tmp_path: Path, prepared: Prepare) -> None
 def test_values_of_every_form_are_the_same_picture(tmp_path: Path, prepared: Prepare) -> None:
     raw = picture_bytes(1)
     url = "data:image/png;base64," + base64.b64encode(raw).decode()
-    jsonl(tmp_path / "a.jsonl", [GOOD, {**GOOD, "image": ["media/good.png"]}, {**GOOD, "image": url}])
+    written(tmp_path / "a.jsonl", [GOOD, {**GOOD, "image": ["media/good.png"]}, {**GOOD, "image": url}])
     # What datasets writes of its features Image and Audio.
     rows = [{"image": {"bytes": raw, "path": None}}, {"image": {"bytes": None, "path": "media/good.png"}}]
-    pq.write_table(pa.Table.from_pylist([{**row, "text": "What?"} for row in rows]), tmp_path / "b.parquet")
-    pq.write_table(pa.table({"image": [raw], "text": ["What?"]}), tmp_path / "c.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{**row, "text": "What?", "label": "coat"} for row in rows]), tmp_path / "b.parquet"
+    )
+    pq.write_table(pa.table({"image": [raw], "text": ["What?"], "label": ["coat"]}), tmp_path / "c.parquet")
     made = prepared(f"{{train: [a.jsonl, b.parquet, c.parquet], {PROMPT}}}")
     assert examples(made.train, made.tokenizer) == [(f"{SEEN}What?", LEARNT)] * 6
     media = [each for at in range(3) for each in made.train.media(at, made.train.document_offsets(at)[:-1])]
@@ -131,24 +137,24 @@ NOTHING = {"absent": {}, "null": {"image": None}, "list": {"image": []}, "text":
 
 @pytest.mark.parametrize("none", NOTHING.values(), ids=NOTHING)
 def test_a_row_without_a_picture_has_nothing_in_its_place(tmp_path: Path, prepared: Prepare, none: Any) -> None:
-    jsonl(tmp_path / "a.jsonl", [GOOD, {**none, "text": "What?"}])
+    written(tmp_path / "a.jsonl", [GOOD, {**none, "text": "What?"}])
     made = prepared(f"{{train: a.jsonl, {PROMPT}}}")
     assert examples(made.train, made.tokenizer) == [(f"{SEEN}What?", LEARNT), ("What?", LEARNT)]
     assert [len(each) for each in made.train.media(0, made.train.document_offsets(0)[:-1])] == [1, 0]
 
 
 def test_columns_that_hold_no_picture_in_any_row_are_an_error(tmp_path: Path, prepared: Prepare) -> None:
-    jsonl(tmp_path / "a.jsonl", [{"image": None, "text": "a"}] * 3)
+    written(tmp_path / "a.jsonl", [{"image": None, "text": "a"}] * 3)
     with pytest.raises(DataError, match=r"data.images: no row has an image in column 'image'") as caught:
         prepared(f"{{train: a.jsonl, {PROMPT}}}")
     assert caught.value.exit_code == 3 and str(caught.value.where).endswith("recipe.yaml:3")
-    jsonl(tmp_path / "a.jsonl", [{**GOOD, "image": "media/cut.jpg"}, {"image": None, "text": "a"}])
+    written(tmp_path / "a.jsonl", [{**GOOD, "image": "media/cut.jpg"}, {"image": None, "text": "a"}])
     with pytest.raises(DataError, match=r"no row has an image .*dropped: 1 damaged file"):
         prepared(f"{{train: a.jsonl, {PROMPT}}}", "data.on_bad_row=skip")
 
 
 def test_conversations_without_any_picture_are_a_warning(tmp_path: Path, prepared: Prepare, lines: Any) -> None:
-    jsonl(tmp_path / "a.jsonl", [{"messages": turns("<image> of what?", "a coat"), "image": "media/good.png"}])
+    written(tmp_path / "a.jsonl", [{"messages": turns("<image> of what?", "a coat"), "image": "media/good.png"}])
     made = prepared(f"{{train: a.jsonl, {CHAT}}}", chat="chatml")
     assert any("warning: no row has an image or a sound" in line for line in lines.said)
     # Without a column of images it is a text that a user has written, and none of the model's own tokens.
@@ -160,7 +166,7 @@ def test_conversations_without_any_picture_are_a_warning(tmp_path: Path, prepare
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (PROMPT.replace(" coat", " {image}"), "completion has {image} in it, and a model says text alone"),
+        (PROMPT.replace(" {label}", " {image}"), "completion has {image} in it, and a model says text alone"),
         (PROMPT.replace("{image}", ""), "prompt has no place for 'image': write {image}"),
         (PROMPT.replace("[image]", "[imgae]"), "data.images: no source has a column 'imgae'"),
         (PROMPT.replace("format: prompt", "format: text"), "format"),
@@ -170,7 +176,7 @@ def test_conversations_without_any_picture_are_a_warning(tmp_path: Path, prepare
 def test_columns_that_make_no_sense_are_told_before_anything_is_read(
     tmp_path: Path, prepared: Prepare, data: str, says: str
 ) -> None:
-    jsonl(tmp_path / "a.jsonl", [{**GOOD, "audio": "media/absent.wav"}])
+    written(tmp_path / "a.jsonl", [{**GOOD, "audio": "media/absent.wav"}])
     with pytest.raises(RecipeError) as caught:
         prepared(f"{{train: a.jsonl, {data}}}")
     assert says in "\n".join(caught.value.lines()) and "recipe.yaml:3" in "\n".join(caught.value.lines())
@@ -186,7 +192,7 @@ def asked(*content: Any, said: Any = "a coat", **columns: Any) -> dict[str, Any]
     return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": said}], **columns}
 
 
-GOOD_CHAT = asked(part("media/good.png"), "What?")
+GOOD_CHAT = asked(part("media/good.png"), "What?", image=None)
 FRAME = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n\n", "a coat<|im_end|>")  # a line end is behind it
 
 
@@ -210,7 +216,7 @@ FRAME = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n\n", "a coat<|i
 def test_a_conversation_whose_media_make_no_sense_is_named_or_counted(
     tmp_path: Path, prepared: Prepare, row: Any, kind: str, says: str
 ) -> None:
-    jsonl(tmp_path / "a.jsonl", [GOOD_CHAT, row])
+    written(tmp_path / "a.jsonl", [GOOD_CHAT, row])
     refused(prepared, f"{{train: a.jsonl, {CHAT}, images: [image]}}", kind, says, chat="chatml")
 
 
@@ -224,7 +230,7 @@ def test_media_stand_in_conversations_in_the_forms_that_others_write(tmp_path: P
         asked(part(), "What?", image="media/good.png"),
         {"messages": turns("<image>What?", "a coat"), "image": ["media/good.png"]},
     ]
-    jsonl(tmp_path / "a.jsonl", rows)
+    written(tmp_path / "a.jsonl", rows)
     made = prepared(f"{{train: a.jsonl, {CHAT}, images: [image]}}", chat="chatml")
     assert examples(made.train, made.tokenizer) == [(FRAME[0].format(f"{SEEN}What?"), FRAME[1])] * 6
 
@@ -234,24 +240,24 @@ def test_media_stand_in_conversations_of_every_shape(tmp_path: Path, prepared: P
     row: dict[str, Any] = {"instruction": "What?", "input": "<image>!", "output": "a coat"}
     if shape == "sharegpt":
         row = {"conversations": [{"from": "human", "value": "What?\n<image>!"}, {"from": "gpt", "value": "a coat"}]}
-    jsonl(tmp_path / "a.jsonl", [{**row, "image": "media/good.png"}])
+    written(tmp_path / "a.jsonl", [{**row, "image": "media/good.png"}])
     data = f"{{train: a.jsonl, {CHAT}, images: [image], messages: {{shape: {shape}}}}}"
     made = prepared(data, chat="chatml")
     assert examples(made.train, made.tokenizer) == [(FRAME[0].format(f"What?\n{SEEN}!"), FRAME[1])]
-    jsonl(tmp_path / "a.jsonl", [{**row, "image": ["media/good.png"] * 2}])
+    written(tmp_path / "a.jsonl", [{**row, "image": ["media/good.png"] * 2}])
     with pytest.raises(DataError, match=r"the row has 1 image more than there are places"):
         prepared(data, chat="chatml")
 
 
 def test_a_model_of_texts_takes_no_media(tmp_path: Path, recipe: Callable[..., Path]) -> None:
-    jsonl(tmp_path / "a.jsonl", [GOOD])
+    written(tmp_path / "a.jsonl", [GOOD])
     text = "model={type: llama, config: {num_hidden_layers: 1, hidden_size: 32, num_attention_heads: 2}}"
     with pytest.raises(RecipeError, match=r"data.images: the model reads text alone") as caught:
         loaded = load_recipe(str(recipe(f"{{train: a.jsonl, {PROMPT}}}")), [text])
         assert media_model(loaded) is None
         prepare_share(loaded, Silent(), (1, 1))
     assert caught.value.exit_code == 2
-    jsonl(tmp_path / "a.jsonl", [GOOD_CHAT])
+    written(tmp_path / "a.jsonl", [GOOD_CHAT])
     with pytest.raises(DataError, match=r"a part of type 'image', and the model reads text alone") as bad:
         prepare_share(load_recipe(str(recipe(f"{{train: a.jsonl, {CHAT}}}", chat="chatml")), [text]), Silent(), (1, 1))
     assert str(bad.value.where).endswith("a.jsonl:1")
@@ -261,7 +267,7 @@ def test_a_model_of_texts_takes_no_media(tmp_path: Path, recipe: Callable[..., P
 def test_a_row_with_media_that_is_too_long_is_an_error_or_dropped_and_never_cut(
     tmp_path: Path, prepared: Prepare, packing: str
 ) -> None:
-    jsonl(tmp_path / "a.jsonl", [GOOD, {**GOOD, "text": "What is this? " * 40}])
+    written(tmp_path / "a.jsonl", [GOOD, {**GOOD, "text": "What is this? " * 40}])
     for overlong in ("split", "truncate", "error"):
         with pytest.raises(DataError, match=r"document 2 has .* tokens, and a row takes 96 \+ 1") as caught:
             prepared(f"{{train: a.jsonl, packing: {packing}, overlong: {overlong}, {PROMPT}}}")
@@ -274,7 +280,7 @@ def test_a_row_with_media_that_is_too_long_is_an_error_or_dropped_and_never_cut(
 def test_placeholders_are_never_learnt_with_the_prompt_that_they_are_in(
     tmp_path: Path, prepared: Prepare, packing: str
 ) -> None:
-    jsonl(tmp_path / "a.jsonl", [GOOD])
+    written(tmp_path / "a.jsonl", [GOOD])
     with pytest.raises(RecipeError, match="prompts of rows with images and sounds cannot be learnt"):
         prepared(f"{{train: a.jsonl, packing: {packing}, {PROMPT}}}", "finetune.train_on=all")
 
@@ -282,7 +288,7 @@ def test_placeholders_are_never_learnt_with_the_prompt_that_they_are_in(
 def test_a_picture_that_has_changed_is_told_when_it_is_read_and_verify_prepares_it_again(
     tmp_path: Path, prepared: Prepare, lines: Any
 ) -> None:
-    jsonl(tmp_path / "a.jsonl", [GOOD])
+    written(tmp_path / "a.jsonl", [GOOD])
     data = f"{{train: a.jsonl, {PROMPT}}}"
     first = prepared(data)
     again = prepared(data)
@@ -310,7 +316,7 @@ def test_the_same_words_of_other_pictures_are_other_rows(tmp_path: Path, prepare
     for number in range(60):
         (tmp_path / "media" / f"{number}.png").write_bytes(picture_bytes(number))
         rows += [{"image": f"media/{number}.png", "text": "What?"}] * 2
-    jsonl(tmp_path / "a.jsonl", rows)
+    written(tmp_path / "a.jsonl", rows)
     data = PROMPT.replace("validation: 0", "validation: 25%")
     made = prepared(f"{{train: a.jsonl, deduplicate: exact, {data}}}")
     assert made.report["dropped"] == {"duplicate": 60} and made.validation is not None
@@ -324,7 +330,7 @@ def test_the_same_words_of_other_pictures_are_other_rows(tmp_path: Path, prepare
 def test_parts_put_together_are_the_same_bytes(
     tmp_path: Path, recipe: Callable[..., Path], prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jsonl(tmp_path / "a.jsonl", [{**GOOD, "text": f"What is {number}? " * 3} for number in range(60)])
+    written(tmp_path / "a.jsonl", [{**GOOD, "text": f"What is {number}? " * 3} for number in range(60)])
     data = f"{{train: a.jsonl, {PROMPT}}}"
     whole = prepared(data)
     monkeypatch.setattr("gptcli.data.pieces.SMALLEST", 2_000)
@@ -346,7 +352,7 @@ def test_parts_put_together_are_the_same_bytes(
 
 def test_the_report_counts_media_by_kind(tmp_path: Path, prepared: Prepare) -> None:
     rows = [GOOD, {**GOOD, "image": "media/wide.png"}, {"image": None, "text": "a"}]
-    jsonl(tmp_path / "a.jsonl", rows)
+    written(tmp_path / "a.jsonl", rows)
     made = prepared(f"{{train: a.jsonl, {PROMPT}}}")
     counted = made.report["train"]["media"]
     assert counted == {
