@@ -332,8 +332,8 @@ def test_parts_put_together_are_the_same_bytes(
 ) -> None:
     written(tmp_path / "a.jsonl", [{**GOOD, "text": f"What is {number}? " * 3} for number in range(60)])
     data = f"{{train: a.jsonl, {PROMPT}}}"
-    whole = prepared(data)
     monkeypatch.setattr("gptcli.data.pieces.SMALLEST", 2_000)
+    whole = prepared(data)
     monkeypatch.setenv("GPTCLI_CACHE", str(tmp_path / "other"))
     loaded = load_recipe(str(recipe(data)))
     media = media_model(loaded)
@@ -341,12 +341,9 @@ def test_parts_put_together_are_the_same_bytes(
     assert shares[-1]["missing"] == 0 and shares[0]["pieces"] > 1
     made = finish_shares(loaded, Silent(), media=media)
     assert made.fingerprint == whole.fingerprint and made.train.folder != whole.train.folder
-    for part in ("tokens", "supervised", "media", "media_bytes", "media_hash"):
-        found, expected = (
-            np.concatenate([np.load(path) for path in sorted(folder.glob(f"*.{part}.npy"))])
-            for folder in (made.train.folder, whole.train.folder)
-        )
-        np.testing.assert_array_equal(found, expected)
+    files = sorted(path.name for path in whole.train.folder.glob("*.npy"))
+    assert sorted(path.name for path in made.train.folder.glob("*.npy")) == files and len(files) > 6
+    assert all((made.train.folder / name).read_bytes() == (whole.train.folder / name).read_bytes() for name in files)
     assert json.dumps(made.report["train"]["media"]) == json.dumps(whole.report["train"]["media"])
 
 
