@@ -9,7 +9,10 @@ import typer
 from gptcli.cli.arguments import Debug, Json, Overrides, Quiet, RecipeArgument, Smoke, Verify
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gptcli.cli.console import Console
+    from gptcli.data.media.item import Medium
     from gptcli.data.preview import Shown
     from gptcli.data.tokenize import Prepared
     from gptcli.recipe.load import LoadedRecipe
@@ -118,6 +121,7 @@ def _preview(loaded: LoadedRecipe, count: int, out: Console, *, json: bool) -> d
             {
                 "document": document.document,
                 "total": document.total,
+                **({"media": [_medium(each) for each in document.media]} if document.media else {}),
                 "tokens": [
                     {
                         "id": number,
@@ -133,6 +137,10 @@ def _preview(loaded: LoadedRecipe, count: int, out: Console, *, json: bool) -> d
     }
 
 
+def _medium(medium: Medium) -> dict[str, Any]:
+    return {"kind": medium.modality, "name": medium.name, "extent": medium.extent, "tokens": medium.tokens}
+
+
 def _show(document: Shown, out: Console) -> None:
     """Print a document, its tokens in turn on two colours; without colours, a bar between them.
 
@@ -140,12 +148,14 @@ def _show(document: Shown, out: Console) -> None:
     """
     from rich.text import Text
 
+    from gptcli.data.media.fault import shown_name
+    from gptcli.data.media.item import NOUNS, counted, shown_extent
     from gptcli.reporting import visible
 
     colours = out.rich.color_system is not None
     line = Text(overflow="fold")
     before: bool | None = None
-    for number, ((_, text, special), trained) in enumerate(zip(document.tokens, _trained(document), strict=True)):
+    for number, (text, special, trained) in enumerate(_collapsed(document)):
         shown = text.replace("\r", "␍").replace("\t", "⇥").replace("\n", "⏎\n")
         if not colours and bool(before) != bool(trained):
             line.append(OPEN if trained else CLOSE)
@@ -168,9 +178,29 @@ def _show(document: Shown, out: Console) -> None:
         marks = "bright" if colours else f"in {OPEN} {CLOSE}"
         told = f", {sum(document.supervised):,} of those shown are trained on ({marks})"
     out.say(f"{document.document}: {document.total:,} tokens{told}")
+    for medium in document.media:
+        size = f"{shown_extent(medium)}, {counted(medium.tokens, 'token')}"
+        out.say(visible(f"  {NOUNS[medium.modality]} {shown_name(medium.name)} ({size})"))
     if not out.quiet:
         out.rich.print(line)
         out.rich.print()
+
+
+def _collapsed(document: Shown) -> Iterator[tuple[str, bool, bool | None]]:
+    """(text, whether it is special, whether it is trained on) of tokens, a special one that is repeated once."""
+    from itertools import groupby
+
+    tokens = (
+        (text, special, trained)
+        for (_, text, special), trained in zip(document.tokens, _trained(document), strict=True)
+    )
+    for each, run in groupby(tokens):
+        count = len([*run])
+        text, special, trained = each
+        if special and count > 1:
+            yield f"{text} x {count}", special, trained
+        else:
+            yield from [each] * count
 
 
 def _trained(document: Shown) -> list[bool | None]:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gptcli.data.encode import Encoded
+from gptcli.data.media.counted import MediaCounts, count_media
 from gptcli.data.reading.row import Mark
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -35,6 +36,7 @@ class Counts:
     specials_in_text: int = 0
     longest: list[Notable] = field(default_factory=list)
     strangest: list[Notable] = field(default_factory=list)
+    counted_media: dict[str, MediaCounts] = field(default_factory=dict)
 
     def add(
         self, texts: Sequence[str], encoded: Encoded, specials: set[int], added: int, mark: Callable[[int], Mark]
@@ -45,8 +47,9 @@ class Counts:
         self.with_nul += sum("\0" in text for text in texts)
         found = sum(int(np.count_nonzero(encoded.tokens == special)) for special in specials)
         self.specials_in_text += found - added * len(texts)
+        in_media = count_media(self.counted_media, encoded.media or [()] * len(texts))
         text_tokens = (encoded.lengths - added).astype(np.float64)
-        strange = np.where(encoded.bytes >= STRANGE_BYTES, text_tokens / np.maximum(encoded.bytes, 1), 0.0)
+        strange = np.where(encoded.bytes >= STRANGE_BYTES, (text_tokens - in_media) / np.maximum(encoded.bytes, 1), 0.0)
         for kept, scores in ((self.longest, text_tokens), (self.strangest, strange)):
             least = kept[0][0] if len(kept) == NOTABLE else 0.0
             for index in _highest(scores, least):
@@ -60,6 +63,8 @@ class Counts:
         for mine, theirs in ((self.longest, other.longest), (self.strangest, other.strangest)):
             for entry in theirs:
                 self._keep(mine, entry)
+        for kind, counts in other.counted_media.items():
+            self.counted_media.setdefault(kind, MediaCounts()).add(counts)
 
     def quantiles(self) -> dict[str, int]:
         """The length of the document at each of `QUANTILES`, documents ordered by length (nearest rank, from below)."""
@@ -72,7 +77,8 @@ class Counts:
 
     def to_json(self) -> dict[str, Any]:
         """The counts as JSON, for the file of a piece."""
-        return {**vars(self), "lengths": sorted(self.lengths.items())}
+        media = {kind: vars(counts) for kind, counts in self.counted_media.items()}
+        return {**vars(self), "lengths": sorted(self.lengths.items()), "counted_media": media}
 
     @classmethod
     def from_json(cls, value: dict[str, Any], piece: int) -> Counts:
@@ -81,7 +87,10 @@ class Counts:
             name: [(score, (piece, *mark), text) for score, mark, text in value[name]]
             for name in ("longest", "strangest")
         }
-        return cls(Counter(dict(value["lengths"])), value["with_nul"], value["specials_in_text"], **kept)
+        media = {kind: MediaCounts(**counts) for kind, counts in value.get("counted_media", {}).items()}
+        return cls(
+            Counter(dict(value["lengths"])), value["with_nul"], value["specials_in_text"], **kept, counted_media=media
+        )
 
     @staticmethod
     def _keep(kept: list[Notable], entry: Notable) -> None:

@@ -17,6 +17,7 @@ from gptcli.data.counts import Counts
 from gptcli.data.duplicates import repeated
 from gptcli.data.encode import Encoder
 from gptcli.data.job import Job
+from gptcli.data.media.item import A_NOUN
 from gptcli.data.pieces import Piece
 from gptcli.data.reading.row import Mark
 from gptcli.data.report import make_report
@@ -62,6 +63,7 @@ def finish(job: Job, pieces: Sequence[Piece], work: Path, target: Path, encoder:
                 counts[side][piece.source].merge(Counts.from_json(result["sides"][side], piece.index))
     documents = {side: sum(source["documents"] for source in manifests[side]) for side in job.sides}
     check_sides(job, documents["train"], documents.get("validation"), dropped)
+    check_media(job, [each for side in job.sides for each in counts[side]], dropped)
     about = {"tokenizer": tokenizer, "vocab_size": encoder.vocab_size, "specials": vars(encoder.specials)}
     written = {
         side: write_manifest(target / side, manifests[side], encoder.dtype, **about, recipe=job.spec)
@@ -87,8 +89,7 @@ def finish(job: Job, pieces: Sequence[Piece], work: Path, target: Path, encoder:
 
 def check_sides(job: Job, train: int, validation: int | None, dropped: Counter[str]) -> None:
     """Raise `DataError` when a side that the recipe asks for has no document; None: the side is not looked at."""
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-    why = f" (dropped: {left_out})" if left_out else ""
+    why = _left_out(dropped)
     where = job.train[0].where
     rule = job.data.validation
     if train + (validation or 0) == 0 or (train == 0 and job.validation):
@@ -117,6 +118,26 @@ def check_sides(job: Job, train: int, validation: int | None, dropped: Counter[s
             if job.data.format == "text"
             else "Hold out a larger share, or a file of its own: data.validation: {path: FILE}; or 0 for none.",
         )
+
+
+def check_media(job: Job, counts: Sequence[Counts], dropped: Counter[str]) -> None:
+    """Raise `DataError` when the recipe names columns of media, and not one row has one in them.
+
+    A column that is null is a row without a picture: of all rows it is a misspelt key, and nobody would see anything.
+    """
+    for kind, columns in job.data.media:
+        if not any(kind in each.counted_media for each in counts):
+            named = " and ".join(map(repr, columns))
+            raise DataError(
+                f"data.{kind}s: no row has {A_NOUN[kind]} in column {named}{_left_out(dropped)}",
+                where=job.train[0].where,
+                remedy=f"Check what the rows have there (gptcli tokenize RECIPE --preview 3), or remove data.{kind}s.",
+            )
+
+
+def _left_out(dropped: Counter[str]) -> str:
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+    return f" (dropped: {left_out})" if left_out else ""
 
 
 def _add(source: dict[str, Any], result: dict[str, Any], piece: Piece, folder: Path, target: Path) -> None:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from gptcli.data.columns import filled, mapped, missing_text, text_of
 from gptcli.data.conversation import ALPACA, columns_of, messages_of, text_of_messages
 from gptcli.data.media.fault import MediaFault
-from gptcli.data.media.item import PLACE, Medium, Modality, check_places, identity, media_in, place_of
+from gptcli.data.media.item import NOUNS, PLACE, Medium, Modality, check_places, counted, identity, media_in, place_of
 from gptcli.data.media.parts import extracted
-from gptcli.data.media.reference import Reach
+from gptcli.data.media.reference import NAMELESS, Reach
 from gptcli.data.reading.row import BadRow, Layout, Row
 from gptcli.recipe.template import Template, parse_template
 
@@ -184,11 +184,10 @@ def media_columns(values: dict[str, Any], row_format: RowFormat, reach: Reach) -
     found: Columns = {}
     for modality, columns in row_format.media:
         for column in columns:
-            try:
-                found[column] = media_in(values.get(column), modality, reach)
-            except MediaFault as fault:
-                named = "" if fault.name != "the value" else f" of column {column!r}"
-                raise MediaFault(f"{fault.name}{named}", fault.kind, fault.reason) from None
+            value = values.get(column)
+            if isinstance(value, str) and not value.strip():  # tables of text have no null
+                value = None
+            found[column] = media_in(value, modality, reach, f"{NAMELESS} of column {column!r}")
     return found
 
 
@@ -227,8 +226,9 @@ def filled_prompt(
             places[modality] = [each for column in unnamed for each in places.pop(column)]
     for column, found in places.items():
         if found and (wanted := used.count(column)) != len(found):
-            where = f"has {wanted} place{'' if wanted == 1 else 's'} {{{column}}} in the prompt and {len(found)} for it"
-            raise MediaFault("the row", "not media", where)
+            given = counted(len(found), NOUNS[found[0].modality])
+            wrong = f"has {given}, and data.prompt has {counted(wanted, 'place')} {{{column}}}"
+            raise MediaFault("the row", "not media", wrong)
     waiting = {column: iter(found) for column, found in places.items()}
     placed: list[Medium] = []
 
@@ -254,7 +254,8 @@ def _conversation(
     found: list[Medium] = []
     if row_format.reads:
         by_kind = {kind: [each for column in columns for each in media[column]] for kind, columns in row_format.media}
-        values, found = extracted(values, row_format.column, by_kind, reach)
+        column = None if row_format.shape == "alpaca" else row_format.column
+        values, found = extracted(values, column, by_kind, reach)
     made = messages_of(values, row_format.column, row_format.shape)
     if isinstance(made, tuple):
         return BadRow(number, made[0], made[1])

@@ -99,8 +99,9 @@ def find_job(loaded: LoadedRecipe, reporter: Reporter, *, verify: bool = False, 
         raise RecipeError("tokenize needs data, which the recipe does not have", where=loaded.label)
     if data.media and not reads_media:
         kind = data.media[0][0]
+        why = "the model reads text alone" if loaded.recipe.model is not None else "the recipe names no model"
         raise RecipeError(
-            f"data.{kind}s: the model reads text alone",
+            f"data.{kind}s: {why}",
             where=loaded.where(f"data.{kind}s"),
             remedy="Name one that reads more: model: {type: llava, preset: vision-1m}, for one (docs/multimodal.md).",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from gptcli.data.chat_template import template_file
 from gptcli.data.encode import Encoded, Encoder, make_encoder
 from gptcli.data.job import Job, Part
 from gptcli.data.media.fault import MediaFault
+from gptcli.data.media.item import Medium
 from gptcli.data.media.reader import MediaReader, open_reader
 from gptcli.data.readers import shown as shown_path
 from gptcli.data.sources import Document, place, read_documents
@@ -33,13 +34,14 @@ class Shown:
     """A document as tokens: (id, text, whether it is a special token) of the first ones, and how many it has.
 
     Bytes that are only a part of a character are written as <0xE4>. `supervised`: which of them are trained on, where
-    the format says it.
+    the format says it. `media`: the document's images and sounds.
     """
 
     document: str
     tokens: list[tuple[int, str, bool]]
     total: int
     supervised: list[bool] | None = None
+    media: Sequence[Medium] = ()
 
 
 def preview(job: Job, tokenizer: Path, count: int) -> list[Shown]:
@@ -52,6 +54,7 @@ def preview(job: Job, tokenizer: Path, count: int) -> list[Shown]:
     reader = open_reader(tokenizer) if job.reads_media else None
     for at, document in islice(_in_turn(job, encoder), count):
         supervised, most = None, SHOWN_TOKENS
+        media: Sequence[Sequence[Medium]] = [()]
         if isinstance(document, np.ndarray):
             ids = document
         elif document.row.example is None:
@@ -60,10 +63,11 @@ def preview(job: Job, tokenizer: Path, count: int) -> list[Shown]:
             encoded = _encoded(document.row.example, templater, reader, encoder, tokenizer, at)
             assert encoded.supervised is not None
             ids, most = encoded.tokens, SHOWN_OF_ROWS
+            media = encoded.media or [()]
             supervised = encoded.supervised[:most].astype(bool).tolist()
         first = ids[:most].tolist()
         tokens = [(number, _text(loaded.id_to_token(number)), number in specials) for number in first]
-        shown.append(Shown(at, tokens, len(ids), supervised))
+        shown.append(Shown(at, tokens, len(ids), supervised, media[0]))
     return shown
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.data.counts import Counts, Notable
 from gptcli.data.dataset import proportions
+from gptcli.data.media.counted import media_lines, media_numbers
 from gptcli.data.packed import padding
 from gptcli.data.row_index import left_out_text
-from gptcli.data.writer import SUPERVISED
+from gptcli.data.writer import MEDIA, SUPERVISED
 
 if TYPE_CHECKING:
     from gptcli.data.packed import PackedRows
@@ -103,8 +104,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         for source in report["train"]["sources"]:
             lines.append(_side_line(f"  {source['name']}", source))
             lines.append(f"    {mixing_text(source['weight'], source['epochs'])} in each epoch of the data")
+    lines += _media_lines(report, "train")
     validation = report["validation"]
     lines.append(_side_line("validation", validation) if validation else "validation: none is held out")
+    lines += _media_lines(report, "validation")
     lengths = report["train"]["document_tokens"]
     lines.append("document lengths in tokens: " + ", ".join(f"{name} {value:,}" for name, value in lengths.items()))
     lines += _row_lines(report)
@@ -125,6 +128,14 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         if count := report["train"][key]:
             lines.append(f"note: {count:,} {text} (kept)")
     return lines
+
+
+def _media_lines(report: dict[str, Any], side: str) -> list[str]:
+    numbers = report[side]
+    if not numbers or "media" not in numbers:
+        return []
+    length = report["sequence_length"] if side == "train" else None
+    return [f"  {line}" for line in media_lines(numbers["media"], numbers["documents"], length)]
 
 
 def _row_lines(report: dict[str, Any]) -> list[str]:
@@ -168,15 +179,17 @@ def _side(manifest: dict[str, Any], counts: list[Counts], place: Callable[[Seque
 
 def _numbers(manifest: dict[str, Any], counts: Counts) -> dict[str, Any]:
     tokens = manifest["tokens"]
+    of_text = tokens - sum(each.tokens for each in counts.counted_media.values())
     return {
         "documents": manifest["documents"],
         "bytes": manifest["bytes"],
         "tokens": tokens,
         **_supervision(manifest),
-        "bytes_per_token": round(manifest["bytes"] / tokens, 4) if tokens else None,
+        "bytes_per_token": round(manifest["bytes"] / of_text, 4) if of_text else None,
         "document_tokens": counts.quantiles(),
         "with_nul": counts.with_nul,
         "specials_in_text": counts.specials_in_text,
+        **({"media": media_numbers(counts.counted_media, tokens)} if MEDIA in manifest else {}),
     }
 
 
@@ -195,6 +208,7 @@ def _notable(kept: list[Notable], unit: str, place: Callable[[Sequence[Any]], st
 
 def _side_line(name: str, numbers: dict[str, Any]) -> str:
     ratio = f", {numbers['bytes_per_token']:.2f} bytes a token" if numbers["tokens"] else ""
+    ratio += " of text" if ratio and numbers.get("media") else ""
     supervised = ""
     if numbers.get("supervised_share") is not None:
         share = 100 * numbers["supervised_share"]

@@ -200,11 +200,14 @@ def _overlong(shards: Shards, source: int, error: Overlong, packing: Packing, to
     begin = int(shards.document_offsets(source)[error.document])
     ids = shards.streams[source].read(begin, begin + SHOWN_TOKENS).tolist()
     text = load_fast(tokenizer).decode(ids, skip_special_tokens=True)
+    why, others = (
+        ("one with media is never cut", "") if shards.has_media else ("data.overlong: error", "split, truncate or ")
+    )
     return DataError(
         f"document {error.document + 1:,} has {error.tokens:,} tokens, and a row takes "
-        f"{packing.sequence_length:,} + 1 (data.overlong: error); it begins with {visible(text)!r}",
+        f"{packing.sequence_length:,} + 1 ({why}); it begins with {visible(text)!r}",
         where=shards.streams[source].name,
-        remedy="Set data.overlong to split, truncate or drop, or a larger data.sequence_length.",
+        remedy=f"Set data.overlong to {others}drop, or a larger data.sequence_length.",
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,13 @@ class Parts:
     """The texts that an example is tokenized in, in order; those at odd places are to be predicted.
 
     `ended`: EOS has to be put at the end, and predicted. `media`: what the placeholders in the texts stand for; None
-    where the model reads none.
+    where the model reads none. `placeholders`: the bytes of the texts that are these.
     """
 
     texts: tuple[str, ...]
     ended: bool
     media: tuple[Medium, ...] | None = None
+    placeholders: int = 0
 
     @property
     def is_supervised(self) -> bool:
@@ -73,11 +74,14 @@ def parts_of(example: Pair | Conversation, templater: Templater | None, reader: 
 
 def _with_media(parts: Parts, media: Sequence[Medium], reader: MediaReader) -> Parts:
     """The parts with what the model's processor has for media in their places."""
-    known = [hashed(medium) for medium in media]
-    if (wrong := check_places("".join(parts.texts), known)) is not None:
+    if (wrong := check_places("".join(parts.texts), media)) is not None:
         raise MediaFault("the row", "not media", wrong)
-    texts = iter(reader.texts(media))
-    return Parts(tuple(reader.filled(text, texts) for text in parts.texts), parts.ended, tuple(known))
+    hashes = [hashed(medium).hash for medium in media]
+    read = reader.read(media)
+    texts = (text for text, _ in read)
+    filled = tuple(reader.filled(text, texts) for text in parts.texts)
+    known = (replace(medium, hash=found) for (_, medium), found in zip(read, hashes, strict=True))
+    return Parts(filled, parts.ended, tuple(known), sum(utf8_size(text) for text, _ in read))
 
 
 def _cut(rendered: Rendered, templater: Templater) -> tuple[str, ...]:
@@ -121,7 +125,7 @@ def encode_parts(examples: Sequence[Parts], encoder: Encoder, folder: Path, *, p
     return Encoded(
         np.concatenate([none, *arrays], dtype=encoder.dtype, casting="unsafe"),
         np.array(lengths, dtype=np.int64),
-        np.array([sum(map(_size, example.texts)) for example in examples], dtype=np.int64),
+        np.array([sum(map(_size, example.texts)) - example.placeholders for example in examples], dtype=np.int64),
         np.repeat(np.array(flags, dtype=np.uint8), sizes),
         None if any(example.media is None for example in examples) else [example.media or () for example in examples],
     )

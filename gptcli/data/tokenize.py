@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gptcli.data import report as reports
+from gptcli.data.changed import changed_medium
 from gptcli.data.chat_template import absent_tokens, find_template, with_template
 from gptcli.data.fast import Unequal, distrust
 from gptcli.data.finish import finish
 from gptcli.data.infill import infill_ids
 from gptcli.data.job import Job, find_job
-from gptcli.data.media.reader import has_processor
+from gptcli.data.media.reader import has_processor, open_reader
 from gptcli.data.packed import PackedRows, packing_of
 from gptcli.data.pieces import Piece
 from gptcli.data.readers import shown
@@ -35,6 +36,7 @@ from gptcli.data.tokenizer_import import import_tokenizer
 from gptcli.data.tokenizer_training import trained_tokenizer
 from gptcli.data.tokens import TokensInput
 from gptcli.data.work import RESULT, Task, encode, encoder_of
+from gptcli.data.writer import MEDIA
 from gptcli.errors import DataError, RecipeError
 from gptcli.files import (
     cache_root,
@@ -107,10 +109,13 @@ def prepare(
 
 def _prepared(loaded: LoadedRecipe, reporter: Reporter, found: _Found, verify: bool | None) -> Prepared:
     job, tokenizer, folder = found.job, found.tokenizer, found.folder
-    reused = folder.is_dir()
+    changed = changed_medium(folder) if verify and job.reads_media and folder.is_dir() else None
+    if changed is not None:
+        reporter.say(f"{changed}: everything is tokenized again")
+    reused = folder.is_dir() and changed is None
     if not reused or work_folder(folder).is_dir():
         with locked(folder.name, waiting(reporter)), unfinished_removed(job, tokenizer, folder):
-            reused = folder.is_dir()  # another process may have made it meanwhile
+            reused = folder.is_dir() and changed is None  # another process may have made it meanwhile
             if not reused:
                 encode_pieces(loaded, job, tokenizer, folder, reporter)
                 commit(job, tokenizer, folder)
@@ -255,6 +260,11 @@ def encode_pieces(
     if job.data.format == "chat":
         section = "tokenizer" if loaded.recipe.tokenizer is not None else "model.from"
         open_templater(tokenizer, where=loaded.where(section))
+    for kind, _ in job.data.media:
+        if kind not in (reader := open_reader(tokenizer)).tokens:
+            raise RecipeError(
+                f"data.{kind}s: the model reads {reader.reads} alone", where=loaded.where(f"data.{kind}s")
+            )
     work = work_folder(folder)
     check_tokens(job, tokenizer)
     repeated = repeated_marks(loaded, job, reporter, tokenizer) if job.data.deduplicate == "exact" else None
@@ -334,6 +344,8 @@ def _opened(
         verify = False  # written a moment ago
     train = Shards.open(folder / "train", verify=verify)
     validation = Shards.open(folder / "validation", verify=verify) if job.data.validation != 0 else None
+    if train.has_media and not train.manifest[MEDIA]:
+        reporter.warn("no row has an image or a sound, which the model reads: it learns from texts alone")
     recipe, length, where = loaded.recipe, job.data.sequence_length, loaded.where("data.sequence_length")
     index, found = _rows(loaded, train, validation, tokenizer, reporter)
     batch = max(1, recipe.train.rows_of_step(length))
@@ -352,6 +364,13 @@ def _rows(
 ) -> tuple[RowIndex | None, bool]:
     """(the index of rows of whole documents, whether it was there); None where rows are of one stream."""
     how = packing_of(loaded.recipe, media=train.has_media)
+    if train.has_media and (how is None or how.every_label):
+        key = "data.packing" if how is None else "finetune.train_on"
+        raise RecipeError(
+            f"{key}: prompts of rows with images and sounds cannot be learnt, for what stands there nobody says",
+            where=loaded.where(key),
+            remedy="Set data.packing to isolated or none, and finetune.train_on: completion.",
+        )
     if how is None:
         if train.has_supervision and loaded.recipe.finetune.train_on != "all":
             raise RecipeError(

@@ -39,7 +39,14 @@ def supervised(templater: Templater, messages: Sequence[Message], tools: Any = N
         else:  # the marks are not one a turn: a span belongs to the turn that it lies in
             places = _located(templater, messages, tools, trained).spans
             spans = [span for span in spans if any(begin <= span[0] < end for begin, end in places)]
-    return Rendered(rendered.text, _joined((begin, _end(templater, rendered.text, end)) for begin, end in spans))
+    text = rendered.text
+    return Rendered(text, _joined((_said(templater, text, begin), _end(templater, text, end)) for begin, end in spans))
+
+
+def _said(templater: Templater, text: str, begin: int) -> int:
+    """Where a marked part begins, white space that is not in the prompt for it included: a model has to say that."""
+    prompt, gaps = templater.ending.prompt, (gap for gap in templater.ending.gaps if not gap.strip())
+    return begin - max((len(gap) for gap in gaps if prompt and text.endswith(prompt + gap, 0, begin)), default=0)
 
 
 def _end(templater: Templater, text: str, end: int) -> int:

@@ -6,7 +6,7 @@ Parts that a run does not have (yet) are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -191,8 +191,20 @@ def _machine(fields: Mapping[str, Any]) -> str:
         ("gptcli", versions.get("gptcli", fields.get("gptcli"))),
         *((n, v) for n, v in versions.items() if n != "gptcli"),
     ]
-    columns = [_pairs("Hardware and inputs", left), _pairs("Versions", right)]
+    columns = [_pairs("Hardware and inputs", left), _pairs("Data", _data(fields)), _pairs("Versions", right)]
     return f'<section class="machine">{"".join(columns)}</section>' if any(columns) else ""
+
+
+def _data(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What was trained on, of the data report."""
+    train = mapping(mapping(fields.get("data")).get("train"))
+    for key in ("documents", "tokens", "supervised_tokens"):
+        if (number := whole(train.get(key))) is not None:
+            yield key.replace("_", " "), f"{number:,}"
+    for kind, numbers in mapping(train.get("media")).items():
+        found, rows, tokens = (whole(mapping(numbers).get(key)) for key in ("count", "rows", "tokens"))
+        if found is not None and rows is not None and tokens is not None:
+            yield "sounds" if kind == "audio" else f"{kind}s", f"{found:,} in {rows:,} rows, {tokens:,} tokens"
 
 
 def _pairs(title: str, pairs: Iterable[tuple[str, Any]]) -> str:

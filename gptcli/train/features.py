@@ -247,7 +247,7 @@ def _recorded(model: PreTrainedModel, tower: Tower, batch: WithMedia, where: str
         if len(made) != 1:
             raise _unfit(f"the model runs its tower {len(made)} times for a batch", where)
         tensors = {place: value for place, value in made[0].tensors.items() if value.is_floating_point()}
-        found = torch.autograd.grad(answer[0].float().sum(), [*tensors.values()], allow_unused=True)
+        found: Any = torch.autograd.grad(answer[0].float().sum(), [*tensors.values()], allow_unused=True)
     places = [place for place, gradient in zip(tensors, found, strict=True) if gradient is not None]
     if not places or any(not tensors[place].ndim for place in places):
         raise _unfit("nothing that the model reads of its tower's output is known", where)

@@ -10,27 +10,48 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from gptcli.data.media.fault import MediaFault, shown_name
-from gptcli.data.media.reference import Media, Reach, Samples, Url, Video, content_hash, media_of, videos_of
+from gptcli.data.media.reference import (
+    NAMELESS,
+    Media,
+    Reach,
+    Samples,
+    Url,
+    Video,
+    content_hash,
+    media_of,
+    videos_of,
+)
 
 Modality: TypeAlias = Literal["image", "audio", "video"]
 MODALITIES: tuple[Modality, ...] = ("image", "audio", "video")
+NOUNS = {"image": "image", "audio": "sound", "video": "video"}
+A_NOUN = {"image": "an image", "audio": "a sound", "video": "a video"}
 PLACE = re.compile("\ue0c3(image|audio|video)\ue0c4")
 
 
 @dataclass(frozen=True, eq=False)
 class Medium:
-    """An image, a sound or a video of a row; `hash` is that of its content, "" where it was not worked out."""
+    """An image, a sound or a video of a row.
+
+    Attributes:
+        modality: which of them.
+        value: where it is, or what.
+        hash: that of its content, "" where it was not worked out.
+        extent: width and height in pixels, or seconds, and `tokens`: those that stand for it; where it was read.
+    """
 
     modality: Modality
     value: Video
     hash: str = ""
+    extent: tuple[float, ...] = ()
+    tokens: int = 0
 
     @property
     def name(self) -> str:
@@ -44,12 +65,18 @@ def place_of(modality: Modality) -> str:
     return f"\ue0c3{modality}\ue0c4"
 
 
-def media_in(value: Any, modality: Modality, reach: Reach) -> list[Medium]:
-    """The media that a value of a row holds. Raises `MediaFault` as `media_of`."""
-    found: Sequence[Video] = videos_of(value, reach) if modality == "video" else media_of(value, reach)
+def media_in(value: Any, modality: Modality, reach: Reach, called: str = NAMELESS) -> list[Medium]:
+    """The media that a value of a row holds, `called` so if they have no name. Raises `MediaFault` as `media_of`."""
+    try:
+        found: Sequence[Video] = videos_of(value, reach) if modality == "video" else media_of(value, reach)
+    except MediaFault as fault:
+        raise MediaFault(called if fault.name == NAMELESS else fault.name, fault.kind, fault.reason) from None
     if any(isinstance(each, list) and not each for each in found):
-        raise MediaFault("the value", "not media", "is a video without frames")
-    return [Medium(modality, each) for each in found]
+        raise MediaFault(called, "not media", "is a video without frames")
+    named = (
+        replace(each, name=called) if isinstance(each, Media) and each.name == NAMELESS else each for each in found
+    )
+    return [Medium(modality, each) for each in named]
 
 
 def check_places(text: str, media: Sequence[Medium]) -> str | None:
@@ -60,7 +87,7 @@ def check_places(text: str, media: Sequence[Medium]) -> str | None:
     places, given = Counter(wanted), Counter(each.modality for each in media)
     for modality in MODALITIES:
         if places[modality] != given[modality]:
-            return f"has {_count(places[modality], 'place')} for {modality}s and {_count(given[modality], modality)}"
+            return f"has {counted(given[modality], NOUNS[modality])} and {counted(places[modality], 'place')} for them"
     return "has its media in another order than their places"
 
 
@@ -68,7 +95,7 @@ def hashed(medium: Medium) -> Medium:
     """A medium with the hash of its content. Raises `MediaFault` where it cannot be read."""
     parts = medium.value if isinstance(medium.value, list) else [medium.value]
     hashes = [content_hash(part) for part in parts]
-    return Medium(medium.modality, medium.value, hashes[0] if len(hashes) == 1 else _joined(hashes))
+    return replace(medium, hash=hashes[0] if len(hashes) == 1 else _joined(hashes))
 
 
 def identity(media: Sequence[Medium]) -> bytes:
@@ -138,6 +165,16 @@ def restored(data: bytes) -> list[Medium]:
     return media
 
 
+def shown_extent(medium: Medium) -> str:
+    """The size of a medium that was read, for people: "28 x 28", "1.5 s"."""
+    return f"{medium.extent[0]:,.3g} s" if len(medium.extent) == 1 else pixels(medium.extent)
+
+
+def pixels(size: Sequence[float]) -> str:
+    """Width and height, for people."""
+    return " x ".join(f"{side:,.0f}" for side in size)
+
+
 def shown_media(media: Iterable[Medium]) -> str:
     """Media for people: what and which."""
     return ", ".join(f"{each.modality} {shown_name(each.name)}" for each in media)
@@ -149,5 +186,6 @@ def _joined(hashes: Sequence[str]) -> str:
     return xxhash.xxh3_128("".join(hashes).encode()).hexdigest()
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def counted(number: int, what: str) -> str:
+    """So many of something, for people."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -10,25 +10,27 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gptcli.data.conversation import ALPACA
 from gptcli.data.media.fault import MediaFault
-from gptcli.data.media.item import Medium, Modality, media_in, place_of
-from gptcli.data.media.reference import Reach
+from gptcli.data.media.item import A_NOUN, NOUNS, Medium, Modality, counted, media_in, place_of
+from gptcli.data.media.reference import NAMELESS, Reach
 
 _WRITTEN = re.compile("<(image|audio|video)>")
 _VALUES = ("path", "url", "base64", "bytes", "data", "array")
 
 
 def extracted(
-    row: dict[str, Any], column: str, media: Mapping[Modality, Sequence[Medium]], reach: Reach
+    row: dict[str, Any], column: str | None, media: Mapping[Modality, Sequence[Medium]], reach: Reach
 ) -> tuple[dict[str, Any], list[Medium]]:
     """A row whose messages are texts alone, with a place for each of their media, and these in their order.
 
-    What the messages do not bring themselves is the next of the row's `media`, which all have to be used.
+    What the messages do not bring themselves is the next of the row's `media`, which all have to be used. Without a
+    column of messages (alpaca's shape) the texts are those of the user's columns.
 
     Raises:
         MediaFault: a part holds no medium, or names one that it must not; there are more places than media, or fewer.
     """
-    if not isinstance(row.get(column), list):  # what it is instead is told where messages are checked
+    if column is not None and not isinstance(row.get(column), list):  # told where messages are checked
         return row, []
     waiting = {modality: list(found) for modality, found in media.items()}
     placed: list[Medium] = []
@@ -36,19 +38,36 @@ def extracted(
     def place(modality: Modality, value: Any, at: int) -> str:
         if value is None:
             if not waiting.get(modality):
-                raise MediaFault(f"message {at}", "not media", f"has a place for a {modality}, and the row has no more")
+                raise MediaFault(f"message {at}", "not media", _no_more(modality, len(media.get(modality, ()))))
             placed.append(waiting[modality].pop(0))
             return place_of(modality)
-        found = media_in([value] if modality == "video" and isinstance(value, list) else value, modality, reach)
+        value = [value] if modality == "video" and isinstance(value, list) else value
+        found = media_in(value, modality, reach, f"{NAMELESS} in message {at}")
         placed.extend(found)
         return place_of(modality) * len(found)
 
-    messages = [_text_alone(at, message, place, waiting) for at, message in enumerate(row[column], start=1)]
+    if column is None:
+        texts = {key: row[key] for key in ALPACA[:2] if isinstance(row.get(key), str)}
+        row = {**row, **{key: _written(text, 1, place, waiting) for key, text in texts.items()}}
+    else:
+        messages = enumerate(row[column], start=1)
+        row = {**row, column: [_text_alone(at, message, place, waiting) for at, message in messages]}
     for modality, left in waiting.items():
         if left:
-            more = f"has {len(left)} {modality}{'s' * (len(left) > 1)} more than there are places in its messages"
+            more = f"has {counted(len(left), NOUNS[modality])} more than there are places in its messages"
             raise MediaFault("the row", "not media", more)
-    return {**row, column: messages}, placed
+    return row, placed
+
+
+def _written(text: str, at: int, place: Any, waiting: Mapping[Modality, Sequence[Medium]]) -> str:
+    """A text with places where it says `<image>`, where the row has a column of images."""
+    return _WRITTEN.sub(lambda found: place(found[1], None, at) if found[1] in waiting else found[0], text)
+
+
+def _no_more(modality: Modality, given: int) -> str:
+    if not given:
+        return f"has a place for {A_NOUN[modality]}, and neither it nor the row holds one"
+    return f"has one more place for {A_NOUN[modality]}, and the row holds {counted(given, NOUNS[modality])}"
 
 
 def _text_alone(at: int, message: Any, place: Any, waiting: Mapping[Modality, Sequence[Medium]]) -> Any:
@@ -56,13 +75,8 @@ def _text_alone(at: int, message: Any, place: Any, waiting: Mapping[Modality, Se
         return message
     key = "value" if "value" in message and "content" not in message else "content"
     content = message.get(key)
-
-    def written(text: str) -> str:
-        """A text with places where it says `<image>`, where the row has a column of images."""
-        return _WRITTEN.sub(lambda found: place(found[1], None, at) if found[1] in waiting else found[0], text)
-
     if isinstance(content, str):
-        return {**message, key: written(content)}
+        return {**message, key: _written(content, at, place, waiting)}
     if not isinstance(content, list):
         return message
     parts: list[Any] = []
@@ -71,7 +85,9 @@ def _text_alone(at: int, message: Any, place: Any, waiting: Mapping[Modality, Se
         if modality is not None:
             parts.append({"type": "text", "text": place(modality, _value(part, modality), at)})
         elif isinstance(part, dict) and isinstance(part.get("text"), str):
-            parts.append({**part, "type": part.get("type") or "text", "text": written(part["text"])})
+            parts.append(
+                {**part, "type": part.get("type") or "text", "text": _written(part["text"], at, place, waiting)}
+            )
         else:
             parts.append(part)
     return {**message, key: parts}

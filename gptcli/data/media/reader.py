@@ -12,14 +12,14 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.data.media.audio import load_audio
 from gptcli.data.media.fault import MediaFault
 from gptcli.data.media.image import load_image
-from gptcli.data.media.item import PLACE, Medium, Modality, hashed
+from gptcli.data.media.item import A_NOUN, NOUNS, PLACE, Medium, Modality, hashed
 from gptcli.data.media.video import load_video
 from gptcli.data.tokenizer import PROCESSOR_FILES
 from gptcli.errors import CheckpointError, DataError, MissingError, first_line
@@ -54,6 +54,11 @@ class MediaReader:
     tokens: Mapping[Modality, str]
 
     @property
+    def reads(self) -> str:
+        """What is read, for people."""
+        return " and ".join(f"{NOUNS[each]}s" for each in self.tokens) or "text"
+
+    @property
     def rate(self) -> int:
         """The samples a second of the sounds that the processor takes."""
         return int(self._sounds.sampling_rate)
@@ -71,8 +76,8 @@ class MediaReader:
     def load(self, medium: Medium) -> Any:
         """A medium decoded, as the processor takes it. Raises `MediaFault`; one that has changed since is one too."""
         if medium.modality not in self.tokens:
-            known = ", ".join(f"{each}s" for each in self.tokens)
-            raise MediaFault(medium.name, "not media", f"is a {medium.modality}, and the model reads {known} alone")
+            what = f"is {A_NOUN[medium.modality]}, and the model reads {self.reads} alone"
+            raise MediaFault(medium.name, "not media", what)
         if medium.hash and hashed(medium).hash != medium.hash:
             raise MediaFault(medium.name, "damaged file", "is another one than when the data was prepared")
         if isinstance(medium.value, list) or medium.modality == "video":
@@ -88,6 +93,10 @@ class MediaReader:
         Raises:
             MediaFault: one cannot be read, or the processor does not take it.
         """
+        return [text for text, _ in self.read(media)]
+
+    def read(self, media: Sequence[Medium]) -> list[tuple[str, Medium]]:
+        """What stands for each of a row's media, as `texts`, and the medium with its extent and its tokens."""
         if not media:
             return []
         loaded = [self.load(medium) for medium in media]
@@ -98,9 +107,21 @@ class MediaReader:
         if len(found) != len(media) or "" in found:
             named = media[found.index("")] if "" in found else media[0]
             raise MediaFault(
-                named.name, "not media", f"is too small or too short: no token of the {named.modality} is left"
+                named.name, "not media", f"is too small or too short: no token of the {NOUNS[named.modality]} is left"
             )
-        return found
+        sizes = {text: self._tokens(text) for text in set(found)}
+        return [
+            (text, replace(medium, extent=self._extent(value), tokens=sizes[text]))
+            for text, medium, value in zip(found, media, loaded, strict=True)
+        ]
+
+    def _tokens(self, text: str) -> int:
+        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _extent(self, value: Any) -> tuple[float, ...]:
+        """Width and height of a picture or of a video's first frame, or the seconds of a sound."""
+        first = value[0] if isinstance(value, list) else value
+        return tuple(first.size) if hasattr(first, "getbands") else (len(value) / self.rate,)
 
     def inputs(self, rows: Sequence[Sequence[Medium]]) -> dict[str, torch.Tensor]:
         """What a model takes of the media of some rows, beside their tokens; nothing where there are none.
@@ -147,7 +168,9 @@ class MediaReader:
         pattern = re.compile(f"(?<!\U000f0000)({'|'.join(map(re.escape, self.tokens.values())) or '(?!)'})")
         for part in parts[::2]:
             if written := pattern.search(part):
-                raise MediaFault("the text", "not media", f"holds {written[0]}, which stands for a medium")
+                named = next(each for each, token in self.tokens.items() if token == written[0])
+                wrong = f"holds {written[0]}, by which the model knows {A_NOUN[named]}; no text can hold it"
+                raise MediaFault("the text", "not media", wrong)
         return "".join(part if index % 2 == 0 else next(texts) for index, part in enumerate(parts))
 
     def _processed(self, kinds: Sequence[Sequence[Modality]], loaded: Sequence[Sequence[Any]], **more: Any) -> Any:

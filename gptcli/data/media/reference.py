@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 20
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _DATA_URL = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
+# The name of what a row holds itself.
+NAMELESS = "the value"
 # By which a list of videos is told from a list of the frames of one.
 _VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".flv", ".wmv")
 
@@ -115,16 +117,16 @@ def _one(value: Any, reach: Reach) -> Media:
     if isinstance(value, os.PathLike):
         return _file(os.fsdecode(value), reach)
     if isinstance(value, bytes | bytearray | memoryview):
-        return Media("the value", bytes(value))
+        return Media(NAMELESS, bytes(value))
     if isinstance(value, dict):
         return _feature(value, reach)
-    raise MediaFault("the value", "not media", f"is {kind_of(value)}: neither a path nor bytes")
+    raise MediaFault(NAMELESS, "not media", f"is {kind_of(value)}: neither a path nor bytes")
 
 
 def _feature(value: dict[str, Any], reach: Reach) -> Media:
     """A value of the features of `datasets`: {"bytes", "path"}, one of them null, or {"array", "sampling_rate"}."""
     path, data, array = value.get("path"), value.get("bytes"), value.get("array")
-    name = shown_name(path) if isinstance(path, str) and path else "the value"
+    name = shown_name(path) if isinstance(path, str) and path else NAMELESS
     if array is not None:
         return Media(name, _samples(name, array, value.get("sampling_rate")))
     if isinstance(data, bytes | bytearray | memoryview):
@@ -183,13 +185,14 @@ def _data_url(text: str) -> Media:
 def _file(text: str, reach: Reach) -> Media:
     name = shown_name(text)
     if not text:
-        raise MediaFault("the value", "not media", "is an empty text, no path")
+        raise MediaFault(NAMELESS, "not media", "is an empty text, no path")
     try:
         path = Path(os.path.realpath(reach.folder / text))
     except (ValueError, OSError):  # a NUL, a lone surrogate
         raise MediaFault(name, "missing file", "is no name that a file can have") from None
     if not reach.allow_outside and not path.is_relative_to(reach.folder):
-        raise MediaFault(name, "outside the folder", "lies outside the folder of the data file")
+        reason = "lies outside the folder of the data file (data.allow_outside: true reads it nonetheless)"
+        raise MediaFault(name, "outside the folder", reason)
     return Media(name, path)
 
 

@@ -61,6 +61,9 @@ def run(tmp_path: Path) -> RunFolder:
         device=HOSTILE,
         parameters=11_534_336,
         plan={"steps": 300, "decisions": [{"key": "train.precision", "value": "fp32", "reason": HOSTILE}]},
+        data={
+            "train": {"documents": 1200, "tokens": 34_000, "media": {"image": {"count": 7, "rows": 5, "tokens": 112}}}
+        },
         result={"step": 300, "loss": 2.0, "tokens_per_second": 40_000.0, "wall_seconds": 252.0, "peak_bytes": 3 << 30},
     )
     return run
@@ -79,6 +82,8 @@ def test_the_page_is_self_contained_well_formed_and_escaped(run: RunFolder) -> N
 def test_the_page_has_figures_curves_samples_recipe_and_versions(run: RunFolder) -> None:
     content = page(run)
     for text in ("2.2500", "1.5000", "11.5M", "4 min 12 s", "3 GiB", "Once", "train.precision", "2.13.0", "name: demo"):
+        assert text in content
+    for text in ("<th>documents</th><td>1,200", "<th>images</th><td>7 in 5 rows, 112 tokens"):
         assert text in content
     for chart in ("Loss by step", "Validation loss by step", "Learning rate", "Gradient norm", "Tokens/s by step"):
         assert chart in content
@@ -106,6 +111,11 @@ def test_a_loss_is_labelled_by_what_it_is(run: RunFolder, data: dict[str, Any], 
         {"status": "running"},
         {"status": "failed", "reason": HOSTILE, "result": None, "plan": [], "versions": "x", "fingerprints": 3},
         {"status": "stopped", "plan": {"decisions": [1, {}], "steps": "many"}, "result": {"loss": "low", "step": True}},
+        {
+            "status": "running",
+            "data": {"train": {"media": {HOSTILE: {"count": 1, "rows": 1, "tokens": 2}, "image": 3}}},
+        },
+        {"status": "running", "data": {"train": {"documents": "many", "media": 3}}},
         {"status": "running", "started": "yesterday", "parameters": 1e400, "device": {"a": 1}},
     ],
 )

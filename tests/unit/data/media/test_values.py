@@ -80,7 +80,7 @@ def test_a_path_does_not_lead_out_of_the_folder_of_the_data_file(reach: Reach, t
     outside = ["../secret", "../../etc/passwd", "/etc/passwd", str(tmp_path / "secret"), "link", "up/secret"]
     for value in [*outside, "sub/../../secret", "../data2/x", "..", {"path": "../secret"}, ["a.bin", "link"]]:
         found = fault(value, reach)
-        assert (found.kind, found.reason) == ("outside the folder", "lies outside the folder of the data file"), value
+        assert found.kind == "outside the folder" and found.reason.startswith("lies outside the folder"), value
     assert read(media_of("inside", reach)[0]) == b"abcd"
     free = Reach.of(reach.folder / "rows.jsonl", allow_outside=True)
     assert read(media_of("../secret", free)[0]) == read(media_of("link", free)[0]) == b"secret"
