@@ -87,6 +87,16 @@ def composite_config(loaded: LoadedRecipe, base: PreTrainedConfig, ids: TokenIds
     return _made(loaded, base, whole | fields | given), notes
 
 
+def media_preset(base: PreTrainedConfig) -> str | None:
+    """The preset that is for a type, by the fields of its tower; None: none is."""
+    text = text_part(base)
+    towers = [part for name, part in parts_of(base).items() if name != text]
+    fitting = (
+        name for name, preset in MEDIA_PRESETS.items() if any(_has(each, next(iter(preset.sizes))) for each in towers)
+    )
+    return next(fitting, None)
+
+
 def token_fields(config: PreTrainedConfig) -> dict[str, str]:
     """The fields of a configuration that hold the id of a token for media, with what it stands for.
 
