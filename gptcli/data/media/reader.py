@@ -22,7 +22,7 @@ from gptcli.data.media.image import load_image
 from gptcli.data.media.item import PLACE, Medium, Modality, hashed
 from gptcli.data.media.video import load_video
 from gptcli.data.tokenizer import PROCESSOR_FILES
-from gptcli.errors import CheckpointError, MissingError, first_line
+from gptcli.errors import CheckpointError, MissingError, RecipeError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ class MediaReader:
     def load(self, medium: Medium) -> Any:
         """A medium decoded, as the processor takes it. Raises `MediaFault`; one that has changed since is one too."""
         if medium.modality not in self.tokens:
-            known = ", ".join(f"{each}s" for each in self.tokens)
+            known = ", ".join(f"{each}s" for each in self.tokens) or "text"
             raise MediaFault(medium.name, "not media", f"is a {medium.modality}, and the model reads {known} alone")
         if medium.hash and hashed(medium).hash != medium.hash:
             raise MediaFault(medium.name, "damaged file", "is another one than when the data was prepared")
@@ -87,13 +87,21 @@ class MediaReader:
 
         Raises:
             MediaFault: one cannot be read, or the processor does not take it.
+            RecipeError: it does not say what it replaces placeholders by.
         """
         if not media:
             return []
         loaded = [self.load(medium) for medium in media]
         with _faults(media):
             made = self._processed([media], [loaded], return_text_replacement_offsets=True)
-            found = [each["replacement"] for each in made["text_replacement_offsets"][0]]
+        if "text_replacement_offsets" not in made:
+            raise RecipeError(
+                f"{type(self.processor).__name__} does not say what stands in a text for an image or a sound, so rows "
+                "cannot be made for its model",
+                remedy="Models whose layers attend to images beside the text (mllama) are of this kind. Take one that "
+                "has them among its tokens: llava, idefics3, qwen2_audio.",
+            )
+        found = [each["replacement"] for each in made["text_replacement_offsets"][0]]
         if len(found) != len(media) or "" in found:
             named = media[found.index("")] if "" in found else media[0]
             raise MediaFault(
