@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from gptcli.data.media.item import Medium
+from gptcli.data.media.reference import Media, Samples
 from gptcli.data.tokenizer import train_bpe
 from gptcli.model.build import TokenIds, build_config, build_model
 from gptcli.model.load import load_tokenizer
-from gptcli.model.processor import build_processor, media_ids, media_tokens
+from gptcli.model.processor import build_processor, media_ids, media_tokens, save_processor
 from gptcli.recipe.load import LoadedRecipe, load_recipe
 
 absent = [name for name in ("PIL", "soundfile", "soxr") if importlib.util.find_spec(name) is None]
@@ -57,3 +59,76 @@ def built(tmp_path: Path, model: str) -> tuple[Any, Any]:
     config, _ = build_config(loaded, TokenIds(len(tokenizer), 0, 0, 1, media_ids(tokens, tokenizer)))
     made = build_model(loaded, config, seed=1, attention=None)
     return made, build_processor(config, folder, made)
+
+
+def louder(model: Any) -> None:
+    """Random weights whose answers are far from uniform, and depend on what the model sees."""
+    import torch
+
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.ndim > 1:
+                weights.normal_(0, 0.4)
+    torch.set_rng_state(state)
+
+
+def random_built(tmp_path: Path, kind: str, *, template: str | None = None) -> tuple[Any, Any]:
+    """A model of a family of `TINY` whose weights are far from uniform, and its processor, with a chat template."""
+    model, processor = built(tmp_path, f"{{type: {kind}, config: {TINY[kind]}}}")
+    louder(model)
+    processor.tokenizer.chat_template = processor.chat_template = template
+    return model.eval(), processor
+
+
+def save_media_model(folder: Path, kind: str) -> Path:
+    """Such a model as a folder with its tokenizer and its processor."""
+    made, processor = random_built(folder, kind)
+    made.save_pretrained(folder / "model")
+    save_processor(processor, folder / "model")
+    return folder / "model"
+
+
+def write_media(folder: Path, kind: str, count: int) -> list[str]:
+    """Files of the kind of media that a family reads: pictures of 28 x 28, or sounds of up to a second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for number in range(count):
+        if kind == "qwen2_audio":
+            import numpy as np
+            import soundfile
+
+            names.append(f"{number}.wav")
+            noise = np.random.default_rng(number).normal(scale=0.3, size=4000 + 1000 * number)
+            soundfile.write(folder / names[-1], noise, 16_000)
+        else:
+            names.append(f"{number}.png")
+            (folder / names[-1]).write_bytes(png(number))
+    return names
+
+
+def png(seed: int, width: int = 28, height: int = 28) -> bytes:
+    """A picture of noise."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "png")
+    return file.getvalue()
+
+
+def picture(seed: int, width: int = 28, height: int = 28) -> Medium:
+    """The same as a medium of a prompt."""
+    return Medium("image", Media(f"picture {seed}", png(seed, width, height)))
+
+
+def sound(seed: int, samples: int = 8000) -> Medium:
+    """A sound of noise as a medium of a prompt."""
+    import numpy as np
+
+    noise = np.random.default_rng(seed).standard_normal(samples).astype(np.float32) * np.float32(0.3)
+    return Medium("audio", Media(f"sound {seed}", Samples(noise, 16_000)))

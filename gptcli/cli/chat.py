@@ -8,33 +8,45 @@ told and the chat goes on; in a script it ends the command.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gptcli.cli.console import Console, print_error
-from gptcli.errors import DataError, GptcliError, UsageError
+from gptcli.cli.keyboard import NOTHING_TYPED, keyboard, line, nothing_lost, unseen_typing
+from gptcli.data.media.item import MODALITIES, Medium, Modality, media_in, place_of, shown_media
+from gptcli.data.media.reference import Reach
+from gptcli.errors import GptcliError, UsageError
 from gptcli.generation import chat as chats
 from gptcli.generation import window as windows
+from gptcli.generation.media_prompt import check_reads, media_errors, shown_prompt, size_of
 from gptcli.reporting import visible
 
 if TYPE_CHECKING:
+    from gptcli.data.media.reader import MediaReader
     from gptcli.generation.ready import Asked, Ready
     from gptcli.generation.settings import Settings
 
-MOST_LINE_BYTES = 64 << 20
-NOTHING_TYPED = "nothing typed"
 REMEDY = "Try a smaller max_new_tokens, /reset, or --precision bf16."
 
 
-def talk(folder: Path, settings: Settings, system: str, asked: Asked, *, quiet: bool) -> None:
-    """Talk with the model of a folder until the user ends it."""
+def talk(
+    folder: Path,
+    settings: Settings,
+    system: str,
+    asked: Asked,
+    *,
+    media: Sequence[Medium] = (),
+    allow_urls: bool = False,
+    quiet: bool,
+) -> None:
+    """Talk with the model of a folder until the user ends it; `media` belong to the first message."""
     from gptcli.generation.carried import stop_at_end_of_turn
+    from gptcli.generation.media_prompt import model_reader
     from gptcli.generation.ready import ready
     from gptcli.model.load import load_tokenizer, memory_errors
 
@@ -42,17 +54,25 @@ def talk(folder: Path, settings: Settings, system: str, asked: Asked, *, quiet: 
         raise UsageError("standard input is closed, so there is nobody to talk with")
     out = Console(json_output=True, quiet=quiet)
     tokenizer = load_tokenizer(folder)
-    windows.check_system(tokenizer, system, str(folder))
+    reader = model_reader(folder)
+    if reader is not None and not tokenizer.chat_template:  # processors may have it in a file of their own
+        tokenizer.chat_template = getattr(reader.processor, "chat_template", None)
+    windows.check_system(tokenizer, system, str(folder), reader)
     with memory_errors(REMEDY):
         it = ready(folder, asked, out.say, tokenizer=tokenizer)
-    stop_at_end_of_turn(it.model, it.tokenizer)
+    stop_at_end_of_turn(it.model, it.tokenizer, None if reader is None else reader.tokens)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     out.say(f"{folder}, {it.made_on}, {settings.how}")
     if not windows.has_template(it.tokenizer):
         out.say("this model has no chat template: it continues the text so far (an empty message: it goes on)")
     if terminal:
         out.say("/help shows the commands; Ctrl+C stops an answer, Ctrl+D ends the chat")
-    _Session(it, chats.Chat(settings, chats.message_of(f" {system}")[1:]), folder, terminal).run()
+    session = _Session(
+        it, chats.Chat(settings, chats.message_of(f" {system}")[1:]), folder, terminal, reader, allow_urls
+    )
+    for medium in media:
+        session.attach(medium)
+    session.run()
 
 
 class _Session:
@@ -64,11 +84,15 @@ class _Session:
         chat: chats.Chat,
         folder: Path,
         terminal: bool,
+        reader: MediaReader | None = None,
+        allow_urls: bool = False,
     ) -> None:
         self._model, self._tokenizer, self._beside = it.model, it.tokenizer, it.beside
         self._chat = chat
         self._folder = str(folder)
         self._terminal = terminal
+        self._reader, self._allow_urls = reader, allow_urls
+        self._attached: list[Medium] = []  # of the next message
         self._out = Console(json_output=True, quiet=False)  # what was asked for is shown with --quiet too
         self._left_out = windows.Window([])
         self._terminated = False
@@ -80,8 +104,8 @@ class _Session:
         if self._terminal:
             before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         try:
-            with _nothing_lost() if self._terminal else contextlib.nullcontext():
-                self._loop(_keyboard() if self._terminal else _line)
+            with nothing_lost() if self._terminal else contextlib.nullcontext():
+                self._loop(keyboard() if self._terminal else line)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -131,12 +155,18 @@ class _Session:
             return self._command(*command)
         said = chats.message_of(text)
         base = not windows.has_template(self._tokenizer)
-        if said.strip() or (base and self._terminal):
-            self._answer(said, self._chat)
+        if said.strip() or self._attached or (base and self._terminal):
+            chat, between = self._chat, "\n" if base else ""
+            places = "".join(place_of(medium.modality) + between for medium in self._attached)
+            try:
+                self._answer(places + said, chat, tuple(self._attached))
+            finally:
+                if self._chat is not chat:
+                    self._attached = []
         return True
 
-    def _answer(self, said: str, before: chats.Chat) -> None:
-        """Answer a message after the chat `before` it; what is said until Ctrl+C is part of the chat.
+    def _answer(self, said: str, before: chats.Chat, media: tuple[Medium, ...]) -> None:
+        """Answer a message with its media after the chat `before` it; what is said until Ctrl+C is part of the chat.
 
         Where nothing was said, the chat stays as it was.
         """
@@ -153,8 +183,11 @@ class _Session:
             self._out.write(visible(piece) if self._terminal else piece)
 
         try:
-            with memory_errors(REMEDY), _unseen_typing() if self._terminal else contextlib.nullcontext():
-                seen = windows.window(self._tokenizer, before, said, context_length(self._model), self._folder)
+            unseen = unseen_typing() if self._terminal else contextlib.nullcontext()
+            with memory_errors(REMEDY), media_errors(), unseen:
+                with_media: dict[str, Any] = {"media": media, "reader": self._reader}
+                context = context_length(self._model)
+                seen = windows.window(self._tokenizer, before, said, context, self._folder, **with_media)
                 self._tell_left_out(seen)
                 done = complete(
                     self._model,
@@ -163,14 +196,15 @@ class _Session:
                     settings,
                     on_text=show,
                     on_warning=self._out.warn,
+                    reader=self._reader,
                     **self._beside,
                 )[0]
             # The last token may be a part of a character: shown as such, and no text to go on from.
             whole = done.text.rstrip("\ufffd") if done.finish_reason == "length" else done.text
-            self._chat = drawn.answered(said, whole)
+            self._chat = drawn.answered(said, whole, media)
         except BaseException as error:
             if pieces:
-                self._chat = drawn.answered(said, "".join(pieces))
+                self._chat = drawn.answered(said, "".join(pieces), media)
                 self._out.write("\n")
             if isinstance(error, KeyboardInterrupt) and self._terminal and not self._terminated:
                 with contextlib.suppress(termios.error):  # the terminal is gone
@@ -201,20 +235,45 @@ class _Session:
         elif name == "system":
             self._system(argument)
         elif name == "reset":
-            self._chat = replace(self._chat, turns=())
+            self._chat, self._attached = replace(self._chat, turns=()), []
             self._out.say("[all messages are forgotten]")
         elif name == "undo":
-            said = self._chat.turns[-1].said if self._chat.turns else ""
-            self._chat = self._chat.undone()
-            self._out.say(f"[taken back: {_short(said)}]")
+            self._undo()
+        elif name in MODALITIES:
+            self._attach(name, argument)
         elif name == "retry":
             before = self._chat.undone()
-            self._answer(self._chat.turns[-1].said, before)
+            self._answer(self._chat.turns[-1].said, before, self._chat.turns[-1].media)
         elif name == "save":
             self._save(argument)
         elif name == "load":
             self._load(argument)
         return name != "quit"
+
+    def _undo(self) -> None:
+        """Take back what came last: media that no message was written to yet, else the last message."""
+        if self._attached:
+            self._out.say(f"[taken back: {shown_media(self._attached)}]")
+            self._attached = []
+            return
+        last = self._chat.turns[-1:]
+        self._chat = self._chat.undone()
+        self._out.say(f"[taken back: {''.join(_short(shown_prompt(turn.said, turn.media)) for turn in last)}]")
+
+    def _attach(self, kind: Modality, argument: str) -> None:
+        name = str(_path(f"/{kind}", argument)) if "://" not in argument else argument
+        reach = Reach(Path.cwd(), allow_outside=True, allow_urls=self._allow_urls, urls_by=chats.BY)
+        with media_errors():
+            for medium in media_in(name, kind, reach):
+                self.attach(medium)
+
+    def attach(self, medium: Medium) -> None:
+        """Let the next message have a medium; it is read at once, so that what is wrong is told now."""
+        reader = check_reads(self._reader, self._folder, medium.modality)
+        with media_errors():
+            shown = size_of(reader, medium)
+        self._attached.append(medium)
+        self._out.say(f"[{shown_media([medium])}, {shown}]")
 
     def _set(self, argument: str) -> None:
         if argument:
@@ -228,7 +287,7 @@ class _Session:
         if argument:
             text = chats.message_of(f" {argument}")[1:]
             system = "" if text in ('""', "''") else text
-            windows.check_system(self._tokenizer, system, self._folder)
+            windows.check_system(self._tokenizer, system, self._folder, self._reader)
             self._chat = replace(self._chat, system=system)
         system = self._chat.system
         self._out.say(f"system prompt: {system}" if system else "there is no system prompt")
@@ -240,7 +299,7 @@ class _Session:
         path = _path("/save", argument)
         if path.exists():
             try:
-                chats.read_saved(path, self._chat.settings)
+                chats.read_saved(path, self._chat.settings, allow_urls=True)
             except GptcliError:
                 raise UsageError("exists and is no saved chat, so it is not written over", where=str(path)) from None
         with writing(path, "the chat", "Nothing of it is lost."):
@@ -249,8 +308,10 @@ class _Session:
 
     def _load(self, argument: str) -> None:
         path = _path("/load", argument)
-        found = chats.read_saved(path, self._chat.settings)
-        windows.check_system(self._tokenizer, found.system, self._folder)
+        found = chats.read_saved(path, self._chat.settings, allow_urls=self._allow_urls)
+        for medium in (medium for turn in found.turns for medium in turn.media):
+            check_reads(self._reader, self._folder, medium.modality)
+        windows.check_system(self._tokenizer, found.system, self._folder, self._reader)
         self._chat = replace(found, answers=max(found.answers, self._chat.answers))
         self._out.say(f"loaded {len(found.turns)} messages and their answers from {path}")
 
@@ -273,76 +334,3 @@ def _yaml(value: object) -> str:
     import json
 
     return json.dumps(value, ensure_ascii=False)
-
-
-def _keyboard() -> Callable[[], str]:
-    """A function that reads a message from the terminal; Enter ends it, a paste may hold several lines."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-    from prompt_toolkit.output.vt100 import Vt100_Output
-    from prompt_toolkit.utils import is_dumb_terminal
-
-    if is_dumb_terminal():
-        return lambda: input("> ")
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def _end(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    screen = Vt100_Output.from_pty(sys.stdout, term=os.environ.get("TERM"), enable_bell=False)
-    # Where the cursor is needs no answer of the terminal here, and one that comes late would be shown as text.
-    screen.enable_cpr = False
-    session: PromptSession[str] = PromptSession(
-        "> ", multiline=True, key_bindings=keys, output=screen, reserve_space_for_menu=0, prompt_continuation="  "
-    )
-
-    def read() -> str:
-        try:
-            return session.prompt(handle_sigint=False)  # Ctrl+C is a key here; the signal has its own handler
-        except KeyboardInterrupt as interrupt:
-            screen.disable_bracketed_paste()  # SIGTERM comes from outside of the session, which leaves it on
-            screen.flush()
-            if not session.default_buffer.text:
-                interrupt.args = (NOTHING_TYPED,)
-            raise
-
-    return read
-
-
-def _line() -> str:
-    """A line of standard input, without its end. Raises `EOFError` where there is no more."""
-    raw = sys.stdin.buffer.readline(MOST_LINE_BYTES)
-    if not raw:
-        raise EOFError
-    if len(raw) == MOST_LINE_BYTES:
-        raise DataError(f"a line of standard input has more than {MOST_LINE_BYTES >> 20} MiB")
-    return raw.decode("utf-8", "replace").removesuffix("\n").removesuffix("\r")
-
-
-@contextlib.contextmanager
-def _terminal_with(local: Callable[[int], int]) -> Iterator[None]:
-    """A terminal whose local modes (termios' `lflag`) are changed; left as it was, however this ends."""
-    before = termios.tcgetattr(sys.stdin)
-    changed = [*before]
-    changed[3] = local(before[3])
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, changed)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(termios.error):  # it is gone
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
-def _nothing_lost() -> contextlib.AbstractContextManager[None]:
-    """Ctrl+C throws nothing away: by itself it takes back what was written and has not been shown yet."""
-    return _terminal_with(lambda modes: modes | termios.NOFLSH)
-
-
-def _unseen_typing() -> contextlib.AbstractContextManager[None]:
-    """Keys that are pressed while an answer is shown wait for the next prompt, and are not shown in its middle."""
-    return _terminal_with(lambda modes: modes & ~termios.ECHO)

@@ -8,14 +8,17 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from gptcli.cli import generate_file as of_file
+from gptcli.cli import generate_media as of_media
 from gptcli.cli import generate_options as options
 from gptcli.cli.arguments import Debug, Quiet
 from gptcli.reporting import visible
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from gptcli.cli.console import Console
+    from gptcli.data.media.item import Medium
     from gptcli.generation.ready import Asked
     from gptcli.generation.row import Completion
     from gptcli.generation.settings import Settings
@@ -26,9 +29,16 @@ DIM, RESET = "\033[2m", "\033[0m"
 def generate(
     model: options.Model = None,
     prompt: options.Prompt = None,
+    image: of_media.Image = None,
+    audio: of_media.Audio = None,
+    video: of_media.Video = None,
+    allow_urls: of_media.AllowUrls = False,
     file: of_file.File = None,
     output: of_file.Output = None,
     prompt_column: of_file.PromptColumn = None,
+    template: of_file.Template = None,
+    image_column: of_file.ImageColumn = None,
+    audio_column: of_file.AudioColumn = None,
     save_every: of_file.SaveEvery = None,
     processes: of_file.Processes = None,
     overwrite: of_file.Overwrite = False,
@@ -69,18 +79,24 @@ def generate(
     from gptcli.runs.folder import resolve_model
 
     with_file: dict[str, Any] = {"save_every": save_every, "processes": processes, "overwrite": overwrite}
-    of_file.check_options(file=file, output=output, prompts=bool(prompt), prompt_column=prompt_column, **with_file)
+    with_columns: dict[str, Any] = {"image_column": image_column, "audio_column": audio_column, "template": template}
+    rest = with_file | with_columns | {"prompt_column": prompt_column}
+    of_file.check_options(file=file, output=output, prompts=bool(prompt), **rest)
     others = {"--json": json, "--prompt": bool(prompt), "-n": num_return_sequences not in (None, 1)}
     _check_chat(chat, others | {"--file": file is not None, "--logprobs": logprobs is not None}, system)
     if logprobs is not None and not json and file is None:
         raise UsageError("--logprobs shows in --json alone", remedy="Add --json.")
+    if (image or audio or video) and (file is not None or engine != "transformers"):
+        other, remedy = ("--file", "There a column has them.") if file is not None else (f"--engine {engine}", None)
+        raise UsageError(f"--image, --audio and --video do not go with {other}", remedy=remedy)
     if engine != "transformers" and (chat or file is not None):
         raise UsageError(f"--engine {engine} is for --prompt", remedy="For a chat: gptcli serve --engine vllm.")
     asked = _asked(precision, quantize, draft, prompt_lookup, json_schema, regex)
     folder = resolve_model(model)
     out = console(json=file is None or json, quiet=quiet)  # standard output holds the texts and nothing else
     given = recipe_section(folder, out.warn)
-    prompts = [] if chat or file is not None else prompt or _piped() or given.get("prompts", [])
+    media = of_media.given_media(image, audio, video, allow_urls=allow_urls)
+    prompts = [] if chat or file is not None else prompt or _piped() or given.get("prompts", []) or [""] * bool(media)
     if not prompts and not chat and file is None:
         raise UsageError(
             "no prompt", remedy='Give one: gptcli generate --prompt "Once upon a time", or pipe a text in.'
@@ -105,14 +121,18 @@ def generate(
     if chat:
         from gptcli.cli.chat import talk
 
-        talk(folder, settings, system or "", asked, quiet=quiet)
+        talk(folder, settings, system or "", asked, media=media, allow_urls=allow_urls, quiet=quiet)
     elif file is not None and output is not None:
-        column = {"seed": seed, "column": prompt_column, **with_file}
-        of_file.generate_file(file, output, folder=folder, settings=settings, asked=asked, json=json, out=out, **column)
+        from gptcli.generation.file_prompts import form_of
+
+        columns: dict[Any, list[str] | None] = {"image": image_column, "audio": audio_column}
+        form = form_of(prompt_column, template, columns, allow_urls=allow_urls)
+        rest = {"seed": seed, "form": form, **with_file}
+        of_file.generate_file(file, output, folder=folder, settings=settings, asked=asked, json=json, out=out, **rest)
     elif engine != "transformers":
         _by_vllm(engine, folder, prompts, settings, asked, out, json=json)
     else:
-        _complete(folder, prompts, settings, asked, out, json=json)
+        _complete(folder, prompts, media, settings, asked, out, json=json)
 
 
 def _asked(
@@ -136,21 +156,30 @@ def _asked(
     return asked
 
 
-def _complete(folder: Path, prompts: list[str], settings: Settings, asked: Asked, out: Console, *, json: bool) -> None:
+def _complete(
+    folder: Path, prompts: list[str], media: list[Medium], settings: Settings, asked: Asked, out: Console, *, json: bool
+) -> None:
+    from gptcli.generation.media_prompt import placed, shown_prompt
     from gptcli.generation.ready import ready
     from gptcli.generation.text import complete
-    from gptcli.model.load import memory_errors
+    from gptcli.model.load import load_tokenizer, memory_errors
 
     with memory_errors("Try a smaller --max-new-tokens or --num-return-sequences, or --precision bf16."):
-        it = ready(folder, asked, out.say)
+        asked_for: Sequence[str | list[int]] = prompts
+        seen, more = prompts, {}
+        if media:  # what is wrong with them is said before the weights are read
+            reader = of_media.reader_for(folder, (medium.modality for medium in media))
+            more = {"tokenizer": load_tokenizer(folder)}
+            asked_for = of_media.prompts_with(reader, more["tokenizer"], prompts, media)
+            seen = [shown_prompt(*placed(prompt, media)) for prompt in prompts]
+        it = ready(folder, asked, out.say, **more)
         out.say(f"{folder}, {it.made_on}, {settings.how}")
         if "constraint" in it.beside and settings.stop:
             out.warn("stop texts are not used: they could cut a constrained output before it is whole")
-        for text in prompts:
-            screen = _Screen(out, text, settings, json=json)
-            done = complete(
-                it.model, it.tokenizer, text, settings, on_text=screen.stream, on_warning=out.warn, **it.beside
-            )
+        for text, shown, ids in zip(prompts, seen, asked_for, strict=True):
+            screen = _Screen(out, text, settings, json=json, shown=shown)
+            beside = it.beside | ({"reader": reader} if media else {})
+            done = complete(it.model, it.tokenizer, ids, settings, on_text=screen.stream, on_warning=out.warn, **beside)
             screen.end(done)
             if "constraint" in it.beside and any(one.finish_reason == "length" for one in done):
                 out.warn("the tokens ran out before the output was whole: give more by --max-new-tokens")
@@ -191,16 +220,17 @@ def _check_chat(chat: bool, others: dict[str, bool], system: str | None) -> None
 class _Screen:
     """Shows one prompt and what follows it."""
 
-    def __init__(self, out: Console, prompt: str, settings: Settings, *, json: bool) -> None:
+    def __init__(self, out: Console, prompt: str, settings: Settings, *, json: bool, shown: str | None = None) -> None:
         self._out = out
         self._prompt = prompt
+        self._shown = prompt if shown is None else shown
         self._json = json
         self._streams = settings.num_return_sequences == 1 and not json
         self._terminal = sys.stdout.isatty()
         self._begun = False
 
     def _show_prompt(self) -> None:
-        text = self._safe(self._prompt)
+        text = self._safe(self._shown)
         self._begun = True
         self._out.write(f"{DIM}{text}{RESET}" if self._terminal and text else text)
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from gptcli.cli.generate_media import reader_for
 from gptcli.errors import UsageError
 
 if TYPE_CHECKING:
     from gptcli.cli.console import Console
+    from gptcli.generation.file_prompts import PromptForm
     from gptcli.generation.ready import Asked
     from gptcli.generation.settings import Settings
 
@@ -30,6 +32,18 @@ PromptColumn = Annotated[
     str | None,
     _option("--prompt-column", metavar="NAME", help="The column of the prompts; default: prompt."),
 ]
+Template = Annotated[
+    str | None,
+    _option("--template", metavar="TEXT", help="A prompt of several columns: '{image} What is {thing}?'."),
+]
+ImageColumn = Annotated[
+    list[str] | None,
+    _option("--image-column", metavar="NAME", help="A column of pictures (repeatable)."),
+]
+AudioColumn = Annotated[
+    list[str] | None,
+    _option("--audio-column", metavar="NAME", help="A column of sounds (repeatable)."),
+]
 SaveEvery = Annotated[
     int | None,
     _option("--save-every", min=1, help="Prompts between saves; default: by a rule."),
@@ -43,7 +57,6 @@ Overwrite = Annotated[
     _option("--overwrite", help="Replace an output, or another job's unfinished work."),
 ]
 
-DEFAULT_COLUMN = "prompt"
 _ADVICE = ("Run fewer processes (--processes), or --precision bf16.", "The same command goes on with what is done.")
 
 
@@ -68,7 +81,7 @@ def generate_file(
     settings: Settings,
     seed: int | None,
     asked: Asked,
-    column: str | None,
+    form: PromptForm,
     save_every: int | None,
     processes: str | None,
     overwrite: bool,
@@ -83,6 +96,8 @@ def generate_file(
 
     if not has_records(file):
         raise UsageError(f"--file {file}: a file of prompts is {record_suffixes()}")
+    if form.media:
+        reader_for(folder, (kind for kind, _ in form.media))
     mine = group()
     wanted = _wanted(processes)
     if mine.world_size > 1 and mine.launcher != "gptcli":
@@ -94,7 +109,7 @@ def generate_file(
     job = FileJob(
         file=Path(file),
         output=Path(output).resolve(),
-        column=column or DEFAULT_COLUMN,
+        form=form,
         model=folder,
         settings=settings,
         seed=seed,

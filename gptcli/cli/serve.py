@@ -11,6 +11,9 @@ from gptcli.cli.generate_options import Engine, Model, Precision
 
 Host = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="0.0.0.0: for other machines too.")]
 Port = Annotated[str, typer.Option("--port", metavar="N|auto", help="auto (or 0): any free one.")]
+AllowUrls = Annotated[
+    bool, typer.Option("--allow-urls", help="Images and sounds of requests may be http and https addresses.")
+]
 Worker = Annotated[bool, typer.Option("--worker", hidden=True, help="Be the server's process.")]
 
 
@@ -20,6 +23,7 @@ def serve(
     port: Port = "8000",
     precision: Precision = "auto",
     engine: Engine = "transformers",
+    allow_urls: AllowUrls = False,
     worker: Worker = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -27,6 +31,7 @@ def serve(
 ) -> None:
     """Serve a model by an OpenAI-compatible API, until Ctrl+C; the newest run's when none is named."""
     from gptcli.cli.console import console
+    from gptcli.errors import UsageError
     from gptcli.generation.given import recipe_section
     from gptcli.generation.serve import (
         Server,
@@ -43,6 +48,8 @@ def serve(
 
     check_precision(precision)
     check_engine(engine, "gptcli serve")
+    if allow_urls and engine != "transformers":
+        raise UsageError(f"--allow-urls does not go with --engine {engine}, which fetches by its own rules")
     folder = resolve_model(model)
     if is_local := folder.is_dir():
         folder = folder.resolve()
@@ -55,7 +62,8 @@ def serve(
 
         if engine == "vllm":
             return serve_vllm(folder, server, precision)
-        return serve_pinned(folder, server, settings(recipe_section(folder, out.warn), {}), precision)
+        given_settings = settings(recipe_section(folder, out.warn), {})
+        return serve_pinned(folder, server, given_settings, precision, allow_urls=allow_urls)
 
     def ready(pid: int) -> None:
         if json:
@@ -68,6 +76,7 @@ def serve(
         out.warn(f"whoever reaches {host}:{server.port} can use this model: there is no authentication")
     out.say(f"{folder}: starting {'vllm serve' if engine == 'vllm' else 'transformers serve'} ...")
     place = ["--host", host, "--port", str(server.port), "--precision", precision, "--engine", engine]
+    place += ["--allow-urls"] * allow_urls
     given = ["serve", str(folder), *place, "--worker", *(["--debug"] if debug else [])]
     run_server(given, server, on_ready=ready, on_line=out.say)
 

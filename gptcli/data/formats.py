@@ -70,6 +70,12 @@ class RowFormat:
         return ALPACA[::2] if self.shape == "alpaca" else (self.column,)
 
     @property
+    def placed(self) -> tuple[Modality, ...]:
+        """The kinds of media that the prompt has places for."""
+        named = self.prompt.columns
+        return tuple(kind for kind, columns in self.media if any(each in named for each in (kind, *columns)))
+
+    @property
     def _places(self) -> frozenset[str]:
         """What stands in a prompt for media: their columns, and the names of their kinds."""
         return frozenset((*self.media_columns, *(modality for modality, _ in self.media)))
@@ -158,7 +164,7 @@ def format_row(row: Row, row_format: RowFormat, reach: Reach) -> Row | BadRow:
     if isinstance(values, str):
         return BadRow(row.number, "wrong columns", values, row.member)
     try:
-        media = _media(values, row_format, reach)
+        media = media_columns(values, row_format, reach)
         if row_format.kind == "prompt":
             found: Example | BadRow = _pair(row.number, values, row_format, media)
         else:
@@ -173,8 +179,8 @@ def format_row(row: Row, row_format: RowFormat, reach: Reach) -> Row | BadRow:
 Columns: TypeAlias = dict[str, list[Medium]]
 
 
-def _media(values: dict[str, Any], row_format: RowFormat, reach: Reach) -> Columns:
-    """The media of each of a row's columns that hold some."""
+def media_columns(values: dict[str, Any], row_format: RowFormat, reach: Reach) -> Columns:
+    """The media of each of a row's columns that may hold some. Raises `MediaFault`."""
     found: Columns = {}
     for modality, columns in row_format.media:
         for column in columns:
@@ -217,7 +223,8 @@ def filled_prompt(
     places = dict(media)
     for modality, columns in kinds:
         if modality not in columns and modality in used:
-            places[modality] = [each for column in columns if column not in used for each in media[column]]
+            unnamed = [column for column in columns if column not in used]
+            places[modality] = [each for column in unnamed for each in places.pop(column)]
     for column, found in places.items():
         if found and (wanted := used.count(column)) != len(found):
             where = f"has {wanted} place{'' if wanted == 1 else 's'} {{{column}}} in the prompt and {len(found)} for it"
@@ -234,7 +241,11 @@ def filled_prompt(
         placed.append(medium)
         return place_of(medium.modality)
 
-    return template.fill(text), tuple(placed)
+    prompt = template.fill(text)
+    # A text of the row may hold the mark of a place itself.
+    if kinds and (wrong := check_places(prompt, placed)) is not None:
+        raise MediaFault("the row", "not media", wrong)
+    return prompt, tuple(placed)
 
 
 def _conversation(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptcli.data.readers import BadRow, Layout, Row, readable_suffixes, shown
-from gptcli.data.sources import FileInput, Reading, find_inputs, input_rows, mark, place
+from gptcli.data.sources import FileInput, Reading, file_of, find_inputs, input_rows, mark, place
 from gptcli.data.tokens import TokensInput
 from gptcli.errors import DataError
 
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
     from gptcli.recipe.schema import Source
 
 
-def named_rows(source: Source, column: str, name_it: str, where: str | None) -> Iterator[tuple[str, Row | BadRow]]:
-    """Where each row of a source stands, and the row.
+def named_rows(
+    source: Source, column: str, name_it: str, where: str | None
+) -> Iterator[tuple[str, Row | BadRow, Path]]:
+    """Where each row of a source stands, the row, and the file by whose folder its media are found.
 
     Args:
         source: files with columns, or a Hub set.
@@ -36,4 +39,4 @@ def named_rows(source: Source, column: str, name_it: str, where: str | None) -> 
                 remedy=f"Read are {readable_suffixes()}.",
             )
         for row in input_rows(part, Reading(layout, "error", where)):
-            yield place(part, mark(0, row), layout), row
+            yield place(part, mark(0, row), layout), row, file_of(part)

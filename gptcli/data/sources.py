@@ -305,12 +305,17 @@ def input_rows(part: Input, reading: Reading, on_position: Callable[[int], None]
     if reading.format is None:
         return _rows(part, reading, on_position)
     row_format = reading.format
-    # A set of the Hub holds its media itself: there is no folder that paths could lie in.
-    reach = row_format.reach(Path(os.devnull) / "none" if isinstance(part, hub.HubSet) else part.path)
+    reach = row_format.reach(file_of(part))
     return (
         row if isinstance(row, BadRow) else format_row(row, row_format, reach)
         for row in _rows(part, reading, on_position)
     )
+
+
+def file_of(part: Input) -> Path:
+    """The file by whose folder the media of an input's rows are found."""
+    # A set of the Hub holds its media itself: there is no folder that paths could lie in.
+    return Path(os.devnull) / "none" if isinstance(part, hub.HubSet) else part.path
 
 
 def _rows(part: Input, reading: Reading, on_position: Callable[[int], None] | None) -> Rows:

@@ -230,15 +230,16 @@ def _pattern(tokens: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def end_of_turn(tokenizer: Any) -> list[int]:
+def end_of_turn(tokenizer: Any, media: Mapping[Modality, str] | None = None) -> list[int]:
     """The id of the token with which a tokenizer's template ends an answer; [] without template or token.
 
-    Many tokenizers name another token as their EOS, and then a model would go on and speak for the user.
+    Many tokenizers name another token as their EOS, and then a model would go on and speak for the user. `media`: the
+    placeholders of a model that reads some.
     """
     if not getattr(tokenizer, "chat_template", None):
         return []
     try:
-        token = templater_from(tokenizer).ending.token
+        token = templater_from(tokenizer, media).ending.token
     except TemplateFault:  # told when the template is used
         return []
     return [] if token is None else [int(tokenizer.convert_tokens_to_ids(token))]

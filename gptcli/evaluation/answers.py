@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from gptcli.errors import DataError, DivergedError, UsageError
 from gptcli.evaluation.classify import CONTENT_FREE, calibrated, label_ids, log_likelihoods, normalized
 from gptcli.generation.batches import UNIT_SEQUENCES, UNIT_TOKENS, plan_units
+from gptcli.generation.media_prompt import MediaPrompt
 from gptcli.model.load import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptcli.data.media.reader import MediaReader
     from gptcli.evaluation.examples import Example
     from gptcli.evaluation.tasks import Task
     from gptcli.generation.row import Completion
@@ -62,7 +64,7 @@ class Answers:
 
 
 def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[list[int]]:
-    """The ids of the rows' prompts.
+    """The ids of the rows' prompts, with their media where they have some (`MediaPrompt`).
 
     Raises:
         DataError: one leaves no room for an answer in the model's context, by file and line.
@@ -73,10 +75,12 @@ def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Tas
     context = context_length(model)
     for example in task.examples:
         try:
-            check_characters(example.prompt, context)
+            check_characters(example.text, context)
         except UsageError as error:
             raise DataError(error.what, where=example.where, remedy=error.remedy) from None
-    prompts = encode_prompts(tokenizer, [example.prompt for example in task.examples])
+    prompts = encode_prompts(tokenizer, [example.text for example in task.examples])
+    media = [example.media for example in task.examples]
+    prompts = [MediaPrompt(ids, shown) if shown else ids for ids, shown in zip(prompts, media, strict=True)]
     if task.of_labels:
         labels, _ = label_ids(tokenizer, task.labels, by=task.label_scores)
         # The last token of a label is predicted and never read.
@@ -106,6 +110,8 @@ def answer(
     prompts: Sequence[list[int]],
     reporter: Reporter,
     share: Share = Share(),
+    *,
+    reader: MediaReader | None = None,
 ) -> Answers:
     """What the model answers to the rows of a share. Its mode and the random state of the process are left alone.
 
@@ -116,15 +122,17 @@ def answer(
         prompts: see `encode`.
         reporter: where progress goes.
         share: the rows of this process.
+        reader: of the prompts' media.
 
     Raises:
         DivergedError: what follows a prompt has no likelihood.
+        DataError: an image or sound is not what it was when the rows were read.
     """
     found = Answers(None, None, (), False, {})
     if task.of_labels:
-        found = _likelihoods(model, tokenizer, task, prompts, reporter, share)
+        found = _likelihoods(model, tokenizer, task, prompts, reporter, share, reader)
     if task.of_texts:
-        found = replace(found, texts=_texts(model, tokenizer, task, prompts, reporter, share))
+        found = replace(found, texts=_texts(model, tokenizer, task, prompts, reporter, share, reader))
     return found
 
 
@@ -135,18 +143,20 @@ def _likelihoods(
     prompts: Sequence[list[int]],
     reporter: Reporter,
     share: Share,
+    reader: MediaReader | None,
 ) -> Answers:
     from gptcli.generation.text import encode_prompts
 
     labels, with_end = label_ids(tokenizer, task.labels, by=task.label_scores)
-    pad_id = prompts[0][0]
+    # Any token of a text: a prompt may begin with a placeholder, and there are as many of these as its media have.
+    about: dict[str, Any] = {"pad_id": labels[0][0], "reader": reader}
     with reporter.progress("scoring labels", len(prompts) / share.parts, "rows") as progress:
         part = (share.part, share.parts)
-        scores = log_likelihoods(model, prompts, labels, pad_id=pad_id, on_scored=progress.update, part=part)
+        scores = log_likelihoods(model, prompts, labels, on_scored=progress.update, part=part, **about)
     empty = None
     if task.label_scores == "calibrated":
         blank = [task.template.fill(lambda column, text=text: text) for text in CONTENT_FREE]  # type: ignore[misc]
-        empty = log_likelihoods(model, encode_prompts(tokenizer, blank), labels, pad_id=pad_id)
+        empty = log_likelihoods(model, encode_prompts(tokenizer, blank), labels, **about)
     return Answers(scores, empty, labels, with_end, {})
 
 
@@ -157,15 +167,17 @@ def _texts(
     prompts: Sequence[list[int]],
     reporter: Reporter,
     share: Share,
+    reader: MediaReader | None,
 ) -> dict[int, Completion]:
-    from gptcli.generation.text import complete_batch
+    from gptcli.generation.text import complete_batch, stop_ids
 
     rows = range(len(prompts)) if share.together else range(share.part, len(prompts), share.parts)
     if not rows:
         return {}
     # Of logits that are no numbers a text is made all the same, so the longest prompt is looked at first.
     longest = max(rows, key=lambda row: len(prompts[row]))
-    ends = log_likelihoods(model, [prompts[longest]], [prompts[longest][:1]], pad_id=prompts[longest][0])
+    token = (stop_ids(model, tokenizer) or prompts[longest])[0]
+    ends = log_likelihoods(model, [prompts[longest]], [[token]], pad_id=token, reader=reader)
     check_finite(ends[0], task.examples[longest])
     units = plan_units(
         np.array([len(prompts[row]) for row in rows]),
@@ -179,7 +191,8 @@ def _texts(
     with reporter.progress("generating", len(rows), "rows") as progress:
         for unit in range(len(units)):
             numbers = [rows[number] for number in units.prompts(unit)]
-            completed = complete_batch(model, tokenizer, [prompts[number] for number in numbers], task.settings)
+            given = [prompts[number] for number in numbers]
+            completed = complete_batch(model, tokenizer, given, task.settings, reader=reader)
             found |= {number: each[0] for number, each in zip(numbers, completed, strict=True)}
             progress.update(len(found))
     return found

@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from gptcli.errors import DataError, UsageError
 from gptcli.evaluation.loss import Forward, each_batch, scoring
 from gptcli.evaluation.windows import Window, padded
+from gptcli.generation.media_prompt import media_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gptcli.data.media.reader import MediaReader
 
 # Prompts without content, by which Zhao et al. 2021 ("Calibrate Before Use") measure what a model prefers anyway.
 CONTENT_FREE = ("N/A", "[MASK]", "")
@@ -64,10 +67,12 @@ def log_likelihoods(
     pad_id: int,
     on_scored: Callable[[int], None] | None = None,
     part: tuple[int, int] = (0, 1),
+    reader: MediaReader | None = None,
 ) -> NDArray[np.float64]:
     """Summed natural log-probabilities of the tokens of each label after each prompt, [prompts, labels].
 
     `part` = (i, n): every n-th batch from the i-th (from 0) is scored, as many on each of n processes; NaN elsewhere.
+    `reader`: of the media of prompts that have some.
 
     Raises:
         DataError: a token is outside the model's vocabulary.
@@ -82,11 +87,19 @@ def log_likelihoods(
 
     passes = shared_passes(labels)
 
+    longest = max(len(inputs) for inputs, _ in passes)
+
     def windows() -> Iterator[Window]:
         for row, prompt in enumerate(prompts):
+            media = media_of(prompt)
             for number, (inputs, _) in enumerate(passes):
+                # All passes of a row with media are of one length, so that they stand in one batch, which decodes once.
+                rest = longest - len(inputs) if media else 0
                 # What follows the last input is not one token but that of several labels: the 0 is not looked at.
-                yield Window(row * len(passes) + number, np.array([*prompt, *inputs, 0]), len(inputs) + 1)
+                ids = np.array([*prompt, *inputs, *[pad_id] * rest, 0])
+                wanted = np.zeros(len(ids) - 1, dtype=np.bool_)
+                wanted[len(prompt) - 1 : len(prompt) + len(inputs)] = True
+                yield Window(row * len(passes) + number, ids, len(inputs) + 1, wanted, media=media)
 
     def score(forward: Forward, batch: list[Window], device: torch.device, pad_id: int) -> list[NDArray[np.float64]]:
         return _score_labels(forward, batch, device, pad_id, labels, passes)
@@ -94,7 +107,7 @@ def log_likelihoods(
     found = np.full((len(prompts), len(labels)), np.nan)
     done = 0
     with scoring(model):
-        for batch, sums in each_batch(model, windows(), score, pad_id=pad_id, part=part):
+        for batch, sums in each_batch(model, windows(), score, pad_id=pad_id, part=part, reader=reader):
             for window, values in zip(batch, sums, strict=True):
                 row, number = divmod(window.document, len(passes))
                 found[row, passes[number][1]] = values

@@ -1,7 +1,7 @@
 """The rows of a task: what the model is asked, and what is right, from the columns of files.
 
 Rows are those of files with columns, or of plain text files that go line by line together. What is wrong
-with a row ends the reading, or with `data.on_bad_row: skip` is counted.
+with a row ends the reading, or with `data.on_bad_row: skip` is counted; images and sounds are decoded to know that.
 """
 
 from __future__ import annotations
@@ -11,14 +11,20 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from gptcli.data.columns import Maps, filled, mapped, missing_text, text_of, what_of
+from gptcli.data.columns import Maps, mapped, missing_text, text_of, what_of
+from gptcli.data.formats import RowFormat, filled_prompt, media_columns
+from gptcli.data.media.fault import MediaFault
+from gptcli.data.media.item import Medium
 from gptcli.data.named_rows import named_rows
 from gptcli.data.readers import BadRow
 from gptcli.data.reading.row import listed
 from gptcli.errors import DataError, UsageError
-from gptcli.recipe.template import Template
+from gptcli.generation.media_prompt import shown_prompt
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptcli.data.media.reader import MediaReader
     from gptcli.evaluation.corpus import Corpus
     from gptcli.reporting import Reporter
 
@@ -31,23 +37,41 @@ class Asked:
     """Which columns are read, and what they must hold.
 
     Attributes:
-        prompt: the template of what the model is asked.
+        row: its `prompt` is what the model is asked; which columns hold media, and what these may name.
         references: the column of what is right; None: nothing is compared.
         check: what is wrong with the references of a row, if anything is.
+        reader: of media; without one a row has none.
     """
 
-    prompt: Template
+    row: RowFormat
     references: str | None
     check: Callable[[tuple[str, ...]], str | None] = lambda references: None
+    reader: MediaReader | None = None
+
+    @property
+    def column(self) -> str:
+        """One that every file has to have."""
+        texts = self.row.columns or (() if self.references is None else (self.references,))
+        return (*texts, *self.row.media_columns)[0]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row: `where` is its file and line, `references` what is right, at least one where any is asked for."""
+    """A row.
+
+    Attributes:
+        where: its file and line.
+        prompt: what is asked, for people; `[image cat.png]` where an image stands.
+        references: what is right, at least one where any is asked for.
+        text: what is asked, for the tokenizer: with the placeholders of media.
+        media: what these stand for, in their order.
+    """
 
     where: str
     prompt: str
     references: tuple[str, ...]
+    text: str
+    media: tuple[Medium, ...] = ()
 
 
 def read_examples(corpus: Corpus, asked: Asked, reporter: Reporter) -> list[Example]:
@@ -73,8 +97,11 @@ def read_examples(corpus: Corpus, asked: Asked, reporter: Reporter) -> list[Exam
 
 def _examples(corpus: Corpus, asked: Asked, skipped: list[str]) -> Iterator[Example]:
     for source, where in corpus.sources:
-        for at, row in islice(named_rows(source, asked.prompt.columns[0], _NAME_IT, where), source.limit):
-            made = row.reason if isinstance(row, BadRow) else _example(at, row.values or {}, source.map or {}, asked)
+        for at, row, file in islice(named_rows(source, asked.column, _NAME_IT, where), source.limit):
+            if isinstance(row, BadRow):
+                made: Example | str = row.reason
+            else:
+                made = _example(at, row.values or {}, source.map or {}, asked, file)
             if isinstance(made, Example):
                 yield made
             elif corpus.on_bad_row == "skip":
@@ -83,12 +110,12 @@ def _examples(corpus: Corpus, asked: Asked, skipped: list[str]) -> Iterator[Exam
                 raise DataError(made, where=at, remedy=_MEND)
 
 
-def _example(place: str, row: dict[str, Any], maps: Maps, asked: Asked) -> Example | str:
-    """The example of a row, or the sentence that says what is wrong with it."""
+def _example(place: str, row: dict[str, Any], maps: Maps, asked: Asked, file: Path) -> Example | str:
+    """The example of a row of a file, or the sentence that says what is wrong with it."""
     values = mapped(row, maps)
     if isinstance(values, str):
         return values
-    if (wrong := missing_text(values, asked.prompt.columns)) is not None:
+    if (wrong := missing_text(values, asked.row.columns)) is not None:
         return wrong
     references: tuple[str, ...] = ()
     if asked.references is not None:
@@ -101,4 +128,13 @@ def _example(place: str, row: dict[str, Any], maps: Maps, asked: Asked) -> Examp
         references = tuple(text for text in texts if text is not None)
         if (wrong := asked.check(references)) is not None:
             return f"column {asked.references!r}: {wrong}"
-    return Example(place, filled(asked.prompt, values), references)
+    try:
+        media = media_columns(values, asked.row, asked.row.reach(file))
+        prompt, placed = filled_prompt(asked.row.prompt, values, asked.row.media, media)
+        text = prompt
+        if asked.reader is not None:
+            text = asked.reader.filled(prompt, iter(asked.reader.texts(placed)))
+    except MediaFault as fault:
+        return str(fault)
+    shown = shown_prompt(prompt, placed) if placed else prompt
+    return Example(place, shown, references, text, placed)

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from gptcli.data.media.fault import MediaFault
 from gptcli.device import keep_freed_memory
+from gptcli.errors import DataError
 from gptcli.evaluation.windows import Document, Window, batches, padded, padded_ids, shared, windows_of
 from gptcli.launch import world_size
 from gptcli.model.load import evaluating, quiet
@@ -233,8 +235,11 @@ def each_batch(
         more: dict[str, torch.Tensor] = {}
         if reader is not None:
             inputs = torch.from_numpy(padded_ids(batch, pad_id))
-            made = reader.inputs([window.media for window in batch]) | reader.type_ids(inputs)
-            more = {name: values.to(model.device) for name, values in made.items()}
+            try:
+                made = reader.inputs([window.media for window in batch]) | reader.type_ids(inputs)
+            except MediaFault as fault:
+                raise DataError(str(fault), remedy="It could be read before: put back what was there.") from None
+            more = {name: _as_weights(values, model) for name, values in made.items()}
         return score(lambda inputs, mask: forward(inputs, mask, more), batch, model.device, pad_id)
 
     # The passes of a model that is divided over processes have to come in the same order on all of them.
@@ -257,6 +262,11 @@ def each_batch(
                 yield done, sums.result()
         for done, sums in running:
             yield done, sums.result()
+
+
+def _as_weights(values: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """What a model takes beside ids, on its device and in its precision."""
+    return values.to(model.device, model.dtype if values.is_floating_point() else values.dtype)
 
 
 def _batch_limit(model: PreTrainedModel, batch_tokens: int) -> int:

@@ -247,7 +247,13 @@ def _tasks(tasks: Sequence[TaskResult]) -> str:
         if (matrix := each.metrics.get("confusion_matrix")) is not None:
             name = f"Confusion matrix{f' of {each.model}' if len(tasks) > 1 else ''}"
             charts += _matrix(name, matrix["labels"], matrix["counts"])
-    return _section("Tasks", *parts, f'<div class="charts">{charts}</div>' if charts else "")
+    parts.append(f'<div class="charts">{charts}</div>' if charts else "")
+    for each in tasks:
+        if each.answers:
+            of = f" of {each.model}" if len(tasks) > 1 else ""
+            shown = table(["row", "right", "answer"], [[one_line(text)[:200] for text in row] for row in each.answers])
+            parts.append(f"<details><summary>The first answers{plain(of)}</summary><div>{shown}</div></details>")
+    return _section("Tasks", *parts)
 
 
 def _shown(value: Any) -> str:

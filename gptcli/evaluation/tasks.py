@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gptcli.data.formats import RowFormat
+from gptcli.data.media.reader import has_processor, open_reader
 from gptcli.device import best_device
-from gptcli.errors import writing
+from gptcli.errors import UsageError, writing
 from gptcli.evaluation import metrics
 from gptcli.evaluation.answers import Answers, answer, encode, label_scores
 from gptcli.evaluation.classify import over_labels
@@ -25,7 +27,7 @@ from gptcli.evaluation.curves import Calibration, calibration
 from gptcli.evaluation.examples import Asked, Example, read_examples
 from gptcli.files import write_atomic
 from gptcli.generation.settings import Settings, settings
-from gptcli.model.load import Precision, context_length, load_model, load_tokenizer, memory_errors
+from gptcli.model.load import Precision, context_length, load_model, load_tokenizer, memory_errors, tokenizer_home
 from gptcli.recipe.template import Template, parse_template
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from gptcli.data.media.reader import MediaReader
     from gptcli.evaluation.corpus import Corpus
     from gptcli.generation.row import Completion
     from gptcli.recipe.load import LoadedRecipe
@@ -44,6 +47,8 @@ OF_ALL = {"bleu": metrics.bleu, "chrf": metrics.chrf, "rouge": metrics.rouge}
 OF_ERRORS = {"wer": metrics.word_error_rate, "cer": metrics.character_error_rate}
 # SQuAD's metrics know an answer that is empty; the others have nothing to compare with.
 WITH_EMPTY = ("exact_match", "f1", "quality")
+
+SHOWN = 20  # rows with media on a page: which, what is right, what was answered
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class TaskResult:
     """What a model's answers to the rows of a corpus are worth: `metrics` by name, and how many `rows` there were.
 
     `calibration` is of the probabilities of labels, taken over the labels alone; None where no label is asked for.
+    `answers` are those to the first rows with media: the names of these, what is right, what was answered.
     """
 
     model: str
@@ -83,6 +89,7 @@ class TaskResult:
     rows: int
     metrics: dict[str, Any]
     calibration: Calibration | None = None
+    answers: tuple[tuple[str, str, str], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `gptcli eval` where no loss was asked for."""
@@ -98,23 +105,56 @@ def task_metrics(recipe: LoadedRecipe | None) -> list[str]:
     )
 
 
-def read_task(corpus: Corpus, recipe: LoadedRecipe, reporter: Reporter) -> Task:
+def read_task(corpus: Corpus, recipe: LoadedRecipe, reporter: Reporter, reader: MediaReader | None = None) -> Task:
     """What a recipe's `eval` asks of the rows of a corpus; texts are made as `generate` has it (see `Task`).
+
+    `reader`: of the rows' images and sounds, see `task_reader`.
 
     Raises:
         MissingError: a metric's package is not installed.
         UsageError: the corpus has no rows of files.
-        DataError: a row lacks something, by file and line.
+        DataError: a row lacks something, or its media cannot be used, by file and line.
     """
     section, wanted = recipe.recipe.eval, task_metrics(recipe)
     labels = tuple(section.labels or ())
     of_labels = tuple(each for each in wanted if labels and each in metrics.OF_LABELS)
     of_texts = tuple(each for each in wanted if each not in of_labels)
     metrics.require_packages(wanted, labels=bool(labels))
-    template = parse_template(recipe.recipe.asked)
-    examples = read_examples(corpus, Asked(template, section.references, _check(section, of_texts)), reporter)
+    row = asked_row(recipe)
+    examples = read_examples(corpus, Asked(row, section.references, _check(section, of_texts), reader), reporter)
     how = _settings(recipe)
-    return Task(corpus.name, template, tuple(examples), labels, section.label_scores, of_labels, of_texts, how)
+    return Task(corpus.name, row.prompt, tuple(examples), labels, section.label_scores, of_labels, of_texts, how)
+
+
+def asked_row(recipe: LoadedRecipe) -> RowFormat:
+    """What a recipe's tasks ask of a row."""
+    template, data = parse_template(recipe.recipe.asked), recipe.recipe.data
+    if data is None:
+        return RowFormat("prompt", template)
+    reach: dict[str, Any] = {"allow_urls": data.allow_urls, "allow_outside": data.allow_outside}
+    return RowFormat("prompt", template, media=data.media, **reach)
+
+
+def task_reader(folder: Path, recipe: LoadedRecipe) -> MediaReader | None:
+    """The reader of a model's folder for the images and sounds that a recipe's tasks ask about; None: there are none.
+
+    Raises:
+        UsageError: the model reads text alone, or none of that kind.
+        MissingError, CheckpointError: see `load_processor`.
+    """
+    kinds = asked_row(recipe).placed
+    if not kinds:
+        return None
+    home = tokenizer_home(folder)[0]
+    reader = open_reader(home) if has_processor(home) else None
+    if unread := [kind for kind in kinds if reader is None or kind not in reader.tokens]:
+        reads = "text alone" if reader is None else ", ".join(f"{kind}s" for kind in reader.tokens) + " alone"
+        raise UsageError(
+            f"the recipe's prompt has a place for {unread[0]}s, and this model reads {reads}",
+            where=str(folder),
+            remedy="Name a model that reads them, whose processor stands in its folder, or another eval.prompt.",
+        )
+    return reader
 
 
 def run_tasks(
@@ -140,11 +180,13 @@ def run_tasks(
 
     Raises:
         MissingError: a metric's package is not installed; the model cannot be loaded, see `load_model`.
+        UsageError: the recipe asks about media that the model does not read.
         DataError: a row lacks something, or its prompt does not fit into the model's context.
         DivergedError: the model gives a label no number.
         CheckpointError: the answers cannot be written.
     """
-    task = read_task(corpus, recipe, reporter)
+    reader = task_reader(folder, recipe)
+    task = read_task(corpus, recipe, reporter, reader)
     tokenizer = load_tokenizer(folder)
     with memory_errors("Try --precision bf16, or a smaller generate.max_new_tokens."):
         model = load() if load is not None else load_model(folder, dtype=precision, device=best_device())
@@ -152,7 +194,7 @@ def run_tasks(
         reporter.say(f"{folder} on {corpus.name}: {len(task.examples):,} rows, {dtype} on {model.device}")
         prompts = encode(model, tokenizer, task)
         say_how(model, task, prompts, reporter)
-        answers = answer(model, tokenizer, task, prompts, reporter)
+        answers = answer(model, tokenizer, task, prompts, reporter, reader=reader)
     if answers.with_end:
         reporter.say("a label begins another one, so the end of text counts as part of each label")
     found, lines = measure(task, answers)
@@ -161,7 +203,14 @@ def run_tasks(
             write_atomic(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         reporter.say(f"answers: {predictions}")
     sureness = _sureness(task, answers) if task.of_labels else None
-    return TaskResult(str(folder), corpus.name, len(task.examples), found, sureness)
+    return TaskResult(str(folder), corpus.name, len(task.examples), found, sureness, _first_answers(lines))
+
+
+def _first_answers(lines: Sequence[dict[str, Any]]) -> tuple[tuple[str, str, str], ...]:
+    rows = [line for line in lines if "media" in line][:SHOWN]
+    answered = [line.get("label", line.get("prediction", "")) for line in rows]
+    named = [(", ".join(line["media"]), " | ".join(line["references"])) for line in rows]
+    return tuple((*each, answer) for each, answer in zip(named, answered, strict=True))
 
 
 def _check(section: Eval, of_texts: Sequence[str]) -> Any:
@@ -211,6 +260,9 @@ def measure(task: Task, answers: Answers) -> tuple[dict[str, Any], list[dict[str
     lines: list[dict[str, Any]] = [
         {"where": each.where, "prompt": each.prompt, "references": list(each.references)} for each in task.examples
     ]
+    for line, each in zip(lines, task.examples, strict=True):
+        if each.media:
+            line["media"] = [medium.name for medium in each.media]
     found: dict[str, Any] = {}
     if task.of_labels:
         found |= _measure_labels(task, answers, lines)

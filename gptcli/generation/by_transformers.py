@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptcli.generation.choose import Chooser
+from gptcli.generation.media_prompt import media_inputs
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptcli.data.media.reader import MediaReader
     from gptcli.generation.row import Row
     from gptcli.generation.settings import Settings
 
@@ -30,6 +32,7 @@ def decode_by_transformers(
     settings: Settings,
     *,
     draft: PreTrainedModel | int | None = None,
+    reader: MediaReader | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> None:
     """Make the tokens of all rows of one prompt.
@@ -40,22 +43,27 @@ def decode_by_transformers(
         rows: of one prompt.
         settings: how; with beams the rows get the best ones, the best first.
         draft: a smaller model of the same vocabulary that proposes tokens, or how many tokens to look up in the prompt.
+        reader: of the prompt's images and sounds, where it has some; not with a draft.
         on_tokens: gets the number of tokens that were made.
     """
     chooser = Chooser(settings, sorted(rows[0].stop_ids), tokenizer)
     if settings.num_beams > 1:
-        _beams(model, tokenizer, rows, settings, chooser)
+        _beams(model, tokenizer, rows, settings, chooser, reader)
     elif draft is not None:  # which transformers does for a single sequence
         for row in rows:
             _with_draft(model, tokenizer, row, chooser, draft)
     else:
-        _step_by_step(model, tokenizer, rows, chooser)
+        _step_by_step(model, tokenizer, rows, chooser, reader)
     if on_tokens is not None:
         on_tokens(sum(len(row.tokens) for row in rows))
 
 
 def _step_by_step(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], chooser: Chooser
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    chooser: Chooser,
+    reader: MediaReader | None,
 ) -> None:
     def process(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         chosen = torch.tensor(chooser(scores, rows), device=scores.device)
@@ -64,7 +72,7 @@ def _step_by_step(
     def watch(input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         return torch.tensor([row.done for row in rows], device=input_ids.device)
 
-    _generate(model, tokenizer, rows[0], process, watch, rows=len(rows))
+    _generate(model, tokenizer, rows[0], process, watch, rows=len(rows), reader=reader)
 
 
 def _with_draft(
@@ -96,15 +104,15 @@ def _beams(
     rows: Sequence[Row],
     settings: Settings,
     chooser: Chooser,
+    reader: MediaReader | None,
 ) -> None:
     first, start = rows[0], len(rows[0].prompt)
 
     def process(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return chooser.all_scores(scores, [_at(first, tokens) for tokens in input_ids[:, start:].tolist()])
 
-    found = _generate(
-        model, tokenizer, first, process, None, num_beams=settings.num_beams, num_return_sequences=len(rows)
-    )
+    options: dict[str, Any] = {"num_beams": settings.num_beams, "num_return_sequences": len(rows)}
+    found = _generate(model, tokenizer, first, process, None, reader=reader, **options)
     for row, tokens in zip(rows, found[:, start:].tolist(), strict=True):
         for token in tokens:
             row.push(token)
@@ -118,6 +126,7 @@ def _generate(
     watch: Callable[..., torch.Tensor] | None,
     *,
     rows: int = 1,
+    reader: MediaReader | None = None,
     assistant_model: PreTrainedModel | None = None,
     **options: Any,
 ) -> torch.Tensor:
@@ -135,16 +144,50 @@ def _generate(
         **options,
     )
     ids = torch.tensor([row.prompt] * rows, device=model.device)
-    with _alone(model, config):
+    more: dict[str, Any] = {} if assistant_model is None else {"assistant_model": assistant_model}
+
+    def media(count: int) -> dict[str, torch.Tensor]:
+        return {} if reader is None else media_inputs(model, reader, [row.prompt] * count, ids[:1].repeat(count, 1))
+
+    with _alone(model, config), _multiplied(model, media):
         made: torch.Tensor = model.generate(  # type: ignore[operator]
             inputs=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=config,
             logits_processor=LogitsProcessorList([process]),
             stopping_criteria=None if watch is None else StoppingCriteriaList([watch]),
-            **({} if assistant_model is None else {"assistant_model": assistant_model}),
+            **media(rows),
+            **more,
         )
     return made
+
+
+@contextmanager
+def _multiplied(model: Any, media: Callable[[int], dict[str, torch.Tensor]]) -> Iterator[None]:
+    """Inside, a prompt that `generate` makes several beams of has the media of as many prompts.
+
+    It repeats each entry of their first dimension, which for most models is that of pictures, not of prompts: two
+    pictures would become the first one twice for the first beam. A model that does this by its own code is left to it.
+    """
+    from transformers import GenerationMixin
+
+    name = "_expand_inputs_for_generation"
+    expand = getattr(model, name, None)
+    if expand is None or getattr(type(model), name) is not getattr(GenerationMixin, name):
+        yield
+        return
+
+    def expanded(expand_size: int = 1, **given: Any) -> Any:
+        if expand_size == 1 or not (each := media(expand_size)):
+            return expand(expand_size=expand_size, **given)
+        ids, more = expand(expand_size=expand_size, **{key: given[key] for key in given if key not in each})
+        return ids, more | each
+
+    setattr(model, name, expanded)
+    try:
+        yield
+    finally:
+        delattr(model, name)
 
 
 def _at(row: Row, tokens: list[int]) -> Row:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptcli.data.media.item import Modality
+
 # Of a recipe's `generate`: those that transformers has under the same names.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 OTHERS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams", "max_new_tokens")
@@ -33,11 +35,16 @@ def carry(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, written: M
     config._from_model_config = False  # else transformers may make it anew from config.json
 
 
-def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let the token with which the chat template ends an answer end the model's too, beside its own."""
+def stop_at_end_of_turn(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, media: Mapping[Modality, str] | None = None
+) -> None:
+    """Let the token with which the chat template ends an answer end the model's too, beside its own.
+
+    `media`: the placeholders of a model that reads some.
+    """
     from gptcli.data.templater import end_of_turn
 
-    if tokens := end_of_turn(tokenizer):
+    if tokens := end_of_turn(tokenizer, media):
         own: Any = model.generation_config.eos_token_id
         named = own if isinstance(own, list) else [] if own is None else [own]
         model.generation_config.eos_token_id = [*named, *(token for token in tokens if token not in named)]

@@ -6,27 +6,37 @@ a model; what a model sees of a chat is `gptcli.generation.window`'s.
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptcli.data.media.item import PLACE, Medium, check_places
+from gptcli.data.media.parts import extracted
+from gptcli.data.media.reference import Media, Reach, Url
 from gptcli.errors import DataError, UsageError, first_line
+from gptcli.generation.media_prompt import media_errors
 from gptcli.generation.settings import Settings
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 MAX_FILE_BYTES = 64 << 20
+BY = "the chat is begun with --allow-urls"
 
 # Each command with its argument and what it does, in the order of /help.
 COMMANDS = {
     "help": ("", "show this"),
     "system": ("[TEXT]", 'set the system prompt ("": none); without TEXT: show it'),
     "set": ("[KEY=VALUE]", "set how answers are generated, as temperature=0.5; without: show the settings"),
+    "image": ("FILE", "show the model a picture, with the next message"),
+    "audio": ("FILE", "let it hear a sound"),
+    "video": ("FILE", "show it a video"),
     "undo": ("", "take the last message and its answer back"),
     "retry": ("", "answer the last message anew"),
     "reset": ("", "forget all messages; the system prompt and the settings stay"),
@@ -39,10 +49,11 @@ ALONE = ("help", "undo", "retry", "reset", "quit")
 
 @dataclass(frozen=True)
 class Turn:
-    """What was said to the model, and its answer."""
+    """What was said to the model, and its answer; in what was said there is a place for each of the media."""
 
     said: str
     answer: str
+    media: tuple[Medium, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,9 +65,9 @@ class Chat:
     turns: tuple[Turn, ...] = ()
     answers: int = 0
 
-    def answered(self, said: str, answer: str) -> Chat:
+    def answered(self, said: str, answer: str, media: tuple[Medium, ...] = ()) -> Chat:
         """The chat with one more turn."""
-        return replace(self, turns=(*self.turns, Turn(said, answer)))
+        return replace(self, turns=(*self.turns, Turn(said, answer, media)))
 
     def undone(self) -> Chat:
         """The chat without its last turn. Raises `UsageError` when there is none."""
@@ -177,12 +188,39 @@ def shown_settings(settings: Settings) -> dict[str, Any]:
 
 
 def saved(chat: Chat, model: str) -> dict[str, Any]:
-    """A chat as /save writes it."""
-    return {"model": model, "messages": messages(chat.system, chat.turns), "settings": shown_settings(chat.settings)}
+    """A chat as /save writes it; an image or a sound by where it lies."""
+    written: list[dict[str, Any]] = [*messages(chat.system, [])]
+    for turn in chat.turns:
+        written += [{"role": "user", "content": _written(turn)}, {"role": "assistant", "content": turn.answer}]
+    return {"model": model, "messages": written, "settings": shown_settings(chat.settings)}
 
 
-def read_saved(path: Path, settings: Settings) -> Chat:
-    """The chat of a file; settings that it does not name stay as given.
+def _written(turn: Turn) -> Any:
+    """What was said as parts, where there are media in it, else as text."""
+    if not turn.media:
+        return turn.said
+    waiting = iter(turn.media)
+    texts = PLACE.split(turn.said)
+    parts = [{"type": text, **_where(next(waiting))} if at % 2 else _text_part(text) for at, text in enumerate(texts)]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _where(medium: Medium) -> dict[str, str]:
+    source = medium.value.source if isinstance(medium.value, Media) else None
+    if isinstance(source, Path):
+        return {"path": str(source)}
+    if isinstance(source, Url):
+        return {"url": source.address}
+    assert isinstance(source, bytes)  # of a data URL: nothing else can be written in a chat
+    return {"url": f"data:;base64,{base64.b64encode(source).decode()}"}
+
+
+def read_saved(path: Path, settings: Settings, *, allow_urls: bool = False) -> Chat:
+    """The chat of a file; settings that it does not name stay as given. A path of a medium is relative to the file.
 
     Raises:
         DataError: there is no such file, or it is no saved chat.
@@ -199,10 +237,11 @@ def read_saved(path: Path, settings: Settings) -> Chat:
         raise DataError(f"cannot be read: {error.strerror or error}", where=where) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"is no JSON: {first_line(error)}", where=where) from None
-    return _checked(value, settings, where)
+    reach = Reach.of(path, allow_outside=True, allow_urls=allow_urls, urls_by=BY)
+    return _checked(value, settings, where, reach)
 
 
-def _checked(value: Any, settings: Settings, where: str) -> Chat:
+def _checked(value: Any, settings: Settings, where: str, reach: Reach) -> Chat:
     from gptcli.recipe.tree import parse_inline
 
     found = value.get("messages") if isinstance(value, dict) else None
@@ -210,6 +249,7 @@ def _checked(value: Any, settings: Settings, where: str) -> Chat:
         raise DataError(
             "is no saved chat", where=where, remedy='It has to be {"messages": [{"role": ..., "content": ...}, ...]}.'
         )
+    found, media = _without_parts(found, reach, where)
     for number, message in enumerate(found, 1):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise DataError(f"message {number} has no role and content that are texts", where=where)
@@ -233,5 +273,28 @@ def _checked(value: Any, settings: Settings, where: str) -> Chat:
             continue
         settings = _with_value(settings, key, parse_inline(json.dumps(item), where, Path()), where)
     settings.check()
-    turns = tuple(Turn(said["content"], answer["content"]) for said, answer in zip(rest[::2], rest[1::2], strict=True))
-    return Chat(settings, system, turns, len(turns))
+    waiting = iter(media)
+    turns = []
+    for said, answer in zip(rest[::2], rest[1::2], strict=True):
+        places = PLACE.findall(said["content"])
+        turns.append(Turn(said["content"], answer["content"], tuple(islice(waiting, len(places)))))
+        if check_places(said["content"], turns[-1].media) or check_places(answer["content"] + system, []):
+            raise DataError("its media are not those of what the user said", where=where)
+    return Chat(settings, system, tuple(turns), len(turns))
+
+
+def _without_parts(found: list[Any], reach: Reach, where: str) -> tuple[list[Any], list[Medium]]:
+    """Messages whose contents are texts, with a place for each of their media, and these."""
+    if not any(isinstance(message, dict) and isinstance(message.get("content"), list) for message in found):
+        return found, []
+    with media_errors(where):
+        row, media = extracted({"messages": found}, "messages", {}, reach)
+    return [_joined(message) for message in row["messages"]], media
+
+
+def _joined(message: Any) -> Any:
+    parts = message.get("content") if isinstance(message, dict) else None
+    texts = isinstance(parts, list) and all(isinstance(each, dict) and {*each} == {"type", "text"} for each in parts)
+    if not isinstance(parts, list) or not texts:
+        return message
+    return {**message, "content": "".join(str(each["text"]) for each in parts)}

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptcli.generation.cache import make_cache, used_layers
+from gptcli.generation.media_prompt import media_inputs, media_of
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
+    from gptcli.data.media.reader import MediaReader
     from gptcli.generation.row import Row
 
 # Of prompts that are read at once: enough to fill the cores, little enough to take no more memory than the rows do.
@@ -42,6 +44,7 @@ def decode(
     choose: Callable[[torch.Tensor, Sequence[Row]], object],
     budget: Budget | None = None,
     *,
+    reader: MediaReader | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> None:
     """Make tokens until every row is done; rows that follow each other are decoded together, as the budget allows.
@@ -51,11 +54,12 @@ def decode(
         rows: in the order in which they begin.
         choose: pushes a token to each of the rows it gets, whose logits [rows, vocabulary] it gets too.
         budget: its tokens are passed only by a single row that is longer.
+        reader: of the prompts' images and sounds, where they have some.
         on_tokens: gets the number of tokens of each step.
     """
     budget = budget or Budget()
     waiting = deque(rows)
-    batch = _Batch(model)
+    batch = _Batch(model, reader)
     while waiting or batch.active:
         chosen = _next(waiting, batch.active, budget)
         logits = batch.admit(chosen) if chosen else batch.step()
@@ -88,6 +92,27 @@ def pads_well(model: PreTrainedModel, *, vocabulary: int) -> bool:
             pairs.append((together.forward([next_id] * together.size)[-1], alone.forward([next_id])[0]))
             together.keep([together.size - 1])
     return all(_near(one, other) for one, other in pairs)
+
+
+def media_pad_well(model: PreTrainedModel, reader: MediaReader, prompts: Sequence[list[int]]) -> bool:
+    """Whether prompts with images and sounds can be decoded together: tried with the longest and shortest of them.
+
+    Each must get the logits that it gets alone; models lay out the media of several rows in their own ways.
+    """
+    from gptcli.model.load import evaluating
+
+    by_length = sorted(prompts, key=len)
+    seeing = [prompt for prompt in by_length if media_of(prompt)]
+    tried = list({id(each): each for each in (by_length[-1], seeing[-1], seeing[0], by_length[0])}.values())
+    together, alone = _Batch(model, reader), [_Batch(model, reader) for _ in tried]
+    with torch.no_grad(), evaluating(model):
+        pairs = [*zip(together.prefill(tried), map(_first_logits, alone, tried), strict=True)]
+        pairs += zip(together.forward([0] * len(tried)), (one.forward([0])[0] for one in alone), strict=True)
+    return all(_near(one, other) for one, other in pairs)
+
+
+def _first_logits(batch: _Batch, prompt: list[int]) -> torch.Tensor:
+    return batch.prefill([prompt])[0]
 
 
 def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -128,8 +153,9 @@ class _Batch:
     The place of a row that left is None until another row takes it; what is computed there is masked and thrown away.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, reader: MediaReader | None = None) -> None:
         self._model: Any = model
+        self._reader = reader
         self._names = frozenset(signature(model.forward).parameters)
         self._cache: DynamicCache = self._new_cache()
         self._lengths: list[int] = []  # tokens of each place in the cache
@@ -147,7 +173,7 @@ class _Batch:
         """Read the prompts of rows; the logits of their first tokens, [new rows, vocabulary]."""
         prompts = [list(rows) for _, rows in groupby(new, key=lambda row: id(row.prompt))]
         which = [index for index, rows in enumerate(prompts) for _ in rows]
-        other = _Batch(self._model) if self.active else self
+        other = _Batch(self._model, self._reader) if self.active else self
         logits = other.prefill([rows[0].prompt for rows in prompts])
         if len(which) > len(prompts):
             other.keep(which)
@@ -185,6 +211,8 @@ class _Batch:
         more: dict[str, Any] = {}
         if "position_ids" in self._names:
             more["position_ids"] = (self._columns(longest) - self._pads(longest)).clamp(min=0)
+        if self._reader is not None:
+            more |= media_inputs(self._model, self._reader, prompts, ids)
         return self._run(ids, longest, more)
 
     def forward(self, tokens: list[int]) -> torch.Tensor:

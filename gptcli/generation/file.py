@@ -38,6 +38,7 @@ from gptcli.generation.file_job import (
 )
 from gptcli.generation.file_work import GO_ON, Begun, open_begun, rate_text, watched, work
 from gptcli.generation.journal import KEPT, Done
+from gptcli.generation.media_prompt import model_reader
 from gptcli.generation.spool import COMPLETIONS, sizes, write_rows, write_tokens
 from gptcli.model.load import context_of, load_config, load_tokenizer, model_home
 from gptcli.reporting import Silent
@@ -116,13 +117,14 @@ def _begin(job: FileJob, reporter: Reporter) -> Begun:
         size = job.file.stat().st_size
         shows = reporter if size >= BAR_BYTES else Silent()
         with megabytes(shows, "reading", size) as on_bytes:
-            count, blank = write_rows(job.file, job.column, job.partial, on_bytes)
+            count, blank = write_rows(job.file, job.form, job.partial, on_bytes)
         if blank:
             reporter.say(f"blank lines: {blank:,} of them are left out")
         context = context_of(load_config(model_home(job.model)[0]))
         tokenizer = load_tokenizer(job.model)
-        with shows.progress("encoding", count, "prompts") as progress:
-            write_tokens(job.file, job.column, job.partial, tokenizer, context, progress.update)
+        reader = model_reader(job.model) if job.form.media else None
+        with (reporter if reader else shows).progress("encoding", count, "prompts") as progress:
+            write_tokens(job.file, job.form, job.partial, tokenizer, context, progress.update, reader)
         if stat_of(job.file) != before:
             raise DataError("the file changed while it was read", where=shown(job.file), remedy="Start again.")
         copies = job.settings.num_return_sequences

@@ -19,9 +19,10 @@ from gptcli.data.contents import content_hashes
 from gptcli.data.readers import shown
 from gptcli.errors import CheckpointError, UsageError, writing
 from gptcli.files import cache_root, fingerprint, held_alone, read_json, write_json
+from gptcli.generation.file_prompts import PromptForm
 from gptcli.generation.journal import KEPT, PATTERN
 from gptcli.generation.ready import Asked
-from gptcli.generation.spool import SPOOL, sizes
+from gptcli.generation.spool import OF_MEDIA, SPOOL, sizes
 from gptcli.model.load import model_home
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class FileJob:
     Attributes:
         file: the prompts.
         output: the file to write, JSON lines.
-        column: that of the prompts.
+        form: what makes prompts of rows.
         model: a folder, or a Hub id as a path.
         settings: how to generate, with a seed.
         seed: as the command said it; None: it was drawn.
@@ -53,7 +54,7 @@ class FileJob:
 
     file: Path
     output: Path
-    column: str
+    form: PromptForm
     model: Path
     settings: Settings
     seed: int | None = None
@@ -76,7 +77,7 @@ class FileJob:
         asked = dataclasses.asdict(self.asked)
         if self.asked.draft is not None:
             asked["draft"] = model_fingerprint(self.asked.draft)
-        options = {"prompt_column": self.column, "save_every": self.save_every}
+        options = {"prompt_column": self.form.column, "save_every": self.save_every, **self.form.identity}
         value = {"file": content, "model": of_model, **options, **asked, **settings}
         return {key: list(each) if isinstance(each, tuple) else each for key, each in value.items()}
 
@@ -170,7 +171,7 @@ def _clear(partial: Path) -> None:
     """Remove what a job has left, and nothing else that somebody may keep there; last what says which job it is."""
     for path in partial.glob(PATTERN):
         path.unlink()
-    for name in (OUTPUT, *SPOOL, FINISHED, JOB):
+    for name in (OUTPUT, *SPOOL, *OF_MEDIA, FINISHED, JOB):
         for path in (partial / name, *partial.glob(f".{name}.*")):  # the latter of a write that was killed
             path.unlink(missing_ok=True)
 

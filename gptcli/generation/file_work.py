@@ -22,6 +22,7 @@ from gptcli.files import read_json
 from gptcli.generation.batches import Units, plan_units, share
 from gptcli.generation.file_job import JOB, FileJob
 from gptcli.generation.journal import Done, Journal
+from gptcli.generation.media_prompt import model_reader
 from gptcli.generation.ready import ready
 from gptcli.generation.spool import TOKENS, Spool, open_spool
 from gptcli.model.load import memory_errors
@@ -93,6 +94,7 @@ def work(begun: Begun, mine: Sequence[int], rank: int, reporter: Reporter) -> No
         asked = replace(asked, precision="bf16" if done.made_on[0].startswith("bf16") else "fp32")
     with memory_errors(f"{_MEMORY} The same command goes on with what is done."), contextlib.ExitStack() as stack:
         it = ready(job.model, asked, reporter.say)
+        reader = None if spool.media_ends is None else model_reader(job.model)
         made_on = it.made_on
         reporter.say(
             f"{job.model}, {made_on}, {job.settings.how}: {len(spool):,} prompts, saved every {begun.most_prompts:,}"
@@ -107,7 +109,7 @@ def work(begun: Begun, mine: Sequence[int], rank: int, reporter: Reporter) -> No
             shown.begin(unit)
             prompts = [spool.tokens(file, number) for number in begun.units.prompts(unit)]
             completed = complete_batch(
-                it.model, it.tokenizer, prompts, job.settings, on_tokens=shown.on_tokens, **it.beside
+                it.model, it.tokenizer, prompts, job.settings, on_tokens=shown.on_tokens, reader=reader, **it.beside
             )
             lines = [json.dumps([each.as_json() for each in one], ensure_ascii=False) for one in completed]
             journal.append(unit, lines, tokens=sum(each.tokens for one in completed for each in one), made_on=made_on)

@@ -19,12 +19,13 @@ _BITS = 2**64 - 1
 _STEP = 2.0**-53  # half a step away from it, a uniform number is never 0 nor 1
 
 
-def sequence_key(seed: int, prompt_ids: Sequence[int], index: int) -> int:
-    """A number of 64 bits that stands for one sequence of one prompt."""
+def sequence_key(seed: int, prompt_ids: Sequence[int], index: int, media: Sequence[str] = ()) -> int:
+    """A number of 64 bits that stands for one sequence of one prompt; `media`: the hashes of its images and sounds."""
     import numpy as np
     import xxhash
 
-    prompt = xxhash.xxh64_intdigest(np.asarray(prompt_ids, dtype="<i8").tobytes())
+    ids = np.asarray(prompt_ids, dtype="<i8").tobytes()
+    prompt = xxhash.xxh64_intdigest(ids + "".join(media).encode())
     return _mixed(_mixed(_mixed(seed & _BITS) ^ prompt) + index)
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import MissingError, UsageError, first_line
 from gptcli.generation.by_vllm import DTYPES
+from gptcli.generation.media_prompt import model_reader
+from gptcli.generation.served_media import Sees, checked
 from gptcli.generation.text import room, stop_ids
 from gptcli.model.load import load_model, load_tokenizer, memory_errors
 
@@ -32,7 +34,7 @@ MOST_NEW_TOKENS = 1024
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 
-def serve_pinned(folder: Path, server: Server, given: Settings, precision: str) -> None:
+def serve_pinned(folder: Path, server: Server, given: Settings, precision: str, *, allow_urls: bool = False) -> None:
     """Serve the model of a folder or a Hub id until a signal comes; that ends this process.
 
     Args:
@@ -40,6 +42,7 @@ def serve_pinned(folder: Path, server: Server, given: Settings, precision: str) 
         server: where, and the model's name.
         given: how to sample where a request does not say.
         precision: of the weights.
+        allow_urls: whether images and sounds of requests may be fetched.
 
     Raises:
         GptcliError: as `load_model` and `load_tokenizer`.
@@ -47,19 +50,24 @@ def serve_pinned(folder: Path, server: Server, given: Settings, precision: str) 
     with memory_errors("Try --precision bf16."):
         tokenizer: Any = load_tokenizer(folder)
         model = load_model(folder, dtype=precision)  # type: ignore[arg-type]
+        reader = model_reader(folder)
     from fastapi import HTTPException
     from jinja2 import TemplateError
     from transformers.cli.serve import Serve
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.model_manager import ModelManager, TimedModel
 
     _prepare(model, tokenizer, given)
+    read: Any = ChatCompletionHandler
+    read.get_processor_inputs_from_messages = staticmethod(checked(read.get_processor_inputs_from_messages, reader))
+    processor: Any = tokenizer if reader is None else Sees(model, tokenizer, reader, allow_urls=allow_urls)
 
     class Pinned(Serve):
         def start_server(self) -> None:
             manager = self._model_manager
             manager.force_model = server.name
             key = ModelManager.process_model_name(server.name)
-            manager.loaded_models[key] = TimedModel(model, timeout_seconds=-1, processor=tokenizer)
+            manager.loaded_models[key] = TimedModel(model, timeout_seconds=-1, processor=processor)
             config: Any = self.server.config
             for wrong in (HTTPException, TemplateError, ValueError, TypeError, LookupError):
                 config.app.add_exception_handler(wrong, _told_to_the_client)
@@ -119,7 +127,7 @@ def _prepare(model: Any, tokenizer: Any, given: Settings) -> None:
             raise ValueError(f"{error.what}. {error.remedy}") from None
         if config.temperature is not None:  # transformers' server never turns sampling on
             config.do_sample = config.temperature != 0
-        return generate(**options)
+        return generate(**options | {"tokenizer": tokenizer})
 
     model.generate = bounded
 

@@ -8,10 +8,11 @@ and a prompt's completions depend on its seed and settings alone, not on the pro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptcli.data.tokenizer import Specials, prompt_beginning
 from gptcli.errors import UsageError
+from gptcli.generation.media_prompt import MediaPrompt, media_errors, media_hashes, media_of, positions_by_media
 from gptcli.generation.noise import sequence_key
 from gptcli.generation.row import Completion, Row
 from gptcli.generation.settings import Settings
@@ -20,6 +21,7 @@ from gptcli.model.load import context_length, evaluating, quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptcli.data.media.reader import MediaReader
     from gptcli.generation.constrain import Constraint
     from gptcli.generation.decode import Budget
 
@@ -37,21 +39,24 @@ def complete(
     on_warning: Callable[[str], None] | None = None,
     draft: PreTrainedModel | int | None = None,
     constraint: Constraint | None = None,
+    reader: MediaReader | None = None,
 ) -> list[Completion]:
     """Complete a prompt `settings.num_return_sequences` times.
 
     Args:
         model: left in the mode in which it was.
         tokenizer: the model's.
-        prompt: a text, or its ids.
+        prompt: a text, or its ids, a `MediaPrompt` among them.
         settings: how.
         on_text: gets the text of a single completion piece by piece, as soon as it is certain; with several, nothing.
         on_warning: gets a line when the context leaves less room than was wanted.
         draft: a smaller model that proposes tokens, or how many to look up in the prompt; the text stays the same.
         constraint: what the text must be.
+        reader: of the prompt's images and sounds, where it has some.
 
     Raises:
         UsageError: the settings make no sense, or the prompt leaves no room in the model's context.
+        DataError: an image or a sound cannot be read any more.
     """
     ids = prompt_ids(model, tokenizer, prompt)
     most = room(model, len(ids), settings.max_new_tokens)
@@ -59,7 +64,8 @@ def complete(
         on_warning(
             f"at most {most} new tokens: the prompt has {len(ids)} and the model's context is {context_length(model)}"
         )
-    return complete_batch(model, tokenizer, [ids], settings, on_text=on_text, draft=draft, constraint=constraint)[0]
+    beside: dict[str, Any] = {"draft": draft, "constraint": constraint, "reader": reader}
+    return complete_batch(model, tokenizer, [ids], settings, on_text=on_text, **beside)[0]
 
 
 def complete_batch(
@@ -73,6 +79,7 @@ def complete_batch(
     on_tokens: Callable[[int], None] | None = None,
     draft: PreTrainedModel | int | None = None,
     constraint: Constraint | None = None,
+    reader: MediaReader | None = None,
 ) -> list[list[Completion]]:
     """Complete many prompts, given by their ids; the completions of each, in their order. More in `complete`.
 
@@ -82,10 +89,15 @@ def complete_batch(
     import torch
 
     from gptcli.generation.choose import Chooser
-    from gptcli.generation.decode import decodable, decode, pads_well
+    from gptcli.generation.decode import decodable, decode, media_pad_well, pads_well
 
     settings.check()
-    _check_together(settings, draft=draft is not None, constrained=constraint is not None)
+    seeing = any(media_of(ids) for ids in prompts)
+    _check_together(settings, draft=draft is not None, constrained=constraint is not None, seeing=seeing)
+    if not seeing:
+        reader = None
+    elif reader is None:
+        raise ValueError("a prompt has media, and nothing reads them")
     stops = stop_ids(model, tokenizer)
     several = settings.num_return_sequences * len(prompts) > 1
 
@@ -93,7 +105,7 @@ def complete_batch(
         return Row(
             ids,
             room(model, len(ids), settings.max_new_tokens),
-            sequence_key(settings.seed, ids, index),
+            sequence_key(settings.seed, ids, index, media_hashes(ids)),
             lambda tokens: _decode(tokenizer, tokens),
             frozenset(stops),
             settings.stop if constraint is None else (),  # which could cut it before it is whole
@@ -102,29 +114,32 @@ def complete_batch(
             settings.logprobs,
         )
 
-    groups = [[row(ids, index) for index in range(settings.num_return_sequences)] for ids in prompts]
-    with quiet(), evaluating(model), torch.no_grad():
-        if settings.num_beams > 1 or draft is not None or not decodable(model):
+    with media_errors(), quiet(), evaluating(model), torch.no_grad():
+        groups = [[row(ids, index) for index in range(settings.num_return_sequences)] for ids in prompts]
+        by_transformers = settings.num_beams > 1 or draft is not None or not decodable(model)
+        if by_transformers or (seeing and positions_by_media(model)):
             from gptcli.generation.by_transformers import decode_by_transformers
 
             for rows in groups:
-                decode_by_transformers(model, tokenizer, rows, settings, draft=draft, on_tokens=on_tokens)
+                decode_by_transformers(
+                    model, tokenizer, rows, settings, draft=draft, reader=reader, on_tokens=on_tokens
+                )
         else:
             choose = Chooser(settings, stops, tokenizer)
             every = [one for rows in groups for one in rows]
             alike = len({len(ids) for ids in prompts}) == 1
-            if alike or pads_well(model, vocabulary=len(tokenizer)):
-                decode(model, every, choose, budget, on_tokens=on_tokens)
-            else:
-                for rows in groups:
-                    decode(model, rows, choose, budget, on_tokens=on_tokens)
+            together = alike or pads_well(model, vocabulary=len(tokenizer))
+            if together and reader is not None and len(prompts) > 1:
+                together = media_pad_well(model, reader, prompts)
+            for rows in [every] if together else groups:
+                decode(model, rows, choose, budget, reader=reader, on_tokens=on_tokens)
     return [[one.finish() for one in rows] for rows in groups]
 
 
 def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int]) -> list[int]:
     """The ids of a prompt that may fit into the model's context; errors as `encode_prompt` and `complete`."""
     if not isinstance(prompt, str):
-        return list(prompt)
+        return prompt if isinstance(prompt, MediaPrompt) else list(prompt)
     check_characters(prompt, context_length(model))
     return encode_prompt(tokenizer, prompt)
 
@@ -202,7 +217,12 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return sorted({token for token in ids if isinstance(token, int) and 0 <= token < 2**31})
 
 
-def _check_together(settings: Settings, *, draft: bool, constrained: bool) -> None:
+def _check_together(settings: Settings, *, draft: bool, constrained: bool, seeing: bool) -> None:
+    if draft and seeing:
+        raise UsageError(
+            "a draft or prompt lookup goes with no images and sounds, which nothing but the model itself is given",
+            remedy="Leave out --draft and --prompt-lookup.",
+        )
     if draft and (settings.num_beams > 1 or settings.logprobs is not None or constrained):
         raise UsageError(
             "a draft or prompt lookup goes with neither num_beams, nor logprobs, nor constrained output",

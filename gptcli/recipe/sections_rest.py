@@ -100,8 +100,8 @@ class Eval(Section):
     )
     prompt: str | None = Field(
         default=None,
-        description="What the model is asked, a template over the row's columns, `{col}`; none: that of `data.prompt`, "
-        "else `{prompt}`.",
+        description="What the model is asked, a template over the row's columns, `{col}`, and `{image}` where media "
+        "of `data.images` stand; none: that of `data.prompt`, else `{prompt}`.",
     )
     references: str | None = Field(default=None, description="The column that holds the reference or a list of them.")
     limit: Count | None = Field(default=None, description="At most this many documents.")

@@ -106,7 +106,7 @@ def begin(
         for line in describe(assembly):
             reporter.say(line)
         _check_disk(assembly)
-        assembly = replace(assembly, task=task_of(loaded, reporter))
+        assembly = replace(assembly, task=task_of(loaded, assembly.prepared.tokenizer, reporter))
         if anew:
             clear(run)
         write_start(assembly, options)

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 from gptcli.errors import DivergedError
 from gptcli.evaluation.answers import Answers, Share, answer, encode, merged
 from gptcli.evaluation.corpus import rows_in_training
-from gptcli.evaluation.tasks import Task, measure, read_task, say_how, task_metrics
+from gptcli.evaluation.tasks import Task, measure, read_task, say_how, task_metrics, task_reader
 from gptcli.train import group
 from gptcli.train.validation import as_evaluated
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gptcli.data.media.reader import MediaReader
     from gptcli.evaluation.loss import LossResult
     from gptcli.recipe.load import LoadedRecipe
     from gptcli.reporting import Reporter
@@ -27,8 +30,10 @@ if TYPE_CHECKING:
 ROWS = 256
 
 
-def task_of(loaded: LoadedRecipe, reporter: Reporter) -> Task | None:
+def task_of(loaded: LoadedRecipe, tokenizer: Path, reporter: Reporter) -> Task | None:
     """The task that is measured at each evaluation; None where the recipe has none, or no rows for it.
+
+    `tokenizer`: the folder of what the model is trained with, its processor too where it reads images or sounds.
 
     Raises:
         MissingError, DataError: a metric's package is not installed, or a row lacks something.
@@ -41,7 +46,7 @@ def task_of(loaded: LoadedRecipe, reporter: Reporter) -> Task | None:
     if corpus is None:
         reporter.say(f"eval: {', '.join(wanted)} are not measured during training, there is no eval.data")
         return None
-    task = read_task(corpus, loaded, reporter)
+    task = read_task(corpus, loaded, reporter, task_reader(tokenizer, loaded))
     bound = " (eval.limit takes more)" if limit is None and len(task.examples) == ROWS else ""
     reporter.say(f"eval: {', '.join(wanted)} on {len(task.examples):,} rows of {task.name}{bound}, at each evaluation")
     return task
@@ -57,6 +62,7 @@ class Tasks:
         plan: the run's plan.
         reporter: where progress goes.
         together: the model is divided, so that all processes make every text.
+        reader: of the prompts' images and sounds.
 
     Raises:
         DataError: a prompt does not fit.
@@ -71,11 +77,13 @@ class Tasks:
         reporter: Reporter,
         *,
         together: bool,
+        reader: MediaReader | None = None,
     ) -> None:
         self._task = task
         self._tokenizer = tokenizer
         self._precision = plan.precision
         self._reporter = reporter
+        self._reader = reader
         self._share = Share(*group.part(plan.processes), together)
         self._prompts = encode(model, tokenizer, task)
         say_how(model, task, self._prompts, reporter)
@@ -85,7 +93,8 @@ class Tasks:
         own: Answers | DivergedError
         try:
             with as_evaluated(model, self._precision):
-                own = answer(model, self._tokenizer, self._task, self._prompts, self._reporter, self._share)
+                about = (self._task, self._prompts, self._reporter, self._share)
+                own = answer(model, self._tokenizer, *about, reader=self._reader)
         except DivergedError as error:
             own = error
         every = group.gathered(own)

@@ -94,7 +94,7 @@ class Encoder:
     ) -> Iterator[tuple[str, dict[str, Any], str]]:
         """(place, encoded row, what tells its prompt) of the rows of a source; what is left out is counted."""
         first = self._columns["prompt"]
-        for place, found in islice(named_rows(source, first, _NAME_IT, where), source.limit):
+        for place, found, _ in islice(named_rows(source, first, _NAME_IT, where), source.limit):
             row = found.reason if isinstance(found, BadRow) else mapped(found.values or {}, source.map or {})
             made = row if isinstance(row, str) else self._made(row)
             if isinstance(made, str):

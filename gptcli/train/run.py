@@ -213,6 +213,7 @@ def _fitted(assembly: Assembly, model: PreTrainedModel, reporter: Reporter) -> A
 def _build_trainer(
     assembly: Assembly, model: PreTrainedModel, stop: Any, reporter: Reporter, progress: Any
 ) -> RecordedTrainer:
+    from gptcli.evaluation.tasks import task_reader
     from gptcli.generation.carried import carry
     from gptcli.model.load import load_tokenizer, quiet
     from gptcli.train.callbacks import Schedule
@@ -257,7 +258,8 @@ def _build_trainer(
     tasks = None
     if assembly.task is not None:
         together = zero is not None or is_divided(plan)
-        tasks = Tasks(assembly.task, model, tokenizer, plan, reporter, together=together)
+        reader = task_reader(assembly.prepared.tokenizer, loaded)
+        tasks = Tasks(assembly.task, model, tokenizer, plan, reporter, together=together, reader=reader)
     with quiet():
         return CausalTrainer(
             model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import select
@@ -19,11 +20,17 @@ from typing import Any
 
 import pytest
 
+from gptcli.data.media.item import place_of
+from gptcli.data.media.reader import reader_of
+from gptcli.generation.chat import messages
 from gptcli.generation.settings import Settings
 from gptcli.generation.text import complete
+from gptcli.generation.window import media_ids
 from gptcli.model.load import load_model, load_tokenizer
+from gptcli.model.processor import save_processor
 from gptcli.runs.folder import RunFolder
 from tests.conftest import Cli
+from tests.media import needs_media, picture, png, random_built
 from tests.tiny import byte_tokenizer, make_model, save_model, wrapped
 
 TEMPLATE = (
@@ -246,3 +253,43 @@ def test_it_dies_with_a_parent_that_is_killed(server: dict[str, Any]) -> None:  
     ended, _, _ = select.select([watched], [], [], 60)
     os.close(watched)
     assert ended
+
+
+def test_a_picture_for_a_model_of_text_is_a_bad_request(client: Any) -> None:
+    from openai import BadRequestError
+
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    with pytest.raises(BadRequestError, match="this model reads no images"):
+        client.chat.completions.create(model="talker", messages=[{"role": "user", "content": [part]}])
+
+
+@needs_media
+def test_a_model_that_sees_answers_about_the_picture_of_a_request(
+    client: Any, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    del client  # openai is installed
+    from openai import BadRequestError, OpenAI
+
+    model, processor = random_built(tmp_path, "llava", template=TEMPLATE)
+    folder = tmp_path / "sees"
+    model.save_pretrained(folder)
+    save_processor(processor, folder)
+    reader = reader_of(processor)
+
+    def asked(url: str) -> dict[str, Any]:
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
+        return {"model": "sees", "max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": parts}]}
+
+    with serving("sees", cwd=tmp_path, environment=environment) as (_, said):
+        sees = OpenAI(base_url=said["url"], api_key="-", max_retries=0)
+        for seed in (1, 2):
+            url = f"data:image/png;base64,{base64.b64encode(png(seed)).decode()}"
+            served = sees.chat.completions.create(**asked(url)).choices[0].message.content
+            pieces = sees.chat.completions.create(**asked(url), stream=True)
+            assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == served
+            chat = messages("", [], f"{place_of('image')}what?")
+            ids = media_ids(processor.tokenizer, chat, reader, [picture(seed)])
+            settings = Settings(max_new_tokens=8, greedy=True)
+            assert complete(model, processor.tokenizer, ids, settings, reader=reader)[0].text == served
+        with pytest.raises(BadRequestError, match="files of the server are not read"):
+            sees.chat.completions.create(**asked("/etc/hosts"))

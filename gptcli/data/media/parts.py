@@ -67,7 +67,7 @@ def _text_alone(at: int, message: Any, place: Any, waiting: Mapping[Modality, Se
         return message
     parts: list[Any] = []
     for part in content:
-        modality = _modality(part)
+        modality = modality_of(part)
         if modality is not None:
             parts.append({"type": "text", "text": place(modality, _value(part, modality), at)})
         elif isinstance(part, dict) and isinstance(part.get("text"), str):
@@ -77,7 +77,8 @@ def _text_alone(at: int, message: Any, place: Any, waiting: Mapping[Modality, Se
     return {**message, key: parts}
 
 
-def _modality(part: Any) -> Modality | None:
+def modality_of(part: Any) -> Modality | None:
+    """Which medium a part of a message is; None: none."""
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         return None

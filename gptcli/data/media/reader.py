@@ -112,7 +112,8 @@ class MediaReader:
     def inputs(self, rows: Sequence[Sequence[Medium]]) -> dict[str, torch.Tensor]:
         """What a model takes of the media of some rows, beside their tokens; nothing where there are none.
 
-        Tensors have no dimension of rows that could be cut: a processor lays them out as its model wants them.
+        One that is in several rows is decoded once. Tensors have no dimension of rows that could be cut: a processor
+        lays them out as its model wants them.
 
         Raises:
             MediaFault: one cannot be read.
@@ -120,7 +121,8 @@ class MediaReader:
         rows = [row for row in rows if row]
         if not rows:
             return {}
-        loaded = [[self.load(medium) for medium in row] for row in rows]
+        decoded = {medium: self.load(medium) for medium in dict.fromkeys(each for row in rows for each in row)}
+        loaded = [[decoded[medium] for medium in row] for row in rows]
         with _faults([medium for row in rows for medium in row]):
             made = self._processed(rows, loaded, return_tensors="pt", padding=True)
         of_text = {*self.processor.tokenizer.model_input_names, TYPE_IDS, "input_ids", "attention_mask"}

@@ -67,11 +67,12 @@ class Reach:
     folder: Path
     allow_outside: bool = False
     allow_urls: bool = False
+    urls_by: str = "data.allow_urls is true"  # what lets them be fetched, for messages
 
     @classmethod
-    def of(cls, data_file: Path, *, allow_outside: bool = False, allow_urls: bool = False) -> Reach:
-        """That of the rows of a file."""
-        return cls(Path(os.path.realpath(data_file.parent)), allow_outside, allow_urls)
+    def of(cls, data_file: Path, **allowed: Any) -> Reach:
+        """That of the rows of a file; `allowed`: what else a `Reach` says."""
+        return cls(Path(os.path.realpath(data_file.parent)), **allowed)
 
 
 Video: TypeAlias = Media | list[Media]
@@ -163,7 +164,7 @@ def _named(text: str, reach: Reach) -> Media:
     if scheme[1].lower() not in ("http", "https"):
         raise MediaFault(name, "not fetched", f"is a URL of the kind {scheme[1]}, which is not fetched")
     if not reach.allow_urls:
-        raise MediaFault(name, "not fetched", "is a URL, which is not fetched unless data.allow_urls is true")
+        raise MediaFault(name, "not fetched", f"is a URL, which is not fetched unless {reach.urls_by}")
     return Media(name, Url(text))
 
 

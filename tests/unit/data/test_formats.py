@@ -378,3 +378,20 @@ def test_a_job_of_rows_that_was_interrupted_goes_on_with_the_pieces_that_are_mis
     assert files == sorted(path.name for path in again.train.folder.iterdir())
     for name in files:
         assert (whole.train.folder / name).read_bytes() == (again.train.folder / name).read_bytes()
+
+
+def test_the_name_of_a_kind_of_media_stands_for_columns_of_any_name() -> None:
+    from gptcli.data.formats import filled_prompt
+    from gptcli.data.media.item import Medium, place_of
+    from gptcli.data.media.reference import Media
+    from gptcli.recipe.template import parse_template
+
+    front, back, map_ = (Medium("image", Media(name, b"")) for name in ("front", "back", "map"))
+    columns = {"photos": [front, back], "map": [map_]}
+    kinds = [("image", ("photos", "map"))]
+    for prompt, expected in [
+        ("{image}{image}{image}", (front, back, map_)),
+        ("{map}: {image}, {image}", (map_, front, back)),
+    ]:
+        text, placed = filled_prompt(parse_template(prompt), {}, kinds, columns)  # type: ignore[arg-type]
+        assert text.count(place_of("image")) == 3 and placed == expected
