@@ -37,6 +37,7 @@ VOCABULARY = 512
 SEQUENCE_LENGTH = 64
 # Of rows, which are not cut: in tokens of a small vocabulary.
 ROW_LENGTH = 1024
+MEDIA_EVALUATED = 8
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
 # Fields of model.config that set a size, or go by one; the others (activation, tied embeddings, rope) stay.
 _SIZES = re.compile(r"size|num_|(^|_)[nd]_|_dim|layer_types|max_position_embeddings|window|token_id")
@@ -178,6 +179,8 @@ def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
             cut_source(loaded, source, folder, f"eval-{i}", reporter, synthetic_question)
             for i, source in enumerate(recipe.eval.data)
         ]
+    if recipe.data is not None and recipe.data.media:  # a text is generated for each row, three times
+        cuts["eval.limit"] = min(MEDIA_EVALUATED, recipe.eval.limit or MEDIA_EVALUATED)
     cuts |= _finetune_cuts(loaded, reporter)
     cuts |= data_cuts(loaded, folder, reporter)
     if is_preference(loaded):
