@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.recipe.schema import Source, Tail
-from gptcli.recipe.template import parse_template
+from gptcli.recipe.template import Template, parse_template
 from gptcli.train.pairs import is_preference
 from gptcli.train.preference_smoke import reward_cuts, synthetic_pair
 from gptcli.train.smoke_media import media_columns, media_parts, read_by
@@ -102,7 +102,7 @@ def _conversation(loaded: LoadedRecipe, seed: int, folder: Path) -> Row:
     asked, said = f"row {seed} {_words(seed, 6)}", _words(seed + 1, 6)
     if shape == "alpaca":
         return {"instruction": asked, "input": "", "output": said}
-    row = media_columns(loaded, parse_template(""), folder, seed)
+    row = media_columns(loaded, Template(()), folder, seed)
     places = "".join(f"<{kind}>" * len(columns) for kind, columns in (data.media if data else ()))
     if shape == "sharegpt":
         turns = [{"from": "human", "value": places + asked}, {"from": "gpt", "value": said}]
