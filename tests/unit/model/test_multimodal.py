@@ -114,6 +114,17 @@ def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
 
 
 @needs_media
+def test_a_type_that_adds_pictures_layer_by_layer_has_the_tokenizers_ends_everywhere(tmp_path: Path) -> None:
+    sizes = "{scale_factor: 2, out_hidden_size: 128, deepstack_visual_indexes: [0], use_fine_route: false}"
+    made, processor = built(
+        tmp_path, f"{{type: granite_docling, preset: vision-1m, config: {{vision_config: {sizes}}}}}"
+    )
+    check_processor(processor, made)
+    for config in (made.config, made.config.text_config):
+        assert config.pad_token_id == processor.tokenizer.pad_token_id == 1
+
+
+@needs_media
 def test_a_model_that_attends_to_pictures_beside_its_text_is_refused_by_name(tmp_path: Path) -> None:
     from PIL import Image
 
