@@ -243,8 +243,8 @@ def filled_prompt(
 
     prompt = template.fill(text)
     # A text of the row may hold the mark of a place itself.
-    if kinds and (wrong := check_places(prompt, placed)) is not None:
-        raise MediaFault("the row", "not media", wrong)
+    if kinds and (mismatch := check_places(prompt, placed)) is not None:
+        raise MediaFault("the row", "not media", mismatch)
     return prompt, tuple(placed)
 
 

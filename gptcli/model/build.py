@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from gptcli.errors import RecipeError
+from gptcli.errors import RecipeError, first_line
 from gptcli.model.composite import composite_config
 from gptcli.model.fields import (
     bad_config,
@@ -66,6 +66,7 @@ class Counts:
         frozen, frozen_matrix, frozen_hidden: those of `total`, `matrix` and `hidden_matrices` that are not trained.
         frozen_head: whether the output head is one of them.
         quantized: those that are held in 4 bits.
+        towers: places x layers x width that towers for images and sounds work on for a row, on average.
     """
 
     total: int
@@ -83,6 +84,7 @@ class Counts:
     frozen_hidden: int = 0
     frozen_head: bool = False
     quantized: int = 0
+    towers: float = 0.0
 
     @property
     def trained(self) -> int:
@@ -146,7 +148,15 @@ def build_model(loaded: LoadedRecipe, config: PreTrainedConfig, *, seed: int, at
         model: PreTrainedModel = _from_config(config, dtype=torch.float32, **options)
     except (ValueError, TypeError, AssertionError, ImportError, KeyError, ZeroDivisionError) as error:
         raise bad_config(loaded, error) from error
-    if not looks_only_back(model):
+    try:
+        is_decoder = looks_only_back(model)
+    except Exception as error:  # what each type says of a text without a picture, or of sizes that do not fit
+        raise RecipeError(
+            f"model.type: {config.model_type} does not run on a text: {first_line(error)[:300]}",
+            where=loaded.where("model.type"),
+            remedy="Look at the sizes in model.config, or take another type: llama, qwen3, llava.",
+        ) from error
+    if not is_decoder:
         raise RecipeError(
             f"model.type: {config.model_type} looks at later tokens, so it would learn to copy them",
             where=loaded.where("model.type"),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
 
 _TOKEN_FIELD = re.compile(r"([a-z]\w*)_token_(?:id|index)")
+_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TEXT_TOKENS = ("bos", "eos", "pad", "decoder_start", "sep", "cls", "unk", "mask", "forced_bos", "forced_eos")
 
 
@@ -82,9 +83,22 @@ def composite_config(loaded: LoadedRecipe, base: PreTrainedConfig, ids: TokenIds
     if text is None:
         given = _shaped(base, _shape(model.preset, media, is_text=True)) | given
         whole |= text_fields(base, ids, loaded.recipe.data.sequence_length) | proportional(base, given)
+    else:  # some types repeat the ids of the text's ends, and theirs are those of a large vocabulary
+        ends = text_fields(base, ids, loaded.recipe.data.sequence_length)
+        whole |= {key: value for key, value in ends.items() if key in _ENDS and _has(base, key)}
     if media is not None:
         whole |= {key: value for key, value in media.model.items() if _has(base, key)}
     return _made(loaded, base, whole | fields | given), notes
+
+
+def media_preset(base: PreTrainedConfig) -> str | None:
+    """The preset that is for a type, by the fields of its tower; None: none is."""
+    text = text_part(base)
+    towers = [part for name, part in parts_of(base).items() if name != text]
+    fitting = (
+        name for name, preset in MEDIA_PRESETS.items() if any(_has(each, next(iter(preset.sizes))) for each in towers)
+    )
+    return next(fitting, None)
 
 
 def token_fields(config: PreTrainedConfig) -> dict[str, str]:

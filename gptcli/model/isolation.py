@@ -6,9 +6,7 @@ convolutions and recurrences do not, nor do models that have no positions. No li
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -23,15 +21,23 @@ if TYPE_CHECKING:
 _ROWS = ((7, 5, 1, 8, 3), (6, 9, 9))
 
 
-def check(model: PreTrainedModel, *, flat: bool = False) -> None:
+Inputs: TypeAlias = dict[str, torch.Tensor]
+
+
+def check(model: PreTrainedModel, *, flat: bool = False, documents: tuple[Inputs, list[Inputs]] | None = None) -> None:
     """Refuse a model in which a document of a row sees another; for all processes of a run to call.
 
-    `flat`: as training gives rows to kernels that want all of them as one (see `train.rows`).
+    Args:
+        model: as it will be trained.
+        flat: as training gives rows to kernels that want all of them as one (see `train.rows`).
+        documents: rows that hold images or sounds, and each of their documents alone; None: the run has none.
 
     Raises:
         RecipeError: the model's code mixes them.
     """
     why = mixes(model, flat=flat)
+    if why is None and documents is not None:
+        why = _apart(model, *documents)
     if why is not None:
         raise RecipeError(
             f"data.packing: isolated needs a model that keeps the documents of a row apart, and "
@@ -53,19 +59,24 @@ def mixes(model: PreTrainedModel, *, flat: bool = False) -> str | None:
     inputs = {"input_ids": ids, "position_ids": torch.stack(rows)}
     if flat:
         inputs = {name: values.reshape(1, -1) for name, values in inputs.items()}
+    alone = [
+        {"input_ids": part[None], "position_ids": torch.arange(len(part), device=device)[None]}
+        for row, sizes in zip(ids, _ROWS, strict=True)
+        for part in row.split(list(sizes))
+    ]
+    return _apart(model, inputs, alone)
+
+
+def _apart(model: PreTrainedModel, inputs: Inputs, documents: list[Inputs]) -> str | None:
+    """The first module that makes something else of rows than of their documents one by one; None: none does."""
+    device = inputs["input_ids"].device
     half = model.dtype != torch.float32 or torch.is_autocast_enabled(device.type)
-    with torch.no_grad(), evaluating(model), _without_cache(model):
+    with torch.no_grad(), evaluating(model):
         try:
             found = module_outputs(model, inputs)
         except (TypeError, ValueError, RuntimeError) as error:
             return first_line(error)
-        alone = [
-            module_outputs(
-                model, {"input_ids": part[None], "position_ids": torch.arange(len(part), device=device)[None]}
-            )
-            for row, sizes in zip(ids, _ROWS, strict=True)
-            for part in row.split(list(sizes))
-        ]
+        alone = [module_outputs(model, document) for document in documents]
     expected = {
         name: torch.cat([outputs[name] for outputs in alone], dim=1).reshape(found[name].shape)
         for name in found
@@ -74,14 +85,3 @@ def mixes(model: PreTrainedModel, *, flat: bool = False) -> str | None:
     }
     rounded = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"  # TF32
     return first_apart(found, expected, 0.1 if half else 1e-2 if rounded else 1e-4)
-
-
-@contextmanager
-def _without_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, as in training: with a cache of keys nothing looks for the documents of a row."""
-    before = getattr(model.config, "use_cache", None)
-    model.config.use_cache = False
-    try:
-        yield
-    finally:
-        model.config.use_cache = before

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gptcli.recipe.load import LoadedRecipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from gptcli.model.build import TokenIds
 
@@ -60,6 +60,27 @@ def media_model(loaded: LoadedRecipe) -> tuple[tuple[str, ...], Callable[[Path, 
                 shutil.copyfile(path, into / path.name)
 
     return tuple(tokens.values()), write
+
+
+def tower_values(config: PreTrainedConfig) -> float:
+    """Places x layers x width that the towers of a model work on for one image or sound (the largest, of several).
+
+    By the sizes that configurations share: sides of a picture and of its patches, or positions of a sound.
+    """
+    from gptcli.model.kinds import parts_of
+    from gptcli.model.processor import side_of
+
+    text = config.get_text_config(decoder=True)
+    found = [0.0]
+    for part in parts_of(config).values():
+        layers, width = (getattr(part, name, None) for name in ("num_hidden_layers", "hidden_size"))
+        if part is text or not isinstance(layers, int) or not isinstance(width, int):
+            continue
+        side, patch = (side_of(getattr(part, name, None)) for name in ("image_size", "patch_size"))
+        sound = getattr(part, "max_source_positions", None)
+        places = (side // patch) ** 2 if side and patch else sound if isinstance(sound, int) else 0
+        found.append(float(places * layers * width))
+    return max(found)
 
 
 def media_token_ids(loaded: LoadedRecipe, tokenizer: Path) -> TokenIds:

@@ -209,10 +209,10 @@ def _picture_sizes(config: PreTrainedConfig, made: Any) -> dict[str, Any]:
     """Arguments of an image processor by which its pictures are what the configuration's tower takes."""
     sizes: dict[str, Any] = {}
     for own, theirs in _CUTS.items():
-        default, value = getattr(made, own, None), _number(_field(config, theirs))
+        default, value = getattr(made, own, None), side_of(_field(config, theirs))
         if default is not None and value is not None:
             sizes[own] = dict.fromkeys(default, value) if isinstance(default, Mapping) else value
-    side = _number(_field(config, "image_size"))
+    side = side_of(_field(config, "image_size"))
     patch = getattr(made, "patch_size", None)
     for name in ("size", "crop_size", "max_image_size"):
         default = getattr(made, name, None)
@@ -254,7 +254,7 @@ def _field(config: PreTrainedConfig, name: str) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _number(value: Any) -> int | None:
+def side_of(value: Any) -> int | None:
     """A side as one number: towers have squares as a number or as both sides."""
     if isinstance(value, list | tuple) and value and len(set(value)) == 1:
         value = value[0]
@@ -300,7 +300,7 @@ def _picture(config: PreTrainedConfig) -> np.ndarray:
     """A picture that is nowhere even: some models leave out what is black as padding."""
     import numpy as np
 
-    side = _number(_field(config, "image_size")) or 56
+    side = side_of(_field(config, "image_size")) or 56
     ramp = np.linspace(0, 255, side, dtype=np.float64)
     return np.stack([np.add.outer(ramp, ramp) / 2] * 3, axis=-1).astype(np.uint8)
 

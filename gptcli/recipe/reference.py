@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from gptcli.recipe.availability import is_available, unavailable_values
-from gptcli.recipe.presets import PRESETS, Shape, body_parameters
+from gptcli.recipe.presets import MEDIA_PRESETS, PRESETS, Shape, body_parameters
 from gptcli.recipe.schema import Recipe
 
 INTRODUCTION = """\
@@ -163,7 +163,21 @@ def _presets() -> str:
             f"| `{name}` | {shape.num_hidden_layers} | {shape.hidden_size} | {shape.num_attention_heads} "
             f"| {_millions(body)} | {_millions(body + _embedding(shape))} |"
         )
+    lines += [
+        "",
+        "Of types that see or hear (docs/multimodal.md) the text model, the tower and what this is cut by are fixed:",
+        "",
+        "| preset | text model: layers, width, heads | tower | of the tower |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, media in MEDIA_PRESETS.items():
+        sizes = ", ".join(f"`{key}: {value}`" for key, value in media.sizes.items())
+        lines.append(f"| `{name}` | {_numbers(media.text)} | {_numbers(media.tower)} | {sizes} |")
     return "\n".join([*lines, ""])
+
+
+def _numbers(shape: Shape) -> str:
+    return f"{shape.num_hidden_layers}, {shape.hidden_size}, {shape.num_attention_heads}"
 
 
 def _embedding(shape: Shape) -> int:

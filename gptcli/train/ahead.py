@@ -50,7 +50,7 @@ class AheadTrainer(BackOffTrainer):
         if self._run_rows.isolated:
             self._flat = self._plan.attention in FLASH
             with self.compute_loss_context_manager():
-                isolation.check(model, flat=self._flat)
+                isolation.check(model, flat=self._flat, documents=self._run_rows.trial(self.args.device))
         self._compiler.settle(self._prepare_inputs(self._run_rows.first(self._plan.micro_batch_size)))
         self._hold(None)
         part_again(model)

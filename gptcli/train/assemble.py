@@ -16,7 +16,7 @@ from gptcli.errors import RecipeError
 from gptcli.files import fingerprint
 from gptcli.launch import world_size
 from gptcli.model.adapt import freeze, put_adapter
-from gptcli.model.media import media_model, media_token_ids
+from gptcli.model.media import media_model, media_token_ids, tower_values
 from gptcli.model.towers import check_features, frozen_tower
 from gptcli.recipe.load import LoadedRecipe, resolved
 from gptcli.reporting import Reporter
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
     from gptcli.evaluation.tasks import Task
     from gptcli.model.build import Counts
+
+# Rows whose media are counted, for the estimate of memory.
+MEDIA_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ def assemble(
     counts = count_parameters(config, partial(set_trained, loaded=loaded, new_tokens=new_tokens))
     if loaded.recipe.finetune.adapter == "qlora":
         counts = replace(counts, quantized=counts.frozen_hidden)
+    if media:
+        counts = replace(counts, towers=_towers(loaded, config, rows))
 
     def planned(recipe: LoadedRecipe, hardware: Hardware) -> Plan:
         if isinstance(prepared, PreparedPairs):
@@ -149,6 +154,18 @@ def assemble(
     else:
         fingerprints |= preference_fingerprints(loaded)
     return Assembly(loaded, prepared, rows, config, counts, plan, uncompiled, device, run, fingerprints, new_tokens)
+
+
+def _towers(loaded: LoadedRecipe, config: PreTrainedConfig, rows: Rows | None) -> float:
+    """What towers work on for a row (see `Counts`), by the media of its first rows; 0 where they are not trained."""
+    import numpy as np
+
+    assert isinstance(rows, PackedRows)
+    if loaded.recipe.finetune.adapter != "none" or loaded.recipe.finetune.freeze:
+        return 0.0
+    looked_at = min(MEDIA_ROWS, rows.rows_per_epoch)
+    count = sum(map(len, rows.media(np.arange(looked_at, dtype=np.int64))))
+    return tower_values(config) * count / looked_at
 
 
 def look_at(device: torch.device) -> Hardware:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # The share of the peak that training reached where it was measured (benchmarks/RESULTS.md); the estimate's one guess.
 _UTILIZATION = {"cpu": 0.75, "cuda": 0.4}
+MEDIA_NOTE = "towers by a rule for layers; FLOPs and time as if they worked on every token"
 _NAMES = {"ddp": "ddp", "fsdp": "fsdp", "zero1": "deepspeed ZeRO 1", "zero2": "ZeRO 2", "zero3": "ZeRO 3"}
 
 
@@ -38,6 +39,7 @@ class Estimate:
         seconds: of training steps, without waiting for other processes.
         validation_tokens: in the validation data.
         strategies: bytes of memory that each way to share the model needs on a device, by use.
+        media: whether rows hold images or sounds, whose part of the costs is rough.
     """
 
     plan: Plan
@@ -47,6 +49,7 @@ class Estimate:
     seconds: float | None
     validation_tokens: int
     strategies: dict[str, dict[str, int]]
+    media: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -87,6 +90,7 @@ class Estimate:
             ["time", "unknown" if self.seconds is None else f"about {_duration(self.seconds)} of training steps"],
             ["memory", f"about {mebibytes(plan.memory_bytes)} of {mebibytes(self.device_memory)}"],
             *[[f"  {name}", mebibytes(count)] for name, count in plan.memory.items()],
+            *([["  of media", MEDIA_NOTE]] if self.media else []),
             ["disk", f"{mebibytes(plan.disk_bytes)} ({mebibytes(plan.checkpoint_bytes)} a checkpoint)"],
         ]
         tables = [(["what will be done", ""], work), (["what it costs", ""], costs)]
@@ -167,6 +171,7 @@ def estimate(
             sharing: memory_estimate(assembly.counts, loaded.recipe.train, replace(step_of(plan), sharing=sharing))
             for sharing in sharings
         },
+        assembly.has_media,
     )
 
 

@@ -123,12 +123,14 @@ class TrainingLoss:
         self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
         """The model's outputs, the nats (without gradient) and what is to be minimised, both summed over labels."""
+        # `use_cache`: transformers turns it off in the configuration of the whole model alone. The text model in one
+        # that sees or hears would keep a cache, and with one it does not look for the documents of a row.
         if self.in_blocks:
             with self._taking(labels):
-                outputs = model(**inputs)
+                outputs = model(**inputs, use_cache=False)
             nats, objective = outputs.logits.unbind()
             return outputs, nats.detach(), objective
-        outputs = model(**inputs)
+        outputs = model(**inputs, use_cache=False)
         nats = summed_loss(outputs.logits, labels)
         objective = nats
         if self._z_loss:

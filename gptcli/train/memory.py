@@ -144,6 +144,8 @@ def _activations(counts: Counts, train: Train, step: Step) -> int:
     width = counts.layers * counts.width
     token = kept.token if kept is not None else (HALF_BYTES if half else 2 * HALF_BYTES) * width
     token += counts.layers * counts.heads * _probabilities(step)
+    # A tower is counted by the rule for layers: what runs without values has no picture in it.
+    token += (HALF_BYTES if half else 2 * HALF_BYTES) * counts.towers / step.length
     fixed = kept.fixed if kept is not None else (2 * counts.hidden_matrices if half else 0)
     cpu = step.kind == "cpu"
     if train.activation_checkpointing:  # the input of each layer, and one layer as it is computed again

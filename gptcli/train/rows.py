@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Stands for a row that does not count: in a last, smaller step a process may have none, and still has to take part.
 FILLER = -1
+# Rows among which the one with the most documents with media is looked for, and how many of its documents are tried.
+LOOKED_AT, DOCUMENTS = 16, 3
 
 
 class WithMedia(NamedTuple):
@@ -139,6 +141,28 @@ class RunRows(Dataset[Batch]):
     def first(self, count: int) -> Batch:
         """The first rows of the run, at most `count` of them, for a trial."""
         return self.read(list(range(min(count, self._total))))
+
+    def trial(self, device: torch.device) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]] | None:
+        """Some documents of a row as inputs of a model, and each of them as it is alone; None: no images or sounds."""
+        if self._reader is None:
+            return None
+        assert isinstance(self._rows, PackedRows)
+
+        def count(number: int) -> int:
+            return sum(bool(media) for media in self._rows.media(np.array([number])))  # type: ignore[union-attr]
+
+        number = max(range(min(LOOKED_AT, self._total)), key=count)
+        ids, _, positions = torch.from_numpy(self._rows.batch(np.array([number], dtype=np.int64)))[0]
+        media = self._rows.media(np.array([number], dtype=np.int64))[:DOCUMENTS]
+        begins = [*torch.nonzero(positions == 0).flatten().tolist(), len(ids)]
+
+        def inputs(first: int, last: int) -> dict[str, torch.Tensor]:
+            row = ids[None, begins[first] : begins[last]]
+            found = {"input_ids": row, **self._reader.inputs(media[first:last]), **self._reader.type_ids(row)}  # type: ignore[union-attr]
+            return {name: values.to(device) for name, values in found.items()}
+
+        whole = inputs(0, len(media)) | {"position_ids": positions[None, : begins[len(media)]].to(device)}
+        return whole, [inputs(at, at + 1) for at in range(len(media))]
 
 
 class MicroBatches(Sampler[list[int]]):

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gptcli.errors import CheckpointError, StoppedError, UsageError
 from gptcli.launch import world_size
@@ -30,15 +30,14 @@ from gptcli.train.pairs import is_preference
 from gptcli.train.preference_smoke import BYTES_LENGTH, preference_cuts, save_tiny
 from gptcli.train.run import train
 from gptcli.train.smoke_data import cut_source, data_cuts, synthetic_question
-
-if TYPE_CHECKING:
-    from gptcli.recipe.schema import Finetune
+from gptcli.train.smoke_media import is_small, read_by, save_with_processor, tiny_media
 
 NO_GPU = Hardware("cpu", fast_bf16=False, processes=1, memory_bytes=0)
 VOCABULARY = 512
 SEQUENCE_LENGTH = 64
 # Of rows, which are not cut: in tokens of a small vocabulary.
 ROW_LENGTH = 1024
+MEDIA_EVALUATED = 8
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
 # Fields of model.config that set a size, or go by one; the others (activation, tied embeddings, rope) stay.
 _SIZES = re.compile(r"size|num_|(^|_)[nd]_|_dim|layer_types|max_position_embeddings|window|token_id")
@@ -67,8 +66,8 @@ def smoke_run(argument: str, overrides: Sequence[str], command: str, reporter: R
             cuts += _as_overrides(preference_cuts(loaded, tiny, reporter))
             toy = load_recipe(argument, cuts).used_by(command)
         elif toy.recipe.finetune.adapter != "none":
-            base = {"from": str(_saved_model(toy, folder / "base"))}
-            toy = load_recipe(argument, [*cuts, "model=null", f"model={json.dumps(base)}"])
+            cuts += _as_overrides(_base_cuts(toy, folder / "base", reporter))
+            toy = load_recipe(argument, cuts).used_by(command)
         reporter.say("smoke: two steps, save, stop")
         try:
             train(toy, Options(command, stop_after=2), reporter)
@@ -87,14 +86,17 @@ def smoke_run(argument: str, overrides: Sequence[str], command: str, reporter: R
     return {**result, "run": None, "smoke": True, "sample": text, "evaluation": evaluation, "wall_seconds": seconds}
 
 
-def _saved_model(toy: LoadedRecipe, folder: Path) -> Path:
-    """The tiny random model as a folder, for an adapter to belong to."""
+def _base_cuts(toy: LoadedRecipe, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """The keys of a toy that begins with its tiny random model, saved in a folder, for an adapter to belong to."""
     from gptcli.model.build import TokenIds, build_config, build_model
 
+    assert toy.recipe.model is not None and toy.recipe.model.type is not None
+    if read_by(toy.recipe.model.type):  # a model that sees or hears has its tokenizer and its processor beside it
+        return {"model": {"from": str(save_with_processor(toy, folder, reporter))}, "tokenizer": None}
     config, _ = build_config(toy, TokenIds(VOCABULARY, 0, 0, None))
     model: Any = build_model(toy, config, seed=toy.recipe.seed, attention=None)
     model.save_pretrained(str(folder))
-    return folder
+    return {"model": {"from": str(folder)}}
 
 
 def _generate(toy: LoadedRecipe, run: RunFolder, reporter: Reporter) -> str:
@@ -177,7 +179,9 @@ def _cuts(loaded: LoadedRecipe, folder: Path, reporter: Reporter) -> list[str]:
             cut_source(loaded, source, folder, f"eval-{i}", reporter, synthetic_question)
             for i, source in enumerate(recipe.eval.data)
         ]
-    cuts |= _finetune_cuts(recipe.finetune, reporter)
+    if recipe.data is not None and recipe.data.media:  # a text is generated for each row, three times
+        cuts["eval.limit"] = min(MEDIA_EVALUATED, recipe.eval.limit or MEDIA_EVALUATED)
+    cuts |= _finetune_cuts(loaded, reporter)
     cuts |= data_cuts(loaded, folder, reporter)
     if is_preference(loaded):
         assert recipe.model is not None
@@ -192,12 +196,15 @@ def _as_overrides(cuts: dict[str, Any]) -> list[str]:
     return [*removed, *(f"{key}={json.dumps(value)}" for key, value in cuts.items())]
 
 
-def _finetune_cuts(finetune: Finetune, reporter: Reporter) -> dict[str, Any]:
+def _finetune_cuts(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
+    finetune, model = loaded.recipe.finetune, loaded.recipe.model
     cuts: dict[str, Any] = {}
     if finetune.adapter == "qlora":
         reporter.say("smoke: finetune.adapter qlora needs a GPU; lora stands in for it")
         cuts["finetune.adapter"] = "lora"
-    for name, value in (("adapter_from", finetune.adapter_from), ("freeze", finetune.freeze)):
+    # The stand-in for a model that sees or hears is one of its own kind, with the same modules.
+    freeze = [] if model is not None and read_by(model.type or model.smoke_type) else finetune.freeze
+    for name, value in (("adapter_from", finetune.adapter_from), ("freeze", freeze)):
         if value:
             reporter.say(f"smoke: finetune.{name} is left aside, which belongs to another model")
             cuts[f"finetune.{name}"] = None
@@ -219,9 +226,18 @@ def _model_cuts(loaded: LoadedRecipe, reporter: Reporter) -> dict[str, Any]:
         smoke_type = "llama" if model is None else model.smoke_type
         replaced = "the model to evaluate" if model is None else str(model.from_)
         reporter.say(f"smoke: a tiny random {smoke_type} stands in for {replaced}")
-        cuts["model"] = {"type": smoke_type, "config": dict(TINY)}
+        cuts["model"] = tiny_media(smoke_type) if read_by(smoke_type) else {"type": smoke_type, "config": dict(TINY)}
         return cuts
-    kept = {key: value for key, value in (model.config or {}).items() if not _SIZES.search(key)}
-    cuts["model.preset"] = None
-    cuts["model.config"] = {**kept, **TINY}
+    assert model.type is not None
+    media = bool(read_by(model.type))
+    if media and is_small(loaded, VOCABULARY):
+        return cuts
+    cuts["model.preset"] = tiny_media(model.type)["preset"] if media else None
+    cuts["model.config"] = {**_kept(model.config or {}), **({} if media else TINY)} or None
     return cuts
+
+
+def _kept(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration, and of those inside it, that set no size."""
+    parts = {key: _kept(value) for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)}
+    return {key: parts.get(key, value) for key, value in config.items() if not _SIZES.search(key)}

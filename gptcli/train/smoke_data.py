@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.recipe.schema import Source, Tail
-from gptcli.recipe.template import parse_template
+from gptcli.recipe.template import Template, parse_template
 from gptcli.train.pairs import is_preference
 from gptcli.train.preference_smoke import reward_cuts, synthetic_pair
+from gptcli.train.smoke_media import media_columns, media_parts, read_by
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
@@ -49,7 +50,7 @@ def cut_source(
     folder: Path,
     name: str,
     reporter: Reporter,
-    row: Callable[[LoadedRecipe, Source, int], Row] | None = None,
+    row: Callable[[LoadedRecipe, Source, int, Path], Row] | None = None,
 ) -> dict[str, Any]:
     """The first rows of a source that is here; else a file in `folder` of rows that `row` makes (the recipe's own)."""
     written = source.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -58,20 +59,21 @@ def cut_source(
     path = folder / f"{name}.jsonl"
     shown = " and ".join(source.path.values()) if isinstance(source.path, dict) else source.path or source.tokens
     reporter.say(f"smoke: {shown} is not read; {ROWS} synthetic rows stand in for it")
-    rows = ((row or _synthetic_row)(loaded, source, seed) for seed in range(ROWS))
+    rows = [(row or _synthetic_row)(loaded, source, seed, folder) for seed in range(ROWS)]
     path.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
     weight = {} if source.weight is None else {"weight": source.weight}
     return {"path": str(path), "text": source.text, **weight}
 
 
-def synthetic_question(loaded: LoadedRecipe, source: Source, seed: int) -> Row:
-    """A row with the columns of `eval`."""
+def synthetic_question(loaded: LoadedRecipe, source: Source, seed: int, folder: Path) -> Row:
+    """A row with the columns of `eval`, whose pictures and sounds are files in `folder`."""
     row: Row = {source.text: f"row {seed}: {_words(seed)}."}
-    row |= {name: f"row {seed}" for name in parse_template(loaded.recipe.asked).columns}
-    return row | _reference(loaded, seed)
+    template = parse_template(loaded.recipe.asked)
+    row |= {name: f"row {seed}" for name in template.columns}
+    return row | media_columns(loaded, template, folder, seed) | _reference(loaded, seed)
 
 
-def _synthetic_row(loaded: LoadedRecipe, source: Source, seed: int) -> Row:
+def _synthetic_row(loaded: LoadedRecipe, source: Source, seed: int, folder: Path) -> Row:
     """A row with the columns of `data`, those of `eval` among them, which validation rows are asked for."""
     data = loaded.recipe.data
     if is_preference(loaded):
@@ -79,10 +81,11 @@ def _synthetic_row(loaded: LoadedRecipe, source: Source, seed: int) -> Row:
     if data is None or data.format == "text":
         return {source.text: f"row {seed}: {_words(seed)}."}
     if data.format == "chat":
-        return _conversation(loaded, seed)
-    columns = [*parse_template(data.prompt or "").columns, *parse_template(data.completion or "").columns]
+        return _conversation(loaded, seed, folder)
+    template = parse_template(data.prompt or "")
+    columns = [*template.columns, *parse_template(data.completion or "").columns]
     row: Row = {name: f"row {seed} {_words(seed + number, 6)}" for number, name in enumerate(dict.fromkeys(columns))}
-    return row | _reference(loaded, seed)
+    return row | media_columns(loaded, template, folder, seed) | _reference(loaded, seed)
 
 
 def _reference(loaded: LoadedRecipe, seed: int) -> Row:
@@ -92,17 +95,24 @@ def _reference(loaded: LoadedRecipe, seed: int) -> Row:
     return {asked.references: asked.labels[seed % len(asked.labels)] if asked.labels else f"row {seed}"}
 
 
-def _conversation(loaded: LoadedRecipe, seed: int) -> Row:
-    given = loaded.recipe.data and loaded.recipe.data.messages
+def _conversation(loaded: LoadedRecipe, seed: int, folder: Path) -> Row:
+    data, model = loaded.recipe.data, loaded.recipe.model
+    given = data and data.messages
     shape = given.shape if given else "openai"
     asked, said = f"row {seed} {_words(seed, 6)}", _words(seed + 1, 6)
     if shape == "alpaca":
         return {"instruction": asked, "input": "", "output": said}
+    row = media_columns(loaded, Template(()), folder, seed)
+    places = "".join(f"<{kind}>" * len(columns) for kind, columns in (data.media if data else ()))
     if shape == "sharegpt":
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
-        return {(given and given.column) or "conversations": turns}
-    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-    return {(given and given.column) or "messages": turns}
+        turns = [{"from": "human", "value": places + asked}, {"from": "gpt", "value": said}]
+        return row | {(given and given.column) or "conversations": turns}
+    # Without columns of media, a message brings its own.
+    kinds = () if row or model is None else read_by(model.type or model.smoke_type)
+    parts = media_parts(kinds, folder, seed)
+    content: Any = [*parts, {"type": "text", "text": asked}] if parts else places + asked
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
+    return row | {(given and given.column) or "messages": turns}
 
 
 def _words(seed: int, count: int = 60) -> str:

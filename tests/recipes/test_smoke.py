@@ -31,8 +31,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_a_recipe_passes_smoke_and_leaves_nothing_behind(recipe: str, tmp_path: Path, run_cli: Cli) -> None:
-    command = COMMANDS.get(Path(recipe).parts[0], "pretrain")
-    if load_recipe(str(RECIPES / f"{recipe}.yaml")).recipe.finetune.method != "sft":
+    loaded = load_recipe(str(RECIPES / f"{recipe}.yaml")).recipe
+    command = COMMANDS.get(Path(recipe).parts[0]) or ("finetune" if loaded.model and loaded.model.from_ else "pretrain")
+    if Path(recipe).parts[0] == "multimodal":
+        for package in ("PIL", "soundfile", "soxr"):
+            pytest.importorskip(package, reason="pictures and sounds need the extra multimodal")
+    if loaded.finetune.method != "sft":
         pytest.importorskip("trl", reason="preference tuning needs the extra rl")
     done = run_cli(command, recipe, "--smoke", "--json", cwd=tmp_path)
     assert done.code == 0, done.err

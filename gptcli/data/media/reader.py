@@ -22,7 +22,7 @@ from gptcli.data.media.image import load_image
 from gptcli.data.media.item import A_NOUN, NOUNS, PLACE, Medium, Modality, hashed
 from gptcli.data.media.video import load_video
 from gptcli.data.tokenizer import PROCESSOR_FILES
-from gptcli.errors import CheckpointError, DataError, MissingError, first_line
+from gptcli.errors import CheckpointError, DataError, MissingError, RecipeError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +92,7 @@ class MediaReader:
 
         Raises:
             MediaFault: one cannot be read, or the processor does not take it.
+            RecipeError: it does not say what it replaces placeholders by.
         """
         return [text for text, _ in self.read(media)]
 
@@ -103,7 +104,14 @@ class MediaReader:
         with _faults(media):
             kinds = [medium.modality for medium in media]
             made = self._processed([kinds], [loaded], return_text_replacement_offsets=True)
-            found = [each["replacement"] for each in made["text_replacement_offsets"][0]]
+        if "text_replacement_offsets" not in made:
+            raise RecipeError(
+                f"{type(self.processor).__name__} does not say what stands in a text for an image or a sound, so rows "
+                "cannot be made for its model",
+                remedy="Models whose layers attend to images beside the text (mllama) are of this kind. Take one that "
+                "has them among its tokens: llava, idefics3, qwen2_audio.",
+            )
+        found = [each["replacement"] for each in made["text_replacement_offsets"][0]]
         if len(found) != len(media) or "" in found:
             named = media[found.index("")] if "" in found else media[0]
             raise MediaFault(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 
 import pytest
 import torch
 
-from gptcli.data.media.reader import load_processor
+from gptcli.data.media.item import Medium
+from gptcli.data.media.reader import load_processor, reader_of
+from gptcli.data.media.reference import Media
 from gptcli.errors import MissingError, RecipeError
 from gptcli.model.build import TokenIds, build_config, build_model, count_parameters
 from gptcli.model.load import load_model
@@ -108,3 +111,30 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
 def test_a_folder_without_a_processor_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="no processor in this folder"):
         load_processor(tmp_path)
+
+
+@needs_media
+def test_a_type_that_adds_pictures_layer_by_layer_has_the_tokenizers_ends_everywhere(tmp_path: Path) -> None:
+    sizes = "{scale_factor: 2, out_hidden_size: 128, deepstack_visual_indexes: [0], use_fine_route: false}"
+    made, processor = built(
+        tmp_path, f"{{type: granite_docling, preset: vision-1m, config: {{vision_config: {sizes}}}}}"
+    )
+    check_processor(processor, made)
+    for config in (made.config, made.config.text_config):
+        assert config.pad_token_id == processor.tokenizer.pad_token_id == 1
+
+
+@needs_media
+def test_a_model_that_attends_to_pictures_beside_its_text_is_refused_by_name(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "other").mkdir()
+    sizes = "text_config: {cross_attention_layers: [1, 3]}, vision_config: {num_global_layers: 1, "
+    sizes += "intermediate_layers_indices: [0], vision_output_dim: 256}"
+    _, processor = built(tmp_path, f"{{type: mllama, preset: vision-1m, config: {{{sizes}}}}}")
+    file = io.BytesIO()
+    Image.new("RGB", (28, 28), "red").save(file, "png")
+    with pytest.raises(RecipeError, match="MllamaProcessor does not say"):
+        reader_of(processor).texts([Medium("image", Media("red.png", file.getvalue()))])
+    with pytest.raises(RecipeError, match="idefics does not run on a text"):
+        built(tmp_path / "other", "{type: idefics, preset: vision-1m}")
