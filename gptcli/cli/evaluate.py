@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptcli.cli import eval_fuse as of_fusing
 from gptcli.cli import eval_harness as of_harness
 from gptcli.cli.arguments import Debug, Json, Quiet, Smoke
 from gptcli.cli.eval_overlap import CheckOverlap
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gptcli.cli.console import Console
     from gptcli.evaluation.corpus import Corpus
     from gptcli.evaluation.evaluate import Evaluation
-    from gptcli.evaluation.tasks import TaskResult
+    from gptcli.evaluation.fuse import MeanOfTokens
     from gptcli.recipe.load import LoadedRecipe
 
 Arguments = Annotated[
@@ -75,6 +75,7 @@ def evaluate(
     seed: of_harness.Seed = None,
     trust_tasks: of_harness.TrustTasks = False,
     check_overlap: CheckOverlap = None,
+    fuse: of_fusing.Fuse = None,
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -95,6 +96,7 @@ def evaluate(
             return
         out.say(f"eval works in one process: this one, and the other {processes - 1} end at once")
     models, recipe, overrides = sort_arguments(arguments or [])
+    of_fusing.check(fuse, models, smoke=smoke, check_overlap=check_overlap)
     if html is not None and (smoke or check_overlap is not None):
         raise UsageError(
             "--html is a page of what a model was measured at, which --smoke and --check-overlap do not do"
@@ -115,17 +117,23 @@ def evaluate(
         if json:
             out.print_json(proof)
         return
+    from gptcli.cli.evaluation_told import tell
+    from gptcli.evaluation.fuse import MeanOfTokens, fuse_labels, fuse_losses
     from gptcli.evaluation.tasks import run_tasks
 
     folders = model_folders(models, recipe)
     loaded, chosen = what_to_score(folders, loaded, overrides, options, texts=not tasks)
-    answering = chosen is not None and has_tasks(folders, loaded, predictions)
+    answering = chosen is not None and has_tasks(folders, loaded, predictions, fused=fuse is not None)
     scoring = chosen is not None and (
         not answering or (loaded is not None and "perplexity" in loaded.recipe.eval.metrics)
     )
+    asked = of_harness.asked_tasks(tasks, loaded)
+    if fuse is not None:
+        of_fusing.check_measured(folders, loaded, asked, answering=answering, scoring=scoring)
+    fusing = MeanOfTokens(len(folders)) if fuse is not None and scoring else None
     of_lm_eval = of_harness.find(
         folders,
-        of_harness.asked_tasks(tasks, loaded),
+        asked,
         loaded,
         out,
         num_fewshot=num_fewshot,
@@ -140,12 +148,18 @@ def evaluate(
         load = model_once(folder, precision)
         if answering:
             assert chosen is not None and loaded is not None
-            answered.append(run_tasks(folder, chosen, loaded, out, predictions=predictions, load=load))
+            file = predictions if fuse is None else None
+            answered.append(run_tasks(folder, chosen, loaded, out, predictions=file, load=load))
         if scoring:
             assert chosen is not None
-            results += score_models([folder], chosen, loaded, options, out, load=load)
+            results += score_models([folder], chosen, loaded, options, out, load=load, fusing=fusing)
         if of_lm_eval is not None:
             harness.append(of_lm_eval(folder, load))
+    if fuse is not None and answering:
+        answered.append(fuse_labels(answered, out, predictions))
+    if fusing is not None:
+        results.append(fuse_losses(results, fusing))
+        fusing.close()
     tell(folders, results, out, tasks=answered, harness=harness, markdown=markdown, html=html)
 
 
@@ -233,10 +247,12 @@ def score_models(
     *,
     reuse: bool = False,
     load: Callable[[], PreTrainedModel] | None = None,
+    fusing: MeanOfTokens | None = None,
 ) -> list[Evaluation]:
     """Score one corpus with each model.
 
-    `reuse`: take the scores that an earlier evaluation kept. `load` gives the model, where there is but one.
+    `reuse`: take the scores that an earlier evaluation kept. `load` gives the model, where there is but one. `fusing`
+    takes what it makes of each token together with what others do.
     """
     from gptcli.evaluation import corpus
     from gptcli.evaluation.evaluate import Keeping
@@ -247,92 +263,12 @@ def score_models(
     precision: Any = options.precision
     windows = Windows(options.sequence_length, options.stride, precision, curves=options.html is not None)
     keeping = Keeping(model_fingerprint, reuse)
-    results = [score(folder, chosen, windows, out, loaded, keeping, load) for folder in folders]
+    results = [score(folder, chosen, windows, out, loaded, keeping, load, fusing) for folder in folders]
     for result in results:
         if len(bad := result.scores.not_finite()):
             where, count = corpus.place_of(chosen, int(bad[0])), result.result.documents
             out.warn(f"{result.model}: no finite loss of {len(bad):,} of {count:,} documents; the first: {where}")
     return results
-
-
-def tell(
-    folders: list[Path],
-    results: list[Evaluation],
-    out: Console,
-    *,
-    tasks: Sequence[TaskResult] = (),
-    harness: Sequence[dict[str, Any]] = (),
-    markdown: Path | None = None,
-    html: Path | None = None,
-) -> None:
-    """Print the results, of several models each beside the first, and write them as Markdown or a page if asked to.
-
-    Raises:
-        DivergedError: what was measured is not a finite number; after all is told.
-    """
-    from gptcli.cli.evaluation_table import print_results, write_markdown
-    from gptcli.cli.evaluation_tasks import print_tasks
-    from gptcli.errors import DivergedError
-
-    if out.json_output:
-        values = _values(folders, results, tasks, harness, curves=html is not None)
-        out.print_json(values if len(values) > 1 else values[0])
-    else:
-        if results:
-            print_results(results, out)
-        if tasks:
-            print_tasks(list(tasks), out)
-        of_harness.print_measured(folders, list(harness), out)
-    if markdown is not None and results:
-        write_markdown(results, markdown)
-    if html is not None:
-        from gptcli.evaluation.page import write_page
-
-        write_page(html, results, tasks, [(str(folder), each) for folder, each in zip(folders, harness, strict=False)])
-        out.say(f"page: {html}")
-    bad = [result.model for result in results if not math.isfinite(result.result.loss)]
-    if harness:
-        from gptcli.evaluation.harness import without_value
-
-        bad += [str(folder) for folder, each in zip(folders, harness, strict=True) if without_value(each)]
-    if bad:
-        what = "the loss" if results else "what was measured"
-        raise DivergedError(
-            f"{what} of {', '.join(dict.fromkeys(bad))} is not a finite number",
-            remedy="The model gives NaN or infinite logits: its weights are damaged, or --precision is too low.",
-        )
-
-
-def _values(
-    folders: list[Path],
-    results: list[Evaluation],
-    tasks: Sequence[TaskResult],
-    harness: Sequence[dict[str, Any]],
-    *,
-    curves: bool,
-) -> list[dict[str, Any]]:
-    """What --json prints of each model."""
-    from gptcli.evaluation.compare import compare
-
-    values: list[dict[str, Any]] = [{"model": str(folder)} for folder in folders]
-    for index, value in enumerate(values):
-        if results:
-            value |= results[index].as_dict()
-        elif tasks:
-            value |= tasks[index].as_dict()
-        if tasks:
-            value["metrics"] = tasks[index].metrics
-        if results and index:
-            first = results[0]
-            value["compared"] = {"with": first.model, **compare(results[index].scores, first.scores).as_dict()}
-        if harness:
-            value["harness"] = harness[index]
-        if curves:
-            collected = results[index].curves if results else None
-            sureness = tasks[index].calibration if tasks else None
-            value["curves"] = {} if collected is None else collected.as_dict()
-            value["curves"] |= {} if sureness is None else {"labels": sureness.as_dict()}
-    return values
 
 
 def sort_arguments(arguments: list[str]) -> tuple[list[str], str | None, list[str]]:

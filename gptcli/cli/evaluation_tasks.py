@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe
 
 
-def has_tasks(folders: list[Path], loaded: LoadedRecipe | None, predictions: Path | None) -> bool:
+def has_tasks(
+    folders: list[Path], loaded: LoadedRecipe | None, predictions: Path | None, *, fused: bool = False
+) -> bool:
     """Whether the recipe has tasks.
 
     Raises:
-        UsageError: `predictions`, a file, where there is no task, or several models.
+        UsageError: `predictions`, a file, where there is no task, or several models that are not fused.
     """
     from gptcli.errors import UsageError
     from gptcli.evaluation.tasks import task_metrics
@@ -28,8 +30,8 @@ def has_tasks(folders: list[Path], loaded: LoadedRecipe | None, predictions: Pat
                 remedy="Name metrics in a recipe: eval.metrics",
             )
         return False
-    if predictions is not None and len(folders) > 1:
-        raise UsageError("--predictions is a file of one model's answers", remedy="Name one model.")
+    if predictions is not None and len(folders) > 1 and not fused:
+        raise UsageError("--predictions is a file of one model's answers", remedy="Name one model, or fuse them.")
     if predictions is not None and predictions.is_dir():
         raise UsageError(f"--predictions {predictions} is a folder", remedy="Name a file.")
     return True

@@ -121,7 +121,8 @@ def compare(
     """Tell whether models differ on the same documents: beside the first, by kept scores or new ones."""
     del debug
     from gptcli.cli.console import console
-    from gptcli.cli.evaluate import Options, load_for, model_folders, score_models, sort_arguments, tell, what_to_score
+    from gptcli.cli.evaluate import Options, load_for, model_folders, score_models, sort_arguments, what_to_score
+    from gptcli.cli.evaluation_told import tell
     from gptcli.errors import UsageError
 
     options = Options(data, text, documents, stride, limit, sequence_length, precision, markdown, html)

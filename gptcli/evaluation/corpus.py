@@ -282,11 +282,11 @@ def _same_ids(model: Path, tokenizer: Path) -> bool:
     """Whether a model's tokenizer.json gives every text the ids of another's."""
     if not (model / "tokenizer.json").is_file():
         return False
-    ours, theirs = (_content(folder) for folder in (model, tokenizer))
-    return ours == theirs
+    return decides_ids(model) == decides_ids(tokenizer)
 
 
-def _content(folder: Path) -> tuple[object, ...]:
+def decides_ids(folder: Path) -> tuple[object, ...]:
+    """What of a folder's tokenizer.json decides the ids of a text: equal where two give every text the same."""
     content = json.loads(load_fast(folder).to_str())
     added = sorted((token["id"], token["content"]) for token in content.get("added_tokens", []))
     return (*(content.get(part) for part in DECIDES_IDS), added, special_ids(folder).bos, special_ids(folder).eos)

@@ -16,7 +16,8 @@ from gptcli.device import best_device
 from gptcli.errors import DataError, GptcliError, UsageError
 from gptcli.evaluation.corpus import Corpus, Tokens, tokens_for
 from gptcli.evaluation.curves import Collecting, Curves, keep_curves, kept_curves
-from gptcli.evaluation.loss import LossResult, document_loss, loss_of
+from gptcli.evaluation.fuse import MeanOfTokens
+from gptcli.evaluation.loss import LossResult, Watch, document_loss, loss_of
 from gptcli.evaluation.scores import FORMAT, Scores, keep, kept
 from gptcli.files import fingerprint
 from gptcli.model.load import (
@@ -131,6 +132,7 @@ def evaluate(
     recipe: LoadedRecipe | None = None,
     keeping: Keeping | None = None,
     load: Callable[[], PreTrainedModel] | None = None,
+    fusing: MeanOfTokens | None = None,
 ) -> Evaluation:
     """Score a corpus with the model of a folder (or Hub id).
 
@@ -142,6 +144,7 @@ def evaluate(
         recipe: the recipe that the command names, or the run's own.
         keeping: keep the scores of the documents in the cache; None: do not.
         load: gives the folder's model, in place of loading it.
+        fusing: what takes the probability of each token together with those of other models.
 
     Raises:
         MissingError, CheckpointError: the model cannot be loaded.
@@ -158,7 +161,7 @@ def evaluate(
         code = [__version__, *map(version, ("torch", "transformers"))]
         settings = [length, stride or length, options.precision, device.type, code]
         key = fingerprint([FORMAT, keeping.fingerprint(folder), tokens.identity, settings])
-        if keeping.reuse and (found := kept(key)) is not None:
+        if keeping.reuse and fusing is None and (found := kept(key)) is not None:
             curves = kept_curves(key) if options.curves else None
             if curves is not None or not options.curves:
                 reporter.say(f"{folder} on {corpus.name}: as kept of an earlier evaluation")
@@ -166,7 +169,8 @@ def evaluate(
             reporter.say(f"{folder} on {corpus.name}: kept without what the pictures show, so it is scored again")
     nats = array("d")
     # Pictures are of texts: of rows only the answers count, at places that differ.
-    watch = Collecting() if options.curves and tokens.windows is None else None
+    collecting = Collecting() if options.curves and tokens.windows is None else None
+    watch: Watch | None = collecting if fusing is None else fusing.watch(tokens.sizes, collecting)
     with memory_errors("Try a shorter --sequence-length, or --precision bf16."):
         model = load() if load is not None else load_model(folder, dtype=options.precision, device=device)
         moved = "" if stride in (None, length) else f", moved by {stride:,}"
@@ -181,11 +185,12 @@ def evaluate(
                     pad_id=tokens.prefix_id,
                     on_progress=on_progress,
                     per_document=nats,
+                    watch=watch,
                 )
             else:
                 result = document_loss(
                     model,
-                    tokens.documents if watch is None else watch.reading(tokens.documents),
+                    tokens.documents if collecting is None else collecting.reading(tokens.documents),
                     prefix_id=tokens.prefix_id,
                     sequence_length=length,
                     stride=stride,
@@ -196,7 +201,7 @@ def evaluate(
     if not result.tokens:
         raise DataError(f"no text to score in {corpus.name}", remedy="Give a file with text: gptcli eval --data FILE")
     scores = tokens.sizes.scores(nats)
-    collected = None if watch is None else watch.curves()
+    collected = None if collecting is None else collecting.curves()
     _say_left_out(tokens, scores, reporter)
     if key is not None:
         try:

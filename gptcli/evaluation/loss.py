@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gptcli.device import keep_freed_memory
 from gptcli.evaluation.windows import Document, Window, batches, padded, padded_ids, shared, windows_of
 from gptcli.launch import world_size
@@ -267,19 +270,34 @@ def _batch_limit(model: PreTrainedModel, batch_tokens: int) -> int:
 
 def _score(forward: Forward, batch: list[Window], device: torch.device, pad_id: int) -> list[float]:
     import torch
+
+    nats, rows = _nats(forward, batch, device, pad_id)
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, nats)
+    return [float(value) for value in sums]
+
+
+def token_nats(forward: Forward, batch: list[Window], device: torch.device, pad_id: int) -> list[NDArray[np.float64]]:
+    """The nats of each scored token of each window, in order: a `Score`."""
+    nats, _ = _nats(forward, batch, device, pad_id)
+    return np.split(nats.numpy(), np.cumsum([window.scored for window in batch])[:-1])
+
+
+def _nats(
+    forward: Forward, batch: list[Window], device: torch.device, pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nats of the scored tokens of a batch, window after window, and the number of each one's window."""
+    import torch
     from torch.nn.functional import cross_entropy
 
     inputs, targets, mask = padded(batch, pad_id)
     labels = targets[mask].to(device)
-    rows = mask.nonzero()[:, 0]
     nats, done = [], 0
     with torch.no_grad():  # which belongs to a thread
         for logits in forward(inputs.to(device), mask.to(device)):
             piece = labels[done : done + len(logits)]
             nats.append(cross_entropy(logits.float(), piece, reduction="none").cpu().double())
             done += len(logits)
-    sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, torch.cat(nats))
-    return [float(value) for value in sums]
+    return torch.cat(nats), mask.nonzero()[:, 0]
 
 
 def _choose_forward(model: PreTrainedModel, token: int) -> FullForward:

@@ -285,7 +285,7 @@ def _harness(measured: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
 def _surprise(results: Sequence[Evaluation]) -> str:
     """The first tokens of the corpus as each model finds them, and what changes from the first model to another."""
-    maps = 2 * len(results) - 1
+    maps = 2 * sum(each.curves is not None for each in results) - 1
     most = TEXT_TOKENS if maps <= MAPS else TEXT_TOKENS * MAPS // maps
     found = [
         (each.model, pieces(each.curves.text, load_fast(each.tokenizer), most))

@@ -11,7 +11,7 @@ import json
 import math
 import zipfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -96,6 +96,11 @@ class Sizes:
         self._bytes = array("Q")
         self._characters: array[int] | None = array("I")
         self._sources: list[tuple[str, int]] = []
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The scored tokens of each document that passed."""
+        return self._lengths
 
     def begin(self, source: str) -> None:
         """The texts that follow are of this source."""

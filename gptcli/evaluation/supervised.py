@@ -40,7 +40,7 @@ def supervised_windows(shards: Shards, packing: Packing) -> Stream:
             homes = np.searchsorted(ends, begins, side="right") - 1
             firsts = np.searchsorted(homes, np.arange(len(ends)))
             for document in range(len(ends) - 1):
-                windows = []
+                windows, before = [], 0
                 for piece in range(int(firsts[document]), int(firsts[document + 1])):
                     begin, end = int(begins[piece]), int(begins[piece] + lengths[piece])
                     ids = stream.read(begin, end).astype(np.int64)
@@ -50,6 +50,7 @@ def supervised_windows(shards: Shards, packing: Packing) -> Stream:
                         wanted = stream.read_supervised(begin + 1, end)
                     if scored := int(wanted.sum()):
                         media = shards.media(source, begins[piece : piece + 1])[0] if shards.has_media else []
-                        windows.append(Window(number, ids, scored, wanted, media=tuple(media)))
+                        windows.append(Window(number, ids, scored, wanted, before, tuple(media)))
+                        before += scored
                 yield None, windows
                 number += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,7 @@ class TaskResult:
     """What a model's answers to the rows of a corpus are worth: `metrics` by name, and how many `rows` there were.
 
     `calibration` is of the probabilities of labels, taken over the labels alone; None where no label is asked for.
+    `task` and `answers` are what was measured.
     """
 
     model: str
@@ -83,6 +84,8 @@ class TaskResult:
     rows: int
     metrics: dict[str, Any]
     calibration: Calibration | None = None
+    task: Task | None = field(default=None, repr=False, compare=False)
+    answers: Answers | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `gptcli eval` where no loss was asked for."""
@@ -98,6 +101,13 @@ def task_metrics(recipe: LoadedRecipe | None) -> list[str]:
     )
 
 
+def of_labels_and_texts(recipe: LoadedRecipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The metrics of a recipe's tasks: those of labels, and those of texts."""
+    wanted = task_metrics(recipe)
+    of_labels = tuple(each for each in wanted if recipe.recipe.eval.labels and each in metrics.OF_LABELS)
+    return of_labels, tuple(each for each in wanted if each not in of_labels)
+
+
 def read_task(corpus: Corpus, recipe: LoadedRecipe, reporter: Reporter) -> Task:
     """What a recipe's `eval` asks of the rows of a corpus; texts are made as `generate` has it (see `Task`).
 
@@ -106,11 +116,9 @@ def read_task(corpus: Corpus, recipe: LoadedRecipe, reporter: Reporter) -> Task:
         UsageError: the corpus has no rows of files.
         DataError: a row lacks something, by file and line.
     """
-    section, wanted = recipe.recipe.eval, task_metrics(recipe)
-    labels = tuple(section.labels or ())
-    of_labels = tuple(each for each in wanted if labels and each in metrics.OF_LABELS)
-    of_texts = tuple(each for each in wanted if each not in of_labels)
-    metrics.require_packages(wanted, labels=bool(labels))
+    section, labels = recipe.recipe.eval, tuple(recipe.recipe.eval.labels or ())
+    of_labels, of_texts = of_labels_and_texts(recipe)
+    metrics.require_packages(task_metrics(recipe), labels=bool(labels))
     template = parse_template(recipe.recipe.asked)
     examples = read_examples(corpus, Asked(template, section.references, _check(section, of_texts)), reporter)
     how = _settings(recipe)
@@ -155,13 +163,25 @@ def run_tasks(
         answers = answer(model, tokenizer, task, prompts, reporter)
     if answers.with_end:
         reporter.say("a label begins another one, so the end of text counts as part of each label")
+    return result_of(str(folder), task, answers, reporter, predictions)
+
+
+def result_of(
+    model: str, task: Task, answers: Answers, reporter: Reporter, predictions: Path | None = None
+) -> TaskResult:
+    """Measure the answers of a model to all rows, and write them as lines of JSON if a file is named.
+
+    Raises:
+        DivergedError: the model gave a label no number.
+        CheckpointError: the answers cannot be written.
+    """
     found, lines = measure(task, answers)
     if predictions is not None:
         with writing(predictions, "the answers", "Nothing else was changed."):
             write_atomic(predictions, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         reporter.say(f"answers: {predictions}")
     sureness = _sureness(task, answers) if task.of_labels else None
-    return TaskResult(str(folder), corpus.name, len(task.examples), found, sureness)
+    return TaskResult(model, task.name, len(task.examples), found, sureness, task, answers)
 
 
 def _check(section: Eval, of_texts: Sequence[str]) -> Any:
