@@ -198,7 +198,7 @@ def changed(fault: MediaFault, where: str) -> DataError:
     return DataError(
         f"{fault}, {where}",
         remedy="All images and sounds were read when the data was prepared: put back what was there, or run "
-        "gptcli tokenize again.",
+        "gptcli tokenize RECIPE --verify, which prepares again what has changed.",
     )
 
 
