@@ -211,8 +211,10 @@ class _Batch:
         more: dict[str, Any] = {}
         if "position_ids" in self._names:
             more["position_ids"] = (self._columns(longest) - self._pads(longest)).clamp(min=0)
-        if self._reader is not None:
-            more |= media_inputs(self._model, self._reader, prompts, ids)
+        if self._reader is not None and (media := media_inputs(self._model, self._reader, prompts, ids)):
+            more |= media
+            if "attention_mask" in self._names:  # some ask for it where a sound is one token (qwen2_audio)
+                more["attention_mask"] = torch.ones_like(ids)
         return self._run(ids, longest, more)
 
     def forward(self, tokens: list[int]) -> torch.Tensor:

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
     from gptcli.data.media.reader import MediaReader
 
+# What transformers' server itself says to a template, none of which changes what a chat is here.
+_SERVERS = {
+    "add_generation_prompt",
+    "return_tensors",
+    "return_dict",
+    "tokenize",
+    "load_audio_from_video",
+    "num_frames",
+}
 _TEXTS = ("text", "input_text", "output_text")
 Convert = Callable[[list[dict[str, Any]], Any], list[dict[str, Any]]]
 
@@ -48,7 +57,8 @@ class Sees:
         Raises:
             ValueError: they hold a medium that cannot be used, or the template fails.
         """
-        del how
+        if unknown := sorted({*how} - _SERVERS):
+            raise ValueError(f"chat_template_kwargs ({', '.join(unknown)}) are not taken with images and sounds")
         import torch
         from transformers import BatchFeature
 
