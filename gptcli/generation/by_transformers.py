@@ -166,8 +166,9 @@ def _generate(
 def _multiplied(model: Any, media: Callable[[int], dict[str, torch.Tensor]]) -> Iterator[None]:
     """Inside, a prompt that `generate` makes several beams of has the media of as many prompts.
 
-    It repeats each entry of their first dimension, which for most models is that of pictures, not of prompts: two
-    pictures would become the first one twice for the first beam. A model that does this by its own code is left to it.
+    It repeats each entry of their first dimension, which may be that of sounds, not of prompts: two sounds would become
+    the first one twice for the first beam. What it has encoded already, it multiplies by prompts itself, and a model
+    that does this by its own code is left to it.
     """
     from transformers import GenerationMixin
 
@@ -178,7 +179,7 @@ def _multiplied(model: Any, media: Callable[[int], dict[str, torch.Tensor]]) -> 
         return
 
     def expanded(expand_size: int = 1, **given: Any) -> Any:
-        if expand_size == 1 or not (each := media(expand_size)):
+        if expand_size == 1 or given.get("mm_encoder_outputs") or not (each := media(expand_size)):
             return expand(expand_size=expand_size, **given)
         ids, more = expand(expand_size=expand_size, **{key: given[key] for key in given if key not in each})
         return ids, more | each

@@ -54,6 +54,8 @@ def placed(prompt: str, media: Sequence[Medium]) -> tuple[str, list[Medium]]:
     Raises:
         UsageError: there are more places of a kind than media, or fewer.
     """
+    if not media:
+        return prompt, []
     front: list[Medium] = []
     waiting: dict[str, Iterator[Medium]] = {}
     for modality in MODALITIES:
@@ -73,7 +75,7 @@ def placed(prompt: str, media: Sequence[Medium]) -> tuple[str, list[Medium]]:
         inside.append(next(waiting[found[1]]))
         return place_of(inside[-1].modality)
 
-    text = re.sub("{(image|audio|video)}", place, prompt) if media else prompt
+    text = re.sub("{(image|audio|video)}", place, prompt)
     return "".join(f"{place_of(medium.modality)}\n" for medium in front) + text, [*front, *inside]
 
 

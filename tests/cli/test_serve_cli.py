@@ -59,7 +59,7 @@ def keep_to_ascii(model: Any, tokenizer: Any) -> None:
     import torch
 
     letters = [token for token in range(len(tokenizer)) if tokenizer.decode([token]).isascii()]
-    others = torch.ones(300, dtype=torch.bool)
+    others = torch.ones(model.lm_head.weight.shape[0], dtype=torch.bool)
     others[letters] = False
     with torch.no_grad():
         model.lm_head.weight[others] = 0.0
@@ -271,6 +271,7 @@ def test_a_model_that_sees_answers_about_the_picture_of_a_request(
     from openai import BadRequestError, OpenAI
 
     model, processor = random_built(tmp_path, "llava", template=TEMPLATE)
+    keep_to_ascii(model, processor.tokenizer)
     folder = tmp_path / "sees"
     model.save_pretrained(folder)
     save_processor(processor, folder)

@@ -37,7 +37,7 @@ IMAGE = place_of("image")
 PARTS = (
     "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
 
@@ -91,9 +91,12 @@ def test_texts_are_those_of_transformers_alone_and_together(tmp_path: Path, kind
 
 
 @needs_media
-def test_beams_of_a_prompt_with_several_pictures_see_them_in_their_order(llava: tuple[Any, Any, Any]) -> None:
-    model, tokenizer, reader = llava
-    one = media_prompt(reader, tokenizer, f"{IMAGE}{IMAGE} a", [picture(1), picture(2)])
+@pytest.mark.parametrize(("kind", "make"), [("llava", picture), ("qwen2_audio", sound)])
+def test_beams_of_a_prompt_with_several_media_have_them_in_their_order(tmp_path: Path, kind: str, make: Any) -> None:
+    model, processor = random_built(tmp_path, kind)
+    tokenizer, reader = processor.tokenizer, reader_of(processor)
+    media = [make(1), make(2)]
+    one = media_prompt(reader, tokenizer, f"{''.join(place_of(each.modality) for each in media)} a", media)
     beams = complete_batch(model, tokenizer, [one], replace(GREEDY, num_beams=3), reader=reader)[0][0].text
     # Beam by beam, by the scores of the model without a past: what beams are.
     assert beams == _searched(model, reader, one, beams=3, steps=8, decode=tokenizer.decode)
