@@ -65,7 +65,7 @@ def placed(prompt: str, media: Sequence[Medium]) -> tuple[str, list[Medium]]:
             front += given
         elif places != len(given):
             raise UsageError(
-                f"the prompt has {places} places {{{modality}}}, and the {modality}s are {len(given)}",
+                f"the prompt has {places} place{'s' * (places > 1)} {{{modality}}}, and the {modality}s are {len(given)}",
                 remedy=f"Give --{modality} once for each of them.",
             )
         waiting[modality] = iter(given)
