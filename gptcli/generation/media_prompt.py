@@ -64,8 +64,9 @@ def placed(prompt: str, media: Sequence[Medium]) -> tuple[str, list[Medium]]:
         if not places:
             front += given
         elif places != len(given):
+            count = f"{places} place{'s' * (places > 1)}"
             raise UsageError(
-                f"the prompt has {places} places {{{modality}}}, and the {modality}s are {len(given)}",
+                f"the prompt has {count} {{{modality}}}, and the {modality}s are {len(given)}",
                 remedy=f"Give --{modality} once for each of them.",
             )
         waiting[modality] = iter(given)

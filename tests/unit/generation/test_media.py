@@ -181,7 +181,7 @@ def test_a_prompt_without_media_is_as_it_is_and_too_many_places_are_told() -> No
     assert placed("an {image}", []) == ("an {image}", [])
     with pytest.raises(UsageError, match=r"has 2 places \{image\}, and the images are 1"):
         placed("{image} {image}", [Medium("image", [])])
-    with pytest.raises(UsageError, match=r"has 1 places \{audio\}, and the audios are 0"):
+    with pytest.raises(UsageError, match=r"has 1 place \{audio\}, and the audios are 0"):
         placed("{audio}", [Medium("image", [])])
 
 
