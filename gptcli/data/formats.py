@@ -227,7 +227,7 @@ def filled_prompt(
     for column, found in places.items():
         if found and (wanted := used.count(column)) != len(found):
             given = counted(len(found), NOUNS[found[0].modality])
-            wrong = f"has {given}, and data.prompt has {counted(wanted, 'place')} {{{column}}}"
+            wrong = f"has {given}, and the prompt has {counted(wanted, 'place')} {{{column}}}"
             raise MediaFault("the row", "not media", wrong)
     waiting = {column: iter(found) for column, found in places.items()}
     placed: list[Medium] = []

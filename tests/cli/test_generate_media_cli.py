@@ -63,7 +63,7 @@ def test_a_picture_stands_where_the_prompt_says_and_decides_the_text(here: Path,
         (("sees", "--audio", "a.png"), 2, "sees reads no audios, only images"),
         (("reads", "--image", "a.png"), 2, "reads is a model of text alone: it reads no images"),
         (("sees", "--image", "a.png", "-p", "{image} {image}"), 2, "has 2 places {image}, and the images are 1"),
-        (("sees", "--image", "a.png", "-p", "<image>"), 3, "holds <image>, which stands for a medium"),
+        (("sees", "--image", "a.png", "-p", "<image>"), 3, "holds <image>, by which the model knows an image"),
         (("sees", "--image", "a.png", "-p", "x", "--prompt-lookup", "2"), 2, "goes with no images and sounds"),
         (("sees", "--image", "a.png", "--file", "in.jsonl", "--output", "o.jsonl"), 2, "do not go with --file"),
         (("sees", "--image-column", "image"), 2, "--image-column goes with --file"),
@@ -100,7 +100,7 @@ def test_a_file_has_its_pictures_in_a_column(here: Path, run_cli: Cli) -> None:
         ('"none.png"', "none.png does not exist"),
         ('"text.png"', "text.png is not an image"),
         ("7", "the value is a number: neither a path nor bytes"),
-        ('["a.png", "b.png"]', "has 1 place {image} in the prompt and 2 for it"),
+        ('["a.png", "b.png"]', "has 2 images, and the prompt has 1 place {image}"),
     ],
 )
 def test_a_row_whose_picture_cannot_be_used_is_named(here: Path, run_cli: Cli, picture: str, says: str) -> None:

@@ -247,20 +247,20 @@ def test_a_missing_package_is_code_7_with_the_command(
         assert done.code == 7
 
 
-def test_it_dies_with_a_parent_that_is_killed(server: dict[str, Any]) -> None:  # the last that uses this server
-    watched = os.pidfd_open(server["pid"])
-    server["parent"].kill()
-    ended, _, _ = select.select([watched], [], [], 60)
-    os.close(watched)
-    assert ended
-
-
 def test_a_picture_for_a_model_of_text_is_a_bad_request(client: Any) -> None:
     from openai import BadRequestError
 
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     with pytest.raises(BadRequestError, match="this model reads no images"):
         client.chat.completions.create(model="talker", messages=[{"role": "user", "content": [part]}])
+
+
+def test_it_dies_with_a_parent_that_is_killed(server: dict[str, Any]) -> None:  # the last that uses this server
+    watched = os.pidfd_open(server["pid"])
+    server["parent"].kill()
+    ended, _, _ = select.select([watched], [], [], 60)
+    os.close(watched)
+    assert ended
 
 
 @needs_media

@@ -150,7 +150,7 @@ def assert_written_by_all(checkpoint: Path, whole: Path, processes: int) -> None
         pytest.param(2, ["launch.parallel.tp=2"], marks=SLOW),
         pytest.param(4, ["launch.parallel.tp=2", "launch.strategy=fsdp"], marks=SLOW),
         pytest.param(4, ["launch.parallel.dp_replicate=2", "launch.strategy=fsdp"], marks=SLOW),
-        (2, ["launch.parallel.cp=2", "launch.strategy=fsdp"]),
+        pytest.param(2, ["launch.parallel.cp=2", "launch.strategy=fsdp"], marks=SLOW),
         pytest.param(2, ["launch.parallel.cp=2", "train.activation_checkpointing=true"], marks=SLOW),
         pytest.param(4, ["launch.parallel.cp=2", "launch.parallel.tp=2"], marks=SLOW),
         pytest.param(4, ["launch.parallel.cp=2", "launch.parallel.dp_replicate=2", "launch.strategy=fsdp"], marks=SLOW),

@@ -104,8 +104,8 @@ def _text(path: Path) -> None:
     [
         (_truncate, "has 1,100,028 bytes, not 1,100,128"),
         (_flip, "bytes 1,048,576 to 1,100,128 are not what was written"),
-        (_text, "is not a shard"),
-        (Path.unlink, "is missing"),
+        pytest.param(_text, "is not a shard", marks=pytest.mark.slow_fault),
+        pytest.param(Path.unlink, "is missing", marks=pytest.mark.slow_fault),
     ],
     ids=["truncated", "flipped", "not a shard", "missing"],
 )

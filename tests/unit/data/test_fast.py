@@ -192,6 +192,7 @@ def code() -> list[Path]:
 
 WHOLE = ("tinyshakespeare/input.txt", "chinese_poetry/valid.txt", "multi30k/val.de")
 SETS = ("chinese_poetry", "gsm8k", "multi30k", "scitldr", "sst2", "tinyshakespeare", "wikitext-2")
+LARGE = ("gsm8k", "scitldr", "wikitext-2")  # with --all-faults
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,10 @@ def gpt2_of_transformers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return transformers.GPT2TokenizerFast.from_pretrained(str(folder))
 
 
-@pytest.mark.parametrize("name", [*SETS, "code"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.slow_fault) if name in LARGE else name for name in SETS), "code"],
+)
 def test_every_document_of_the_shared_sets_gets_the_ids_of_transformers(name: str, gpt2_of_transformers: Any) -> None:
     encoder = make_encoder(import_tokenizer(str(shared_data("gpt2_tokenizer"))))
     assert encoder.slow_because is None

@@ -19,10 +19,11 @@ def trained(tmp_path: Path, training: str) -> Path:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"data: {{train: a.txt, validation: 0, sequence_length: 4}}\ntokenizer: {{train: {{{training}}}}}\n"
+        "model: {type: llava, preset: vision-1m}\n"
     )
     loaded = load_recipe(str(recipe))
     job = find_job(loaded, Silent(), verify=False)
-    return find_tokenizer(loaded, job, Silent(), ["<image>", "<|AUDIO|>"])[0]
+    return find_tokenizer(loaded, job, Silent(), (("<image>", "<|AUDIO|>"), lambda tokenizer, into: None))[0]
 
 
 def test_each_is_one_token_and_counts_in_the_vocabulary(tmp_path: Path) -> None:

@@ -182,10 +182,10 @@ def _labels(path: Path) -> dict[str, Any]:
         ({"image": "files/none.png"}, "files/none.png does not exist"),
         ({"image": "rows.jsonl"}, "rows.jsonl is not an image"),
         ({"image": "../x.png"}, "x.png"),
-        ({"image": ["files/0.png", "files/1.png"]}, "has 1 place {image} in the prompt and 2 for it"),
+        ({"image": ["files/0.png", "files/1.png"]}, "has 2 images, and the prompt has 1 place {image}"),
         ({"image": 5}, "of column 'image' is a number"),
-        ({"image": "files/0.png", "q": "<image>"}, "holds <image>, which stands for a medium"),
-        ({"image": "files/0.png", "q": place_of("image")}, "has 2 places for images and 1 image"),
+        ({"image": "files/0.png", "q": "<image>"}, "holds <image>, by which the model knows an image"),
+        ({"image": "files/0.png", "q": place_of("image")}, "has 1 image and 2 places for them"),
     ],
 )
 def test_a_row_whose_media_cannot_be_used_is_named_or_left_out(media: Media, row: dict[str, Any], said: str) -> None:

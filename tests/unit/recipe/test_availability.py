@@ -28,9 +28,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     "override",
     [
-        "data.images=[image]",
-        "data.allow_urls=true",
-        "model.preset=vision-1m",
         "train.objective=masked",
         "train.profile={start: 1}",
     ],

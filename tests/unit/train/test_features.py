@@ -110,6 +110,7 @@ def test_losses_are_those_without_it_and_a_later_run_neither_decodes_nor_runs_th
     assert_same_model(resumed / "final", tmp_path / "runs" / "cached" / "final")
 
 
+@pytest.mark.slow_fault
 def test_a_damaged_file_is_made_again_and_other_weights_have_features_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,5 +168,5 @@ def test_rows_without_media_have_nothing_to_be_kept(tmp_path: Path, monkeypatch:
     recipe = project(tmp_path, "llava", monkeypatch)
     said = [line for line in (tmp_path / "rows.jsonl").read_text().splitlines() if '"type": "image"' not in line]
     (tmp_path / "rows.jsonl").write_text("\n".join(said * 3))
-    with pytest.raises(RecipeError, match=r"data\.cache_features: no row has an image or a sound"):
+    with pytest.raises(RecipeError, match=r"data\.cache_features: no row of this run has an image or a sound"):
         tuned(recipe, "refused", CACHED)

@@ -76,7 +76,7 @@ def refused(prepared: Prepare, data: str, reason: str, says: str, **of: Any) -> 
         ("data:image/png;base64,!!!", "damaged file", "base64 is damaged"),
         (7, "not media", "^the value of column 'image' is a number: neither a path nor bytes"),
         ({"file": "x"}, "not media", "^the value of column 'image' has neither bytes, path nor array, only 'file'"),
-        (["media/good.png"] * 2, "not media", "^the row has 2 images, and data.prompt has 1 place {image}"),
+        (["media/good.png"] * 2, "not media", "^the row has 2 images, and the prompt has 1 place {image}"),
     ],
 )
 def test_a_value_that_is_no_image_is_named_with_its_row_or_counted(
@@ -113,7 +113,7 @@ def test_a_placeholder_that_a_row_writes_itself_is_named(tmp_path: Path, prepare
 def test_two_places_want_two_pictures(tmp_path: Path, prepared: Prepare) -> None:
     written(tmp_path / "a.jsonl", [{"image": ["media/good.png", "media/wide.png"], "text": "?"}, {**GOOD}])
     data = f"{{train: a.jsonl, {PROMPT.replace('{image}', '{image}{image}')}}}"
-    refused(prepared, data, "not media", "^the row has 1 image, and data.prompt has 2 places {image}")
+    refused(prepared, data, "not media", "^the row has 1 image, and the prompt has 2 places {image}")
 
 
 def test_values_of_every_form_are_the_same_picture(tmp_path: Path, prepared: Prepare) -> None:
