@@ -96,7 +96,7 @@ def test_a_picture_that_vanished_or_changed_since_ends_the_run_and_is_named(tmp_
 
 
 class Killing(Silent):
-    """Kills the processes that read ahead once the first step is logged."""
+    """Kills the processes that read ahead at the first evaluation, far from the end."""
 
     def say(self, text: str) -> None:
         if text.startswith("step"):
@@ -104,10 +104,10 @@ class Killing(Silent):
                 child.kill()
 
 
-def test_a_worker_that_is_killed_ends_the_run_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_worker_that_is_killed_ends_the_run_with_what_to_do(tmp_path: Path, monkeypatch: Any) -> None:
     recipe = media_project(tmp_path, "llava")
     monkeypatch.chdir(tmp_path)
-    long = ["name=killed", "data.workers=1", "train.max_steps=20", "train.eval_every=20", "train.save_every=20"]
+    long = ["name=killed", "data.workers=1", "train.max_steps=20", "train.eval_every=2", "train.save_every=20"]
     with pytest.raises(DataError, match="reads images and sounds was ended") as caught:
         train(load_recipe(str(recipe), long), Options("pretrain"), Killing())
     assert "data.workers: 0" in str(caught.value.remedy)
