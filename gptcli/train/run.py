@@ -27,6 +27,7 @@ from gptcli.train.finish import result_of, write_final, write_run_report
 from gptcli.train.modes import BLOCKS
 from gptcli.train.pairs import PreparedPairs, is_preference
 from gptcli.train.plan import MICRO_BATCH, Plan, with_micro_batch
+from gptcli.train.reading import watched
 from gptcli.train.record import now, record_end
 from gptcli.train.resume import Start, ended_early
 from gptcli.train.shortage import explained, out_of_memory
@@ -50,7 +51,8 @@ def train(loaded: LoadedRecipe, options: Options, reporter: Reporter) -> dict[st
     keep_freed_memory()
     group.join()
     try:
-        with ExitStack() as held, told_as_loss():
+        # Around all of it: the end of a reading process is told at any place, while a run is taken down too.
+        with ExitStack() as held, told_as_loss(), watched():
             begun = begin(loaded, options, run, reporter, held)
             result = begun if isinstance(begun, dict) else _train(*begun, options, reporter)
             group.leave()

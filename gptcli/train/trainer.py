@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptcli.model.kernels import one_stream_rows
-from gptcli.train import reading, sharding
+from gptcli.train import sharding
 from gptcli.train.ahead import AheadTrainer
 from gptcli.train.backoff import Replan
 from gptcli.train.compiling import Compiler
@@ -175,7 +175,7 @@ class CausalTrainer(RecordedTrainer, AheadTrainer):
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        with reading.watched(), self.lean(), nullcontext() if self._rows.isolated else one_stream_rows():
+        with self.lean(), nullcontext() if self._rows.isolated else one_stream_rows():
             yield
 
     def _validate(self) -> tuple[dict[str, Any], str] | None:
