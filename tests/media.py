@@ -36,6 +36,11 @@ TINY = {
     "qwen2_audio": f"{{{TEXT}, {HEARS}}}",
     "voxtral": f"{{{TEXT}, {HEARS}}}",
 }
+# A chat template that knows no parts.
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a: {% endif %}"
+)
 FAMILIES = ["llava", "idefics3", pytest.param("qwen2_vl", marks=needs_torchvision), "qwen2_audio"]
 
 

@@ -40,14 +40,10 @@ def media_model(loaded: LoadedRecipe) -> tuple[tuple[str, ...], Callable[[Path, 
     assert model.type is not None
     if not is_multimodal(model.type):
         return None
-    from gptcli.model.build import TokenIds, build_config
-    from gptcli.model.processor import media_tokens
-
-    config, _ = build_config(loaded, TokenIds(1024, 0, 0, 0))
-    tokens = media_tokens(config)
+    tokens = _media_tokens(loaded)
 
     def write(tokenizer: Path, into: Path) -> None:
-        from gptcli.model.build import build_model
+        from gptcli.model.build import build_config, build_model
         from gptcli.model.load import load_tokenizer
         from gptcli.model.processor import build_processor, save_processor
 
@@ -85,12 +81,18 @@ def tower_values(config: PreTrainedConfig) -> float:
 
 def media_token_ids(loaded: LoadedRecipe, tokenizer: Path) -> TokenIds:
     """The ids that the configuration of `model.type` needs of a tokenizer's folder."""
-    from gptcli.model.build import TokenIds, build_config
     from gptcli.model.load import load_tokenizer
+
+    return _token_ids(load_tokenizer(tokenizer), _media_tokens(loaded))
+
+
+def _media_tokens(loaded: LoadedRecipe) -> dict[str, str]:
+    """The tokens of images and sounds of `model.type`, which are known before there is a tokenizer."""
+    from gptcli.model.build import TokenIds, build_config
     from gptcli.model.processor import media_tokens
 
     config, _ = build_config(loaded, TokenIds(1024, 0, 0, 0))
-    return _token_ids(load_tokenizer(tokenizer), media_tokens(config))
+    return media_tokens(config)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, str]) -> TokenIds:

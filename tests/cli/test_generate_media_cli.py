@@ -10,16 +10,12 @@ import pytest
 
 from gptcli.model.processor import save_processor
 from tests.conftest import Cli
-from tests.media import needs_media, png, random_built
+from tests.media import TEMPLATE, needs_media, png, random_built
 from tests.runs import Forks
 from tests.tiny import save_model
 
 pytestmark = needs_media
 GREEDY = ("--greedy", "--max-new-tokens", "6", "--json")
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}a: {% endif %}"
-)
 
 
 @pytest.fixture(scope="module")

@@ -30,13 +30,8 @@ from gptcli.model.load import load_model, load_tokenizer
 from gptcli.model.processor import save_processor
 from gptcli.runs.folder import RunFolder
 from tests.conftest import Cli
-from tests.media import needs_media, picture, png, random_built
+from tests.media import TEMPLATE, needs_media, picture, png, random_built
 from tests.tiny import byte_tokenizer, make_model, save_model, wrapped
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}a: {% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
