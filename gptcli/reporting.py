@@ -1,4 +1,4 @@
-"""What the lower layers may say to the user, without knowing how it is shown.
+"""What the lower layers may say to the user, without knowing how it is shown, and what their libraries may not.
 
 `gptcli.cli.console` implements `Reporter` with rich (or plain lines, or nothing); everything below takes one as an
 argument. Only rank 0 has one that prints.
@@ -6,10 +6,14 @@ argument. Only rank 0 has one that prints.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+# Loggers of what transformers and torch import.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
 # What a terminal would take for commands of its own; a tab and a new line are text.
 _CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {
     127: "\u2421",
@@ -76,3 +80,29 @@ class Silent:
         """Yield a task that shows nothing."""
         del name, total, unit
         yield _SilentProgress()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars, log lines and Python warnings off the screen.
+
+    With them torchao's, which transformers imports where it is installed: it tells of kernels for other machines.
+    """
+    from transformers.utils import logging as told
+
+    verbosity, bars = told.get_verbosity(), told.is_progress_bar_enabled()
+    told.set_verbosity_error()  # type: ignore[no-untyped-call]
+    told.disable_progress_bar()  # type: ignore[no-untyped-call]
+    others = [(logger, logger.level) for logger in map(logging.getLogger, _TALKATIVE)]
+    for logger, _ in others:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        told.set_verbosity(verbosity)
+        if bars:
+            told.enable_progress_bar()  # type: ignore[no-untyped-call]
+        for logger, level in others:
+            logger.setLevel(level)

@@ -34,14 +34,14 @@ TINY = {
     "qwen2_vl": f"{{{TEXT[:-1]}, rope_parameters: {{{MROPE}}}}}, "
     "vision_config: {depth: 1, embed_dim: 32, hidden_size: 32, num_heads: 2, patch_size: 4}}",
     "qwen2_audio": f"{{{TEXT}, {HEARS}}}",
-    "voxtral": f"{{{TEXT}, {HEARS}}}",
+    "voxtral": f"{{{TEXT}, {HEARS.replace('50', '100')}}}",  # it joins four positions to a token
 }
 # A chat template that knows no parts.
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}a: {% endif %}"
 )
-FAMILIES = ["llava", "idefics3", pytest.param("qwen2_vl", marks=needs_torchvision), "qwen2_audio"]
+FAMILIES = ["llava", "idefics3", pytest.param("qwen2_vl", marks=needs_torchvision), "qwen2_audio", "voxtral"]
 
 
 def recipe(tmp_path: Path, model: str) -> LoadedRecipe:
@@ -101,7 +101,7 @@ def write_media(folder: Path, kind: str, count: int) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for number in range(count):
-        if kind == "qwen2_audio":
+        if kind in ("qwen2_audio", "voxtral"):
             import numpy as np
             import soundfile
 

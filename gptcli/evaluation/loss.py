@@ -25,7 +25,8 @@ from gptcli.data.media.reader import changed
 from gptcli.device import keep_freed_memory
 from gptcli.evaluation.windows import Document, Window, batches, padded, padded_ids, shared, windows_of
 from gptcli.launch import world_size
-from gptcli.model.load import evaluating, quiet
+from gptcli.model.load import evaluating
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     import torch

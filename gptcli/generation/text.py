@@ -16,7 +16,8 @@ from gptcli.generation.media_prompt import MediaPrompt, media_errors, media_hash
 from gptcli.generation.noise import sequence_key
 from gptcli.generation.row import Completion, Row
 from gptcli.generation.settings import Settings
-from gptcli.model.load import context_length, evaluating, quiet
+from gptcli.model.load import context_length, evaluating
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

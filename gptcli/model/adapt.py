@@ -19,8 +19,8 @@ from gptcli.errors import CheckpointError, GptcliError, MissingError, RecipeErro
 from gptcli.files import read_json, write_json
 from gptcli.model.adapters import CONFIG, NAME, WEIGHTS, base_of, read_adapter, tensor_names
 from gptcli.model.folder import is_adapter
-from gptcli.model.load import quiet
 from gptcli.model.towers import keep_evaluating, language_model
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."  # of peft's own model around the one of transformers, in the names of the file
 ALL_LINEAR = "all-linear"
+EMBEDDINGS = "embeddings"
+_GROUPS = {ALL_LINEAR, EMBEDDINGS}
 BASE = "base.json"  # beside the adapter: what it was trained on
 
 
@@ -181,18 +183,29 @@ def _targets(model: nn.Module, wanted: str | list[str]) -> str | list[str]:
     A name that is not there, of a projector or in a tower, is taken where it is, and of a module all linear layers.
     """
     text = language_model(model)
-    if text is None or (isinstance(wanted, str) and wanted != ALL_LINEAR):
+    names = [wanted] if isinstance(wanted, str) else wanted
+    if isinstance(wanted, str) and (text is None or wanted not in _GROUPS):
+        return _embeddings(model) if wanted == EMBEDDINGS else wanted
+    if text is None and not {*names} & _GROUPS:
         return wanted
     linear = _linear(model)
-    inner = [name for name in linear if name.startswith(f"{text}.")]
+    inner = linear if text is None else [name for name in linear if name.startswith(f"{text}.")]
     found: set[str] = set()
-    for given in [wanted] if isinstance(wanted, str) else wanted:
+    for given in names:
+        if given == EMBEDDINGS:
+            found.update(_embeddings(model))
         named = [name for name in linear if _is_named(name, given)]
         inside = [name for name in named if name in inner]
         modules = [name for name, _ in model.named_modules() if _is_named(name, given)]
         below = [name for name in linear if any(name.startswith(f"{module}.") for module in modules)]
         found.update(inner if given == ALL_LINEAR else inside or named or below)
     return sorted(found)
+
+
+def _embeddings(model: nn.Module) -> list[str]:
+    """The name of the table of a model's tokens, as a list."""
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    return [name for name, module in model.named_modules() if module is table]
 
 
 def _is_named(name: str, given: str) -> bool:
@@ -212,19 +225,26 @@ def _settings(model: PreTrainedModel, loaded: LoadedRecipe, new_tokens: Sequence
     lora = finetune.lora
     modules = {name for name, _ in model.named_modules()}
     for name in [] if isinstance(lora.target_modules, str) else lora.target_modules:
-        known = name == ALL_LINEAR and language_model(model) is not None
-        if not known and not any(_is_named(module, name) for module in modules):
+        if name not in _GROUPS and not any(_is_named(module, name) for module in modules):
             raise RecipeError(
                 f"finetune.lora.target_modules: {type(model).__name__} has no module {name}",
                 where=loaded.where("finetune.lora.target_modules"),
-                remedy=f"Its linear layers: {', '.join(linear_names(model))}; or all-linear.",
+                remedy=f"Its linear layers: {', '.join(linear_names(model))}; or all-linear, embeddings.",
             )
+    targets = _targets(model, lora.target_modules)
+    if tokens and not isinstance(targets, str) and {*targets} & {*_embeddings(model)}:
+        raise RecipeError(
+            f"finetune.lora.target_modules: peft does not train an adapter of the embeddings and the {len(new_tokens):,} "
+            "tokens that are new to the model at once",
+            where=loaded.where("finetune.lora.target_modules"),
+            remedy="Leave embeddings out: the rows of new tokens are trained whole.",
+        )
     frozen = _frozen(model, loaded)
     return peft.LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=_targets(model, lora.target_modules),
+        target_modules=targets,
         exclude_modules=rf"({'|'.join(map(re.escape, frozen))})(\..*)?" if frozen else None,
         use_rslora=lora.rank_stabilized,
         use_dora=finetune.adapter == "dora",

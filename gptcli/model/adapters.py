@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CheckpointError, GptcliError, MissingError, UsageError, first_line, not_installed
 from gptcli.model.folder import absurd_size
-from gptcli.model.load import load_model, quiet
+from gptcli.model.load import load_model
 from gptcli.model.resize import resize
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,9 +18,9 @@ from gptcli.files import committed_folder, system_errors, write_atomic
 from gptcli.model.adapters import base_of
 from gptcli.model.card import card_head
 from gptcli.model.folder import is_adapter
-from gptcli.model.load import load_config, load_model, load_tokenizer, memory_errors, model_home, quiet
+from gptcli.model.load import load_config, load_model, load_tokenizer, memory_errors, model_home
 from gptcli.model.quantize import Quantized, check_can_save, model_bytes, quantize
-from gptcli.reporting import Reporter, Silent, mebibytes
+from gptcli.reporting import Reporter, Silent, mebibytes, quiet
 
 if TYPE_CHECKING:
     import torch

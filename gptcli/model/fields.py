@@ -10,7 +10,7 @@ import difflib
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import RecipeError
-from gptcli.model.load import quiet
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,6 +29,7 @@ _WIDTHS = (
     "embed_dim",
 )
 _WIDTH_MULTIPLE = 64
+_STANDARD = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def check_fields(
@@ -53,9 +54,12 @@ def check_fields(
 
 def standard_names(base: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
     """Fields by the names that transformers has for all types: GPT-2 calls its width n_embd."""
-    # attribute_map holds {standard: own}.
-    own_to_standard = {own: standard for standard, own in base.attribute_map.items()}
-    return {own_to_standard.get(field, field): value for field, value in given.items()}
+    # attribute_map holds {alias: field}. GPT-2's aliases are the standard names; of others the fields are.
+    names = {
+        **{own: alias for alias, own in base.attribute_map.items() if own not in _STANDARD},
+        **{alias: own for alias, own in base.attribute_map.items() if own in _STANDARD and alias not in _STANDARD},
+    }
+    return {names.get(field, field): value for field, value in given.items()}
 
 
 def proportional(base: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,7 @@ or that has another shape, is an error; transformers would fill in random ones.
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,40 +34,14 @@ from gptcli.model.folder import (
     read_config,
 )
 from gptcli.model.kinds import auto_class, why_not_a_decoder
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Precision = Literal["auto", "fp32", "bf16"]
-TALKATIVE = ("torchao", "torch.utils._pytree")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars, log lines and Python warnings off the screen.
-
-    With them torchao's, which transformers imports where it is installed: it tells of kernels for other machines.
-    """
-    from transformers.utils import logging as told
-
-    verbosity, bars = told.get_verbosity(), told.is_progress_bar_enabled()
-    told.set_verbosity_error()  # type: ignore[no-untyped-call]
-    told.disable_progress_bar()  # type: ignore[no-untyped-call]
-    others = [(logger, logger.level) for logger in map(logging.getLogger, TALKATIVE)]
-    for logger, _ in others:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        told.set_verbosity(verbosity)
-        if bars:
-            told.enable_progress_bar()  # type: ignore[no-untyped-call]
-        for logger, level in others:
-            logger.setLevel(level)
 
 
 @contextmanager

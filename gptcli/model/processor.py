@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from gptcli.errors import MissingError, RecipeError, first_line, not_installed
 from gptcli.model.composite import token_fields
 from gptcli.model.kinds import parts_of
-from gptcli.model.load import evaluating, load_tokenizer, quiet
+from gptcli.model.load import evaluating, load_tokenizer
+from gptcli.processors import fit, process, saved
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,9 +97,13 @@ def build_processor(config: PreTrainedConfig, tokenizer: Path, model: PreTrained
     """
     loaded = load_tokenizer(tokenizer)
     processor = _assemble(config, loaded)
+    try:
+        fit(processor, config)
+    except Exception as error:  # whatever its tower raises for sizes that do not go together
+        raise _unfit(config, first_line(error)) from error
     image = getattr(processor, "image_token", None)
     if image is not None and hasattr(processor, "image_processor"):
-        inputs = _processed(config, processor, text=[image], images=[[_picture(config)]])
+        inputs = _processed(config, processor, [image], images=[[_picture(config)]])
         wanted, made = _features(model, inputs), int((inputs["input_ids"] == processor.image_token_id).sum())
         argument = next((name for name in _COUNTS if name in _arguments(type(processor))), None)
         if argument is not None and wanted is not None and wanted != made:
@@ -124,7 +130,7 @@ def check_processor(processor: ProcessorMixin, model: PreTrainedModel) -> None:
         else:
             rate = int(processor.feature_extractor.sampling_rate)
             given = {"audio": [_sound(rate)], "sampling_rate": rate}
-        inputs = _processed(model.config, processor, text=[token], **given)
+        inputs = _processed(model.config, processor, [token], **given)
         try:
             with torch.no_grad(), evaluating(model), quiet():
                 model(**inputs.to(model.device))
@@ -134,7 +140,7 @@ def check_processor(processor: ProcessorMixin, model: PreTrainedModel) -> None:
 
 def save_processor(processor: ProcessorMixin, folder: Path) -> None:
     """Write processor, tokenizer and chat template into a model's folder."""
-    processor.save_pretrained(str(folder))
+    saved(processor, folder)
 
 
 def _assemble(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, **counts: int) -> Any:
@@ -269,10 +275,9 @@ def _meanings(config: PreTrainedConfig) -> set[str]:
     return {meaning for part in (config, *parts_of(config).values()) for meaning in token_fields(part).values()}
 
 
-def _processed(config: PreTrainedConfig, processor: Any, **given: Any) -> Any:
+def _processed(config: PreTrainedConfig, processor: Any, text: list[str], **given: Any) -> Any:
     try:
-        with quiet():
-            return processor(return_tensors="pt", **given)
+        return process(processor, text, return_tensors="pt", **given)
     except Exception as error:  # as above
         raise _unfit(config, first_line(error)) from error
 
@@ -315,5 +320,5 @@ def _sound(rate: int) -> np.ndarray:
 def _unfit(config: PreTrainedConfig, reason: str) -> RecipeError:
     return RecipeError(
         f"model.type: {config.model_type} cannot be built from nothing with a tokenizer of one's own: {reason[:300]}",
-        remedy="Take one that is known to work: llava, idefics3, qwen2_audio.",
+        remedy="Take one that is known to work: llava, idefics3, qwen2_audio, voxtral.",
     )

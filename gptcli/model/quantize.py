@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gptcli.errors import MissingError, UsageError, first_line, not_installed
-from gptcli.model.load import quiet
-from gptcli.reporting import mebibytes
+from gptcli.reporting import mebibytes, quiet
 
 if TYPE_CHECKING:
     import torch

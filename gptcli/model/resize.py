@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gptcli.model.load import quiet
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.model.load import quiet
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     import torch

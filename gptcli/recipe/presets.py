@@ -53,7 +53,7 @@ MEDIA_PRESETS: dict[str, MediaPreset] = {
     "vision-1m": MediaPreset(
         Shape(4, 128, 4), Shape(2, 128, 4), {"patch_size": 7, "image_size": 28}, {"vision_feature_layer": -1}
     ),
-    "audio-1m": MediaPreset(Shape(2, 128, 4), Shape(2, 128, 4), {"num_mel_bins": 64, "max_source_positions": 50}),
+    "audio-1m": MediaPreset(Shape(2, 128, 4), Shape(2, 128, 4), {"num_mel_bins": 64, "max_source_positions": 200}),
 }
 
 

@@ -254,7 +254,8 @@ class Lora(Section):
     target_modules: str | list[str] = Field(
         default="all-linear",
         description="The last words of module names (q_proj), a regular expression of whole names, or all-linear: all "
-        "linear layers but the output head; of a model that sees or hears, those of its language model.",
+        "linear layers but the output head; of a model that sees or hears, those of its language model. embeddings: "
+        "the table of tokens.",
     )
     rank_stabilized: bool = Field(
         default=False, description="Over the square root of the rank instead (Kalajdzievski 2023)."

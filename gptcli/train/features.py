@@ -26,8 +26,9 @@ from gptcli.data.tokenizer import PROCESSOR_FILES
 from gptcli.device import is_out_of_memory
 from gptcli.errors import GptcliError, RecipeError, first_line
 from gptcli.files import cache_root, fingerprint, locked
-from gptcli.model.load import evaluating, quiet
+from gptcli.model.load import evaluating
 from gptcli.model.towers import FEATURES, frozen_tower
+from gptcli.reporting import quiet
 from gptcli.train import group, reading
 from gptcli.train.rows import Features, RunRows, WithMedia, inputs_and_labels, whole
 from gptcli.train.tower import Tower

@@ -28,7 +28,7 @@ def preference_trainer(
     record: dict[str, Any],
 ) -> PreferenceTrainer:
     """The trainer of the recipe's method; `record` as for `preference.PreferenceTrainer`."""
-    from gptcli.model.load import quiet
+    from gptcli.reporting import quiet
     from gptcli.train.preference import build_preference
     from gptcli.train.preference_rows import RunOrder
 

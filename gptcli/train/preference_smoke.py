@@ -58,7 +58,7 @@ def save_tiny(toy: LoadedRecipe, folder: Path) -> Path:
     """A Hugging Face folder of a model of the toy's type and sizes, with random weights, and a tokenizer of bytes."""
     from gptcli.data.tokenizer import load_fast, save_bytes_tokenizer, special_ids
     from gptcli.model.build import TokenIds, build_config, build_model
-    from gptcli.model.load import quiet
+    from gptcli.reporting import quiet
 
     folder.mkdir()
     save_bytes_tokenizer(folder)

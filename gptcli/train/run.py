@@ -217,7 +217,8 @@ def _build_trainer(
 ) -> RecordedTrainer:
     from gptcli.evaluation.tasks import task_reader
     from gptcli.generation.carried import carry
-    from gptcli.model.load import load_tokenizer, quiet
+    from gptcli.model.load import load_tokenizer
+    from gptcli.reporting import quiet
     from gptcli.train.callbacks import Schedule
     from gptcli.train.measured import Tasks
     from gptcli.train.samples import Sampler

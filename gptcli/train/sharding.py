@@ -20,8 +20,8 @@ from torch import nn
 
 from gptcli.errors import RecipeError, first_line
 from gptcli.launch import rank, world_size
-from gptcli.model.load import quiet
 from gptcli.model.saved import fit, saved_state
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -123,8 +123,8 @@ def save_with_processor(toy: LoadedRecipe, folder: Path, reporter: Reporter) -> 
     """A Hugging Face folder of the toy's model, with random weights, its tokenizer and its processor."""
     from gptcli.data.tokenize import prepare
     from gptcli.model.build import build_model
-    from gptcli.model.load import quiet
     from gptcli.model.media import media_model
+    from gptcli.reporting import quiet
     from gptcli.train.assemble import model_config
 
     prepared = prepare(toy, reporter, media=media_model(toy))

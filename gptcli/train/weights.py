@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptcli.launch import is_main_process
 from gptcli.model import adapt
-from gptcli.model.load import quiet
+from gptcli.reporting import quiet
 from gptcli.train import optimizer_state, sharding, together
 from gptcli.train.together import Write
 from gptcli.train.zero import Zero, say_fp32

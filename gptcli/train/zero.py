@@ -20,8 +20,8 @@ import torch
 
 from gptcli.errors import RecipeError, first_line
 from gptcli.launch import is_main_process, rank, world_size
-from gptcli.model.load import quiet
 from gptcli.model.saved import fit, saved_state
+from gptcli.reporting import quiet
 from gptcli.train import optim
 from gptcli.train.base import restoring
 from gptcli.train.gradients import clip_parts, norm_of

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +21,8 @@ from gptcli.data.media.item import A_NOUN, NOUNS, PLACE, Medium, Modality, hashe
 from gptcli.data.media.video import load_video
 from gptcli.data.tokenizer import PROCESSOR_FILES
 from gptcli.errors import CheckpointError, DataError, MissingError, RecipeError, first_line
+from gptcli.processors import fitted, process, takes_media
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,9 @@ class MediaReader:
 
     @property
     def max_seconds(self) -> float:
-        """How long a sound may be: a processor that pads to a length would cut what is longer."""
-        return float(getattr(self._sounds, "chunk_length", None) or MAX_SECONDS)
+        """How long a sound may be: a processor that pads to a length would cut what is longer, but into windows."""
+        length = getattr(self._sounds, "chunk_length", None) if takes_media(self.processor) else None
+        return float(length or MAX_SECONDS)
 
     @property
     def _sounds(self) -> Any:
@@ -189,8 +190,7 @@ class MediaReader:
                 given.setdefault(_ARGUMENTS[modality], []).append(value)
         if "audio" in given:
             more["sampling_rate"] = self.rate
-        with _quiet():
-            return self.processor(text=texts, **given, **more)
+        return process(self.processor, texts, **given, **more)
 
 
 def changed(fault: MediaFault, where: str) -> DataError:
@@ -223,7 +223,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
             remedy=f"Looked for {' and '.join(PROCESSOR_FILES[:2])}.",
         )
     shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    with _quiet():
+    with quiet():
         try:
             from transformers import AutoImageProcessor, AutoProcessor
 
@@ -231,6 +231,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
             if "image_processor" in type(processor).get_attributes():
                 pil: Any = AutoImageProcessor
                 processor.image_processor = pil.from_pretrained(str(folder), backend="pil", **shared)
+            fitted(processor, folder)
         except ImportError as error:
             raise MissingError(
                 "a package that this processor needs is missing",
@@ -272,17 +273,3 @@ def _faults(media: Sequence[Medium]) -> Iterator[None]:
     except Exception as error:
         named = media[0].name if len(media) == 1 else f"one of {len(media)} media ({media[0].name}, ...)"
         raise MediaFault(named, "not media", f"is not taken by the model's processor: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what processors say of their own settings off the screen."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -29,6 +29,7 @@ from gptcli.generation.served_media import Sees, checked
 from gptcli.generation.settings import Settings
 from gptcli.generation.text import complete_batch, encode_prompt
 from gptcli.generation.window import media_ids, window
+from gptcli.processors import process
 from tests.media import needs_media, picture, png, random_built, sound
 
 GREEDY = Settings(max_new_tokens=8, greedy=True)
@@ -58,7 +59,7 @@ def by_transformers(model: Any, processor: Any, text: str, media: Sequence[Mediu
         given = {"audio": [reader.load(medium) for medium in media], "sampling_rate": reader.rate}
     for modality, token in reader.tokens.items():
         text = text.replace(place_of(modality), token)
-    inputs = processor(text=[text], return_tensors="pt", **given)
+    inputs = process(processor, [text], return_tensors="pt", **given)
     inputs.pop("token_type_ids", None)
     size = inputs["input_ids"].shape[1]
     made = model.generate(
@@ -68,11 +69,11 @@ def by_transformers(model: Any, processor: Any, text: str, media: Sequence[Mediu
 
 
 @needs_media
-@pytest.mark.parametrize("kind", ["llava", "idefics3", "qwen2_audio"])
+@pytest.mark.parametrize("kind", ["llava", "idefics3", "qwen2_audio", "voxtral"])
 def test_texts_are_those_of_transformers_alone_and_together(tmp_path: Path, kind: str) -> None:
     model, processor = random_built(tmp_path, kind)
     tokenizer, reader = processor.tokenizer, reader_of(processor)
-    hears = kind == "qwen2_audio"
+    hears = "audio" in reader.tokens
     place = place_of("audio" if hears else "image")
     make: Any = sound if hears else picture
     given = [

@@ -140,6 +140,31 @@ def test_all_linear_layers_but_the_output_head_have_an_adapter(tmp_path: Path) -
         assert type(model).__module__.startswith("transformers.models")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("adapter", "wanted"), [("lora", "[all-linear, embeddings]"), ("dora", "embeddings")])
+def test_an_adapter_of_embeddings_changes_what_goes_in_alone_also_where_it_is_the_output_layer(
+    adapter: str, wanted: str, kind: str, tmp_path: Path
+) -> None:
+    lora = f"finetune.lora={{r: 4, alpha: 16, target_modules: {wanted}}}"
+    model, folder = tuned(tmp_path, kind, f"finetune.adapter={adapter}", lora)
+    adapted = {name.rpartition(".lora_")[0] for name in dict(model.named_parameters()) if ".lora_" in name}
+    table = "transformer.wte" if kind == "gpt2" else "model.embed_tokens"
+    base = load_model(tmp_path / "base", device=CPU)
+    linear = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in linear_names(base)}
+    assert adapted == ({table} if wanted == "embeddings" else {table, *linear})
+    assert (logits(model) - logits(base)).abs().max() > 0.05
+    merge(folder)
+    merged: Any = load_model(folder, device=CPU)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+    assert torch.equal(texts(merged), texts(model)), "20 prompts"
+
+
+def test_new_tokens_and_an_adapter_of_the_embeddings_are_refused_together(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the 2 tokens that are new") as caught:
+        tuned(tmp_path, "llama", "finetune.lora={r: 4, target_modules: [q_proj, embeddings]}", new=2)
+    assert "Leave embeddings out" in str(caught.value.remedy)
+
+
 def test_counts_are_those_of_what_is_trained(tmp_path: Path) -> None:
     model = make_model()
     whole = counts_of(model)

@@ -16,8 +16,8 @@ from gptcli.model.load import (
     load_model,
     load_tokenizer,
     memory_errors,
-    quiet,
 )
+from gptcli.reporting import quiet
 from tests.tiny import make_model, save_model
 
 CPU = torch.device("cpu")

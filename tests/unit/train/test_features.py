@@ -25,8 +25,11 @@ from tests.unit.train.test_media import run
 pytestmark = needs_media
 
 CACHED = "data.cache_features=true"
-KINDS = ["llava", *(pytest.param(kind, marks=pytest.mark.slow_fault) for kind in ("idefics3", "qwen2_audio"))]
-LAYERS = ("CLIPEncoderLayer", "Idefics3EncoderLayer", "Qwen2AudioEncoderLayer")
+KINDS = [
+    "llava",
+    *(pytest.param(kind, marks=pytest.mark.slow_fault) for kind in ("idefics3", "qwen2_audio", "voxtral")),
+]
+LAYERS = ("CLIPEncoderLayer", "Idefics3EncoderLayer", "Qwen2AudioEncoderLayer", "VoxtralEncoderLayer")
 
 
 @pytest.fixture(autouse=True)

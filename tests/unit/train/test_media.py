@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptcli.errors import DataError, RecipeError, StoppedError
+from gptcli.errors import DataError, StoppedError
 from gptcli.recipe.load import load_recipe
 from gptcli.reporting import Silent
 from gptcli.runs.folder import RunFolder
@@ -55,14 +55,6 @@ def test_a_resumed_run_is_the_undisturbed_one_and_transformers_loads_it(
     processor = AutoProcessor.from_pretrained(whole / "final")
     again = AutoModelForMultimodalLM.from_pretrained(whole / "final")
     assert {*again.state_dict()} and len(processor.tokenizer) == again.config.get_text_config().vocab_size
-
-
-def test_a_family_whose_processor_reads_no_placeholders_is_refused_by_name(tmp_path: Path, monkeypatch: Any) -> None:
-    recipe = media_project(tmp_path, "voxtral")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match="voxtral cannot be built from nothing") as caught:
-        run(recipe, "refused")
-    assert caught.value.exit_code == 2
 
 
 def test_half_as_many_rows_at_once_after_memory_ran_out_have_the_same_losses(tmp_path: Path, monkeypatch: Any) -> None:

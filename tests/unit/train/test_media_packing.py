@@ -69,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run_rows(folder: Path, kind: str, packing: str) -> tuple[RunRows, Any]:
     """The rows of a recipe and its model."""
-    key = "audios" if "audio" in kind else "images"
+    key = "audios" if kind in ("qwen2_audio", "voxtral") else "images"
     (folder / "rows.jsonl").write_text((folder / f"{key}.jsonl").read_text())
     path = folder / "r.yaml"
     path.write_text(RECIPE.format(kind=kind, config=TINY[kind], packing=packing, key=key))
@@ -83,7 +83,7 @@ def run_rows(folder: Path, kind: str, packing: str) -> tuple[RunRows, Any]:
 
 
 @needs_media
-@pytest.mark.parametrize("kind", ["llava", "idefics3", "qwen2_audio"])
+@pytest.mark.parametrize("kind", ["llava", "idefics3", "qwen2_audio", "voxtral"])
 def test_documents_in_one_row_are_learnt_as_if_each_were_alone(
     folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
