@@ -61,7 +61,7 @@ def fit(processor: Any, config: PreTrainedConfig) -> None:
     with quiet(), torch.no_grad():
         windows = _windows(processor.feature_extractor, silence.numpy())
         with torch.device("meta"):
-            model = AutoModelForMultimodalLM.from_config(config)
+            model = AutoModelForMultimodalLM.from_config(config)  # type: ignore[no-untyped-call]
         found = model.get_audio_features(windows.to("meta"), return_dict=True).pooler_output
     each = found.numel() // config.get_text_config().hidden_size // len(windows)
     _set(processor, int(config.audio_token_id), each)

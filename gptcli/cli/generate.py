@@ -172,6 +172,8 @@ def _complete(
             more = {"tokenizer": load_tokenizer(folder)}
             asked_for = of_media.prompts_with(reader, more["tokenizer"], prompts, media)
             seen = [shown_prompt(*placed(prompt, media)) for prompt in prompts]
+        else:
+            of_media.check_texts(folder, prompts)
         it = ready(folder, asked, out.say, **more)
         out.say(f"{folder}, {it.made_on}, {settings.how}")
         if "constraint" in it.beside and settings.stop:

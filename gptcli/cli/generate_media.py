@@ -76,3 +76,29 @@ def prompts_with(
     with media_errors():
         media = [fetched_once(medium) for medium in media]
         return [media_prompt(reader, tokenizer, *placed(prompt, media)) for prompt in prompts]
+
+
+def check_texts(folder: Path, prompts: list[str]) -> None:
+    """Refuse prompts without media that a model of media would look for some in.
+
+    Raises:
+        UsageError: a prompt has a place for one.
+        DataError: it holds the token by which the model knows one.
+    """
+    from gptcli.errors import MissingError, UsageError
+    from gptcli.generation.media_prompt import media_errors, model_reader
+
+    try:
+        reader = model_reader(folder)
+    except MissingError:  # without its processor it still takes texts
+        return
+    for prompt in prompts if reader is not None else ():
+        assert reader is not None
+        for modality in reader.tokens:
+            if f"{{{modality}}}" in prompt:
+                raise UsageError(
+                    f"the prompt has a place {{{modality}}}, and no {modality} is given",
+                    remedy=f"Give --{modality} FILE.",
+                )
+        with media_errors():
+            reader.filled(prompt, iter(()))

@@ -240,7 +240,7 @@ def each_batch(
         if reader is not None:
             inputs = torch.from_numpy(padded_ids(batch, pad_id))
             try:
-                made = reader.inputs([window.media for window in batch]) | reader.type_ids(inputs)
+                made = reader.inputs([window.media for window in batch]) | reader.beside(inputs)
             except MediaFault as fault:
                 raise changed(fault, f"of document {batch[0].document} or one beside it") from None
             more = {name: _as_weights(values, model) for name, values in made.items()}

@@ -15,15 +15,21 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 OTHERS = ("repetition_penalty", "no_repeat_ngram_size", "num_beams", "max_new_tokens")
 
 
-def carry(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, written: Mapping[str, Any] | None) -> None:
+def carry(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    written: Mapping[str, Any] | None,
+    media: Mapping[Modality, str] | None = None,
+) -> None:
     """Give a model that is to be saved its end tokens, those of a chat's turns too, and its recipe's sampling.
 
     Args:
         model: the model.
         tokenizer: its tokenizer, whose chat template says how a turn ends.
         written: the keys of the recipe's `generate` that are written in it; None: it has no such section.
+        media: as for `stop_at_end_of_turn`.
     """
-    stop_at_end_of_turn(model, tokenizer)
+    stop_at_end_of_turn(model, tokenizer, media)
     if not written:
         return
     config: Any = model.generation_config

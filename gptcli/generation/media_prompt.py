@@ -114,7 +114,7 @@ def media_inputs(
     """
     made = reader.inputs([media_of(prompt) for prompt in prompts])
     if made:
-        made |= reader.type_ids(ids)
+        made |= reader.beside(ids)
     return {
         name: values.to(model.device, model.dtype if values.is_floating_point() else values.dtype)
         for name, values in made.items()

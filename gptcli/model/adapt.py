@@ -234,8 +234,8 @@ def _settings(model: PreTrainedModel, loaded: LoadedRecipe, new_tokens: Sequence
     targets = _targets(model, lora.target_modules)
     if tokens and not isinstance(targets, str) and {*targets} & {*_embeddings(model)}:
         raise RecipeError(
-            f"finetune.lora.target_modules: peft does not train an adapter of the embeddings and the {len(new_tokens):,} "
-            "tokens that are new to the model at once",
+            "finetune.lora.target_modules: peft does not train an adapter of the embeddings and the "
+            f"{len(new_tokens):,} tokens that are new to the model at once",
             where=loaded.where("finetune.lora.target_modules"),
             remedy="Leave embeddings out: the rows of new tokens are trained whole.",
         )

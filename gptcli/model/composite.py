@@ -76,7 +76,8 @@ def composite_config(loaded: LoadedRecipe, base: PreTrainedConfig, ids: TokenIds
         raise RecipeError(
             f"model.preset: {model.preset} sets {', '.join(media.sizes)}, and no part of {kind} has these",
             where=loaded.where("model.preset"),
-            remedy="vision-1m is for types that see (llava, idefics3), audio-1m for those that hear (qwen2_audio, voxtral).",
+            remedy="vision-1m is for types that see (llava, idefics3), "
+            "audio-1m for those that hear (qwen2_audio, voxtral).",
         )
     given = standard_names(base, given)
     whole = _token_fields(base, ids.media)

@@ -102,7 +102,7 @@ class RunRows(Dataset[Batch]):
         if self._reader is None:
             return rows
         assert isinstance(self._rows, PackedRows)
-        found, types = self._rows.media(numbers), self._reader.type_ids(rows[:, 0])
+        found, types = self._rows.media(numbers), self._reader.beside(rows[:, 0], packed=rows.shape[1] > 2)
         if self._features is not None:
             every = [medium for row in found for medium in row]
             known = self._features.store.find(every) if self._of_one_kind(every) else None
@@ -144,7 +144,8 @@ class RunRows(Dataset[Batch]):
 
     def trial(self, device: torch.device) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]] | None:
         """Some documents of a row as inputs of a model, and each of them as it is alone; None: no images or sounds."""
-        if self._reader is None:
+        reader = self._reader
+        if reader is None:
             return None
         assert isinstance(self._rows, PackedRows)
 
@@ -158,7 +159,7 @@ class RunRows(Dataset[Batch]):
 
         def inputs(first: int, last: int) -> dict[str, torch.Tensor]:
             row = ids[None, begins[first] : begins[last]]
-            found = {"input_ids": row, **self._reader.inputs(media[first:last]), **self._reader.type_ids(row)}  # type: ignore[union-attr]
+            found = {"input_ids": row, **reader.inputs(media[first:last]), **reader.beside(row, packed=True)}
             return {name: values.to(device) for name, values in found.items()}
 
         whole = inputs(0, len(media)) | {"position_ids": positions[None, : begins[len(media)]].to(device)}

@@ -215,6 +215,7 @@ def _fitted(assembly: Assembly, model: PreTrainedModel, reporter: Reporter) -> A
 def _build_trainer(
     assembly: Assembly, model: PreTrainedModel, stop: Any, reporter: Reporter, progress: Any
 ) -> RecordedTrainer:
+    from gptcli.data.media.reader import has_processor
     from gptcli.evaluation.tasks import task_reader
     from gptcli.generation.carried import carry
     from gptcli.model.load import load_tokenizer
@@ -226,7 +227,9 @@ def _build_trainer(
     loaded, plan = assembly.loaded, assembly.plan
     recipe = loaded.recipe
     tokenizer = load_tokenizer(assembly.prepared.tokenizer)
-    carry(model, tokenizer, loaded.written.get("generate"))
+    folder = assembly.prepared.tokenizer
+    media = open_reader(folder).tokens if has_processor(folder) else None
+    carry(model, tokenizer, loaded.written.get("generate"), media)
     record = {
         "recipe": recipe,
         "plan": plan,

@@ -159,13 +159,22 @@ class MediaReader:
         own = {name: value for name, value in made.items() if name not in of_text}
         return {name: value for name, value in own.items() if hasattr(value, "shape")}
 
-    def type_ids(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The kind of each token (text 0, image 1, video 2, sound 3), [n, T], for models that are told it."""
+    def beside(self, ids: torch.Tensor, *, packed: bool = False) -> dict[str, torch.Tensor]:
+        """What a model is told of the tokens [n, T] of rows, in the same shape; `packed`: a row is several documents.
+
+        The kind of each (text 0, image 1, video 2, sound 3), for models that are told it. Where no medium is more than
+        one token, that all of them count: some ask for it then (qwen2_audio), which of packed rows cannot be said.
+        """
         import torch
 
-        if TYPE_IDS not in self.processor.model_input_names:
-            return {}
-        return {TYPE_IDS: torch.tensor(self.processor.create_mm_token_type_ids(ids.tolist()))}
+        told = {}
+        if TYPE_IDS in self.processor.model_input_names:
+            told[TYPE_IDS] = torch.tensor(self.processor.create_mm_token_type_ids(ids.tolist()))
+        numbers = self.processor.tokenizer.convert_tokens_to_ids([*self.tokens.values()])
+        marks = torch.isin(ids, torch.tensor(numbers, device=ids.device))
+        if not packed and marks.any() and not (marks[:, 1:] & marks[:, :-1]).any():
+            told["attention_mask"] = torch.ones_like(ids)
+        return told
 
     def filled(self, text: str, texts: Iterator[str]) -> str:
         """A text with the next of what stands for media (`texts`) in each of its places. Raises `MediaFault`.

@@ -41,6 +41,17 @@ def test_what_a_recipe_writes_and_the_end_of_a_turn_are_saved_with_the_model(
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends
 
 
+def test_a_template_that_takes_parts_alone_names_its_end_where_the_model_reads_media(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    model = make_model()
+    carry(model, tokenizer, None, {"image": "<image>"})
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
+
+
 def test_without_a_section_only_the_ends_change(tmp_path: Path, tokenizer: Any) -> None:
     model = make_model()
     before = model.generation_config.to_dict()

@@ -57,6 +57,20 @@ def test_a_resumed_run_is_the_undisturbed_one_and_transformers_loads_it(
     assert {*again.state_dict()} and len(processor.tokenizer) == again.config.get_text_config().vocab_size
 
 
+def test_sounds_so_short_that_each_is_one_token_are_trained_on(tmp_path: Path, monkeypatch: Any) -> None:
+    import numpy as np
+    import soundfile
+
+    data = "{train: rows.jsonl, validation: 25%, format: chat, sequence_length: 256, packing: none, workers: 0}"
+    recipe = media_project(tmp_path, "qwen2_audio", data=data)
+    for path in tmp_path.glob("*.wav"):
+        soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 600), 16000)
+    rows = [line for at, line in enumerate((tmp_path / "rows.jsonl").read_text().splitlines(True)) if at % 3 == 1]
+    (tmp_path / "rows.jsonl").write_text("".join(rows * 3))
+    monkeypatch.chdir(tmp_path)
+    assert all(line["loss"] > 0 for line in lines(run(recipe, "short")) if "loss" in line)
+
+
 def test_half_as_many_rows_at_once_after_memory_ran_out_have_the_same_losses(tmp_path: Path, monkeypatch: Any) -> None:
     recipe = media_project(tmp_path, "llava")
     monkeypatch.chdir(tmp_path)
