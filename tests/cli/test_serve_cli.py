@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import select
@@ -20,8 +21,9 @@ from typing import Any
 
 import pytest
 
-from gptcli.data.media.item import place_of
+from gptcli.data.media.item import Medium, place_of
 from gptcli.data.media.reader import reader_of
+from gptcli.data.media.reference import Media, Samples
 from gptcli.generation.chat import messages
 from gptcli.generation.settings import Settings
 from gptcli.generation.text import complete
@@ -30,7 +32,7 @@ from gptcli.model.load import load_model, load_tokenizer
 from gptcli.model.processor import save_processor
 from gptcli.runs.folder import RunFolder
 from tests.conftest import Cli
-from tests.media import TEMPLATE, needs_media, picture, png, random_built
+from tests.media import TEMPLATE, needs_media, picture, png, random_built, sound
 from tests.tiny import byte_tokenizer, make_model, save_model, wrapped
 
 
@@ -94,9 +96,10 @@ def server(runs: Path, environment: dict[str, str]) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def client(server: dict[str, Any]) -> Any:
+def client(server: dict[str, Any]) -> Iterator[Any]:
     openai = pytest.importorskip("openai", reason="pip install 'gptcli[serve]'")
-    return openai.OpenAI(base_url=server["url"], api_key="-", max_retries=0)
+    with openai.OpenAI(base_url=server["url"], api_key="-", max_retries=0) as opened:
+        yield opened
 
 
 def test_the_model_goes_by_its_runs_name_and_is_the_only_one(client: Any, server: dict[str, Any]) -> None:
@@ -181,10 +184,13 @@ def test_nothing_else_is_served_and_no_other_name_is_answered(
 def test_a_stop_in_the_middle_of_an_answer_leaves_no_process(runs: Path, environment: dict[str, str]) -> None:
     openai = pytest.importorskip("openai", reason="pip install 'gptcli[serve]'")
     with serving("runs/talker/final", cwd=runs, environment=environment) as (process, said):
-        client = openai.OpenAI(base_url=said["url"], api_key="-", max_retries=0)
-        next(iter(client.completions.create(model="talker", prompt="hello ", stream=True)))
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        with (
+            openai.OpenAI(base_url=said["url"], api_key="-", max_retries=0) as client,
+            client.completions.create(model="talker", prompt="hello ", stream=True) as pieces,
+        ):
+            next(iter(pieces))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
         with pytest.raises(ProcessLookupError):
             os.kill(said["pid"], 0)
 
@@ -258,34 +264,61 @@ def test_it_dies_with_a_parent_that_is_killed(server: dict[str, Any]) -> None:  
     assert ended
 
 
+def seen(seed: int) -> tuple[dict[str, Any], Medium]:
+    """A picture as a part of a request, and as a medium."""
+    data = base64.b64encode(png(seed)).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}, picture(seed)
+
+
+def heard(seed: int) -> tuple[dict[str, Any], Medium]:
+    """A sound as a part of a request, and as a medium."""
+    import soundfile
+
+    medium = sound(seed)
+    assert isinstance(medium.value, Media) and isinstance(medium.value.source, Samples)
+    file = io.BytesIO()
+    soundfile.write(file, medium.value.source.values, medium.value.source.rate, format="WAV", subtype="FLOAT")
+    data = base64.b64encode(file.getvalue()).decode()
+    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}, medium
+
+
 @needs_media
-def test_a_model_that_sees_answers_about_the_picture_of_a_request(
-    client: Any, tmp_path: Path, environment: dict[str, str]
+@pytest.mark.parametrize(
+    ("kind", "part", "refused"),
+    [
+        ("llava", seen, "files of the server are not read"),
+        pytest.param("qwen2_audio", heard, "this model reads no images", marks=pytest.mark.slow_fault),
+    ],
+)
+def test_a_model_of_media_answers_about_those_of_a_request(
+    client: Any, tmp_path: Path, environment: dict[str, str], kind: str, part: Any, refused: str
 ) -> None:
     del client  # openai is installed
     from openai import BadRequestError, OpenAI
 
-    model, processor = random_built(tmp_path, "llava", template=TEMPLATE)
+    model, processor = random_built(tmp_path, kind, template=TEMPLATE)
     keep_to_ascii(model, processor.tokenizer)
     folder = tmp_path / "sees"
     model.save_pretrained(folder)
     save_processor(processor, folder)
     reader = reader_of(processor)
 
-    def asked(url: str) -> dict[str, Any]:
-        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
+    def asked(made: dict[str, Any]) -> dict[str, Any]:
+        parts = [made, {"type": "text", "text": "what?"}]
         return {"model": "sees", "max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": parts}]}
 
-    with serving("sees", cwd=tmp_path, environment=environment) as (_, said):
-        sees = OpenAI(base_url=said["url"], api_key="-", max_retries=0)
+    with (
+        serving("sees", cwd=tmp_path, environment=environment) as (_, said),
+        OpenAI(base_url=said["url"], api_key="-", max_retries=0) as sees,
+    ):
         for seed in (1, 2):
-            url = f"data:image/png;base64,{base64.b64encode(png(seed)).decode()}"
-            served = sees.chat.completions.create(**asked(url)).choices[0].message.content
-            pieces = sees.chat.completions.create(**asked(url), stream=True)
+            made, medium = part(seed)
+            served = sees.chat.completions.create(**asked(made)).choices[0].message.content
+            pieces = sees.chat.completions.create(**asked(made), stream=True)
             assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == served
-            chat = messages("", [], f"{place_of('image')}what?")
-            ids = media_ids(processor.tokenizer, chat, reader, [picture(seed)])
+            chat = messages("", [], f"{place_of(medium.modality)}what?")
+            ids = media_ids(processor.tokenizer, chat, reader, [medium])
             settings = Settings(max_new_tokens=8, greedy=True)
             assert complete(model, processor.tokenizer, ids, settings, reader=reader)[0].text == served
-        with pytest.raises(BadRequestError, match="files of the server are not read"):
-            sees.chat.completions.create(**asked("/etc/hosts"))
+        with pytest.raises(BadRequestError, match=refused):
+            sees.chat.completions.create(**asked({"type": "image_url", "image_url": {"url": "/etc/hosts"}}))
