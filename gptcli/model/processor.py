@@ -22,6 +22,7 @@ from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 # The packages of the extra `multimodal` that each part of a processor needs.
@@ -103,7 +104,7 @@ def build_processor(config: PreTrainedConfig, tokenizer: Path, model: PreTrained
         raise _unfit(config, first_line(error)) from error
     image = getattr(processor, "image_token", None)
     if image is not None and hasattr(processor, "image_processor"):
-        inputs = _processed(config, processor, [image], images=[[_picture(config)]])
+        inputs = _processed(config, processor, [image], images=[_picture(config)])
         wanted, made = _features(model, inputs), int((inputs["input_ids"] == processor.image_token_id).sum())
         argument = next((name for name in _COUNTS if name in _arguments(type(processor))), None)
         if argument is not None and wanted is not None and wanted != made:
@@ -126,7 +127,7 @@ def check_processor(processor: ProcessorMixin, model: PreTrainedModel) -> None:
         if token is None or not hasattr(processor, read):
             continue
         if modality == "image":
-            given: dict[str, Any] = {"images": [[_picture(model.config)]]}
+            given: dict[str, Any] = {"images": [_picture(model.config)]}
         else:
             rate = int(processor.feature_extractor.sampling_rate)
             given = {"audio": [_sound(rate)], "sampling_rate": rate}
@@ -301,13 +302,14 @@ def _features(model: Any, inputs: Any) -> int | None:
     return sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)) // width  # type: ignore[no-any-return]
 
 
-def _picture(config: PreTrainedConfig) -> np.ndarray:
+def _picture(config: PreTrainedConfig) -> Image:
     """A picture that is nowhere even: some models leave out what is black as padding."""
     import numpy as np
+    from PIL.Image import fromarray
 
     side = side_of(_field(config, "image_size")) or 56
     ramp = np.linspace(0, 255, side, dtype=np.float64)
-    return np.stack([np.add.outer(ramp, ramp) / 2] * 3, axis=-1).astype(np.uint8)
+    return fromarray(np.stack([np.add.outer(ramp, ramp) / 2] * 3, axis=-1).astype(np.uint8))
 
 
 def _sound(rate: int) -> np.ndarray:
