@@ -42,9 +42,10 @@ def process(processor: Any, texts: Sequence[str], **given: Any) -> Any:
 
 
 def takes_media(processor: Any) -> bool:
-    """Whether sounds can be given to a processor with their text, if it reads sounds at all."""
-    hears = getattr(processor, "feature_extractor", None) is not None
-    return not hears or "audio" in inspect.signature(type(processor).__call__).parameters
+    """Whether sounds can be given to a processor, or to those of a class, with their text, if it hears at all."""
+    kind = processor if isinstance(processor, type) else type(processor)
+    hears = "feature_extractor" in getattr(kind, "get_attributes", list)()
+    return not hears or "audio" in inspect.signature(kind.__call__).parameters
 
 
 def fit(processor: Any, config: PreTrainedConfig) -> None:

@@ -187,3 +187,33 @@ def media_project(folder: Path, kind: str, **sections: str) -> Path:
     path = folder / "r.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
     return path
+
+
+def mistral_folder(folder: Path) -> Path:
+    """A voxtral as Mistral publishes it: tekken.json, the feature extractor's settings, and no processor's."""
+    import base64
+
+    from transformers import AutoModelForMultimodalLM
+
+    model, processor = random_built(folder, "voxtral")
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", *(f"<SPECIAL_{number}>" for number in range(5, 24))]
+    special += ["[AUDIO]", "[BEGIN_AUDIO]"]
+    size = len(special) + 256
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+    counts = {"num_vocab_tokens": 256, "default_vocab_size": size, "default_num_special_tokens": len(special)}
+    tekken = {
+        "config": {"pattern": pattern, **counts, "version": "v7"},
+        "vocab": [
+            {"rank": n, "token_bytes": base64.b64encode(bytes([n])).decode(), "token_str": None} for n in range(256)
+        ],
+        "special_tokens": [{"rank": n, "token_str": text, "is_control": True} for n, text in enumerate(special)],
+    }
+    config = model.config
+    config.text_config.vocab_size, config.audio_token_id = size, special.index("[AUDIO]")
+    made = AutoModelForMultimodalLM.from_config(config)
+    louder(made)
+    made.save_pretrained(folder / "mistral")
+    (folder / "mistral" / "tekken.json").write_text(json.dumps(tekken))
+    extractor = {**processor.feature_extractor.to_dict(), "processor_class": "VoxtralProcessor"}
+    (folder / "mistral" / "preprocessor_config.json").write_text(json.dumps(extractor))
+    return folder / "mistral"

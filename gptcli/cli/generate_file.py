@@ -68,7 +68,9 @@ def check_options(*, file: str | None, output: str | None, prompts: bool, **othe
             raise UsageError(f"--{given[0].replace('_', '-')} goes with --file")
         return
     if prompts:
-        raise UsageError("--file and --prompt exclude each other", remedy="Put the prompt into the file.")
+        raise UsageError(
+            "--file and --prompt exclude each other", remedy="Put the prompt into the file, or give it as --template."
+        )
     if output is None:
         raise UsageError("--file needs --output FILE.jsonl, where the completions go")
 

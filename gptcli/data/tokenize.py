@@ -195,15 +195,15 @@ def find_tokenizer(
 
 def _with_processor(loaded: LoadedRecipe, folder: Path, write: Callable[[Path, Path], None] | None) -> Path:
     """A folder (in the cache, named by content) of the same tokenizer with the model's processor."""
-    if write is None:
-        if has_processor(folder):
-            return folder
+    assert loaded.recipe.model is not None
+    if loaded.recipe.model.from_ is not None and not has_processor(folder):
         raise RecipeError(
             "the tokenizer has no processor beside it, which reads the model's images and sounds",
             where=loaded.where("tokenizer") if loaded.recipe.tokenizer is not None else loaded.where("model.from"),
             remedy="Take that of the model, which has one: leave tokenizer out.",
         )
-    assert loaded.recipe.model is not None
+    if write is None:
+        return folder
     key = [FORMAT, tokenizer_fingerprint(folder), loaded.recipe.model.model_dump(mode="json")]
     known = cache_root() / "tokenizers" / "processors" / fingerprint(key)
     if known.is_file() and (target := known.parent.parent / known.read_text(encoding="utf-8")).is_dir():

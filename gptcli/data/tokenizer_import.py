@@ -14,7 +14,14 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gptcli.data.tokenizer import FILES, json_object, kept_tokenizer, load_fast, named_specials, write_config
+from gptcli.data.tokenizer import (
+    FILES,
+    json_object,
+    kept_tokenizer,
+    load_fast,
+    named_specials,
+    write_config,
+)
 from gptcli.errors import DataError, MissingError, first_line
 from gptcli.files import cache_root, fingerprint, sha256_file, write_atomic
 
@@ -23,7 +30,8 @@ FORMAT = 1
 # Specials of published tokenizers, for a tokenizer.json that comes without a configuration.
 KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 SLOW_NAMES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
-_HUB_FILES = [*FILES, "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model"]
+TEKKEN = "tekken.json"  # Mistral's
+_HUB_FILES = [*FILES, "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model", TEKKEN]
 _CARRIED_WHOLE = ("special_tokens_map.json", "chat_template.jinja")
 _CARRIED = ("model_max_length", "chat_template", "add_bos_token", "add_eos_token", "additional_special_tokens")
 
@@ -98,22 +106,30 @@ def _download(name: str, revision: str | None, where: str | None) -> Path:
 
 
 def _convert(source: Path, target: Path, origin: str, where: str | None) -> None:
-    """Write tokenizer.json from GPT-2's kind of files; by transformers where a configuration names a class."""
+    """Write tokenizer.json from GPT-2's kind of files; by transformers where a configuration names a class.
+
+    Mistral's tekken.json is read by transformers, as any other program of transformers' does without mistral-common.
+    """
     names = next((names for names in SLOW_NAMES if all((source / name).is_file() for name in names)), None)
-    if names is None:
+    tekken = names is None and (source / TEKKEN).is_file()
+    if names is None and not tekken:
         raise MissingError(
             f"{origin} holds no tokenizer",
             where=where,
-            remedy="Expected tokenizer.json, or vocab.json with merges.txt, or encoder.json with vocab.bpe.",
+            remedy="Expected tokenizer.json, vocab.json with merges.txt, encoder.json with vocab.bpe, or tekken.json.",
         )
-    for name, usual in zip(names, SLOW_NAMES[0], strict=True):
+    for name, usual in zip(names or (TEKKEN,), SLOW_NAMES[0] if names else (TEKKEN,), strict=True):
         shutil.copyfile(source / name, target / usual)
     configured = (source / "tokenizer_config.json").is_file()
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+    for name in (*FILES, "added_tokens.json"):  # there is no tokenizer.json
         if (source / name).is_file():
             _copy(source / name, target / name, origin, where)
     try:
-        if configured:
+        if tekken:
+            from transformers import PreTrainedTokenizerFast
+
+            PreTrainedTokenizerFast.from_pretrained(str(target), local_files_only=True).save_pretrained(str(target))
+        elif configured:
             from transformers import AutoTokenizer
 
             # Without a word on it transformers asks on standard input whether code of the folder may run.

@@ -6,9 +6,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from gptcli.processors import PROCESSOR, fit, saved, takes_media
 from gptcli.recipe.load import LoadedRecipe
+from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -20,7 +22,7 @@ def media_model(loaded: LoadedRecipe) -> tuple[tuple[str, ...], Callable[[Path, 
     """The tokens of images and sounds, and what writes a processor; None: the recipe's model reads text alone.
 
     What writes is given the folder of a tokenizer that has the tokens, and the folder to write into; None where the
-    model is there already, with its tokenizer and its processor.
+    model is there already, with its tokenizer and a processor that needs nothing.
 
     Raises:
         RecipeError: the model is an encoder-decoder, or a field of its configuration is wrong.
@@ -34,7 +36,7 @@ def media_model(loaded: LoadedRecipe) -> tuple[tuple[str, ...], Callable[[Path, 
         from gptcli.model.load import load_config
 
         config = load_config(Path(model.from_), trust_remote_code=model.trust_remote_code, revision=model.revision)
-        return ((), None) if is_multimodal(config.model_type) else None
+        return ((), _fitting(config)) if is_multimodal(config.model_type) else None
     from gptcli.model.kinds import is_multimodal
 
     assert model.type is not None
@@ -56,6 +58,25 @@ def media_model(loaded: LoadedRecipe) -> tuple[tuple[str, ...], Callable[[Path, 
                 shutil.copyfile(path, into / path.name)
 
     return tuple(tokens.values()), write
+
+
+def _fitting(config: PreTrainedConfig) -> Callable[[Path, Path], None] | None:
+    """What fits the processor of a model that is there to it; None: it needs none (see `processors.fit`)."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    if takes_media(PROCESSOR_MAPPING.get(type(config), object)):
+        return None
+
+    def write(tokenizer: Path, into: Path) -> None:
+        from transformers import AutoProcessor
+
+        with quiet(), tempfile.TemporaryDirectory(prefix="gptcli-processor-") as name:
+            processor: Any = AutoProcessor.from_pretrained(str(tokenizer), local_files_only=True)  # type: ignore[no-untyped-call]
+            fit(processor, config)
+            saved(processor, Path(name))
+            shutil.copyfile(Path(name) / PROCESSOR, into / PROCESSOR)
+
+    return write
 
 
 def tower_values(config: PreTrainedConfig) -> float:

@@ -159,7 +159,10 @@ class RunRows(Dataset[Batch]):
 
         def inputs(first: int, last: int) -> dict[str, torch.Tensor]:
             row = ids[None, begins[first] : begins[last]]
-            found = {"input_ids": row, **reader.inputs(media[first:last]), **reader.beside(row, packed=True)}
+            try:
+                found = {"input_ids": row, **reader.inputs(media[first:last]), **reader.beside(row, packed=True)}
+            except MediaFault as fault:
+                raise changed(fault, f"in the row {self._rows.row_id(number)}") from None
             return {name: values.to(device) for name, values in found.items()}
 
         whole = inputs(0, len(media)) | {"position_ids": positions[None, : begins[len(media)]].to(device)}

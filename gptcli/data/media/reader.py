@@ -240,6 +240,9 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Processo
             if "image_processor" in type(processor).get_attributes():
                 pil: Any = AutoImageProcessor
                 processor.image_processor = pil.from_pretrained(str(folder), backend="pil", **shared)
+            if "tokenizer" in type(processor).get_attributes() and processor.tokenizer.pad_token is None:
+                # Its texts are placeholders that are thrown away: any token pads them.
+                processor.tokenizer.pad_token = processor.tokenizer.convert_ids_to_tokens(0)
             fitted(processor, folder)
         except ImportError as error:
             raise MissingError(

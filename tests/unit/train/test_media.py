@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,19 @@ from typing import Any
 import pytest
 import torch
 
+from gptcli.data.media.item import place_of
 from gptcli.errors import DataError, StoppedError
+from gptcli.generation.media_prompt import media_prompt, model_reader
+from gptcli.generation.settings import Settings
+from gptcli.generation.text import complete_batch
+from gptcli.model.load import load_model, load_tokenizer
 from gptcli.recipe.load import load_recipe
 from gptcli.reporting import Silent
 from gptcli.runs.folder import RunFolder
 from gptcli.train.assemble import assemble, describe
 from gptcli.train.begin import Options
 from gptcli.train.run import train
-from tests.media import FAMILIES, media_project, needs_media
+from tests.media import FAMILIES, media_project, mistral_folder, needs_media, sound, write_media
 from tests.runs import assert_all_good, assert_same_model, lines
 from tests.unit.train.test_backoff import running_out
 
@@ -55,6 +61,34 @@ def test_a_resumed_run_is_the_undisturbed_one_and_transformers_loads_it(
     processor = AutoProcessor.from_pretrained(whole / "final")
     again = AutoModelForMultimodalLM.from_pretrained(whole / "final")
     assert {*again.state_dict()} and len(processor.tokenizer) == again.config.get_text_config().vocab_size
+
+
+def test_a_voxtral_as_mistral_publishes_it_is_fine_tuned_and_asked(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    folder = mistral_folder(tmp_path / "base")
+    names = write_media(tmp_path, "voxtral", 4)
+    rows = [json.dumps({"audio": name, "text": "one"}) for name in names]
+    (tmp_path / "sounds.jsonl").write_text("\n".join(rows))
+    prompt = '"[INST][BEGIN_AUDIO]{audio}What is said?[/INST]"'
+    data = f'{{train: sounds.jsonl, format: prompt, audios: [audio], prompt: {prompt}, completion: "{{text}}", '
+    recipe = media_project(
+        tmp_path,
+        "voxtral",
+        model=f"{{from: {folder}}}",
+        tokenizer="null",
+        data=data + "validation: 0, sequence_length: 256, packing: isolated, workers: 0}",
+    )
+    final = run(recipe, "tuned", command="finetune") / "final"
+    model, tokenizer = load_model(final, device=torch.device("cpu")), load_tokenizer(final)
+    reader = model_reader(final)
+    assert reader is not None and reader.tokens == {"audio": "[AUDIO]"}
+    prompts = [media_prompt(reader, tokenizer, f"[INST]{place_of('audio')}[/INST]", [sound(seed)]) for seed in (1, 2)]
+    first, second = (list(prompt) for prompt in prompts)
+    assert first == second == [3, *[24] * 25, 4]
+    settings = Settings(max_new_tokens=8, greedy=True)
+    one, two = complete_batch(model, tokenizer, prompts, settings, reader=reader)
+    assert one[0].text != two[0].text, "it hears"
 
 
 def test_sounds_so_short_that_each_is_one_token_are_trained_on(tmp_path: Path, monkeypatch: Any) -> None:
