@@ -7,6 +7,7 @@ of their feature extractor, whose windows of one length the model turns into so 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import BatchFeature, PreTrainedConfig
 
 PROCESSOR = "processor_config.json"
+CROSSED = "cross_attention_mask"  # transformers' name (mllama)
 _WINDOWS = "audio_windows"  # our field in that file: the placeholder of a sound and how many a window becomes
 
 
@@ -39,6 +41,38 @@ def process(processor: Any, texts: Sequence[str], **given: Any) -> Any:
         if takes_media(processor):
             return processor(text=list(texts), **given)
         return _joined(processor, texts, **given)
+
+
+def process_crossed(
+    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]], ids: list[list[int]] | None, **given: Any
+) -> Any:
+    """`process` for a model whose layers attend to images beside the text, by a mask of its tokens (`CROSSED`).
+
+    Args:
+        processor: transformers' own.
+        texts: the placeholders of each row.
+        images: those of each row.
+        ids: the tokens of the rows, all of a length, for which the mask is made; None: those of `texts`.
+        given: what else the processor takes.
+    """
+    if ids is not None:
+        processor = copy.copy(processor)
+        processor.tokenizer = _Written(processor.tokenizer, ids)
+    with quiet():
+        return processor(text=list(texts), images=[list(row) for row in images], **given)
+
+
+class _Written:
+    """A tokenizer to which every text is the tokens that are there already: its processor makes masks for these."""
+
+    def __init__(self, tokenizer: Any, ids: list[list[int]]) -> None:
+        self._tokenizer, self._ids = tokenizer, ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, texts: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": self._ids, "attention_mask": [[1] * len(row) for row in self._ids]}
 
 
 def takes_media(processor: Any) -> bool:

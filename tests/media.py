@@ -31,6 +31,9 @@ HEARS = f"audio_config: {{{TOWER}, num_mel_bins: 16, max_source_positions: 50}}"
 TINY = {
     "llava": f"{{{TEXT}, vision_feature_layer: -1, vision_config: {{{TOWER}, image_size: 28, patch_size: 7}}}}",
     "idefics3": f"{{{TEXT}, vision_config: {{{TOWER}, image_size: 28, patch_size: 7}}}}",
+    "mllama": f"{{{TEXT[:-1]}, cross_attention_layers: [1]}}, vision_config: {{num_hidden_layers: 2, hidden_size: 32, "
+    "num_global_layers: 1, attention_heads: 2, intermediate_size: 64, vision_output_dim: 64, image_size: 28, "
+    "patch_size: 7, max_num_tiles: 4, intermediate_layers_indices: [1]}}",
     "qwen2_vl": f"{{{TEXT[:-1]}, rope_parameters: {{{MROPE}}}}}, "
     "vision_config: {depth: 1, embed_dim: 32, hidden_size: 32, num_heads: 2, patch_size: 4}}",
     "qwen2_audio": f"{{{TEXT}, {HEARS}}}",
@@ -41,7 +44,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}a: {% endif %}"
 )
-FAMILIES = ["llava", "idefics3", pytest.param("qwen2_vl", marks=needs_torchvision), "qwen2_audio", "voxtral"]
+FAMILIES = ["llava", "idefics3", pytest.param("qwen2_vl", marks=needs_torchvision), "qwen2_audio", "voxtral", "mllama"]
 
 
 def recipe(tmp_path: Path, model: str) -> LoadedRecipe:
@@ -77,6 +80,8 @@ def louder(model: Any) -> None:
         for weights in model.parameters():
             if weights.ndim > 1:
                 weights.normal_(0, 0.4)
+            elif weights.numel() == 1:  # a gate of mllama's, which begins closed
+                weights.fill_(1.0)
     torch.set_rng_state(state)
 
 
@@ -180,7 +185,7 @@ def media_project(folder: Path, kind: str, **sections: str) -> Path:
         "model": f"{{type: {kind}, config: {TINY[kind]}}}",
         "tokenizer": "{train: {vocab_size: 320}, chat_template: chatml}",
         "data": "{train: rows.jsonl, validation: 25%, format: chat, sequence_length: 256, packing: none, workers: 0}",
-        "train": "{max_steps: 2, global_batch_size: 4, micro_batch_size: 2, learning_rate: 1e-3, precision: fp32, "
+        "train": "{max_steps: 2, global_batch_size: 4, learning_rate: 1e-3, precision: fp32, "
         "log_every: 1, eval_every: 1, save_every: 1, sample_every: 0}",
         **sections,
     }

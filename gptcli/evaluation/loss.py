@@ -234,13 +234,15 @@ def each_batch(
         keep_freed_memory()
         batch_tokens = min(batch_tokens, CPU_BATCH_TOKENS)
     limit = _batch_limit(model, batch_tokens)
+    if reader is not None and reader.crossed:  # one by one, see `MediaReader.inputs`
+        limit = 1
 
     def scored_by(forward: FullForward, batch: list[Window]) -> list[Scored]:
         more: dict[str, torch.Tensor] = {}
         if reader is not None:
             inputs = torch.from_numpy(padded_ids(batch, pad_id))
             try:
-                made = reader.inputs([window.media for window in batch]) | reader.beside(inputs)
+                made = reader.inputs([window.media for window in batch], inputs) | reader.beside(inputs)
             except MediaFault as fault:
                 raise changed(fault, f"of document {batch[0].document} or one beside it") from None
             more = {name: _as_weights(values, model) for name, values in made.items()}

@@ -152,11 +152,10 @@ def _generate(
     with _alone(model, config), _multiplied(model, media):
         made: torch.Tensor = model.generate(  # type: ignore[operator]
             inputs=ids,
-            attention_mask=torch.ones_like(ids),
             generation_config=config,
             logits_processor=LogitsProcessorList([process]),
             stopping_criteria=None if watch is None else StoppingCriteriaList([watch]),
-            **media(rows),
+            **{"attention_mask": torch.ones_like(ids), **media(rows)},
             **more,
         )
     return made

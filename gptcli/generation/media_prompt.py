@@ -112,7 +112,7 @@ def media_inputs(
     Raises:
         MediaFault: one cannot be read any more.
     """
-    made = reader.inputs([media_of(prompt) for prompt in prompts])
+    made = reader.inputs([media_of(prompt) for prompt in prompts], ids)
     if made:
         made |= reader.beside(ids)
     return {

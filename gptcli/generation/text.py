@@ -118,7 +118,7 @@ def complete_batch(
     with media_errors(), quiet(), evaluating(model), torch.no_grad():
         groups = [[row(ids, index) for index in range(settings.num_return_sequences)] for ids in prompts]
         by_transformers = settings.num_beams > 1 or draft is not None or not decodable(model)
-        if by_transformers or (seeing and positions_by_media(model)):
+        if by_transformers or (reader is not None and (reader.crossed or positions_by_media(model))):
             from gptcli.generation.by_transformers import decode_by_transformers
 
             for rows in groups:

@@ -35,7 +35,12 @@ _NEEDS = {
 # Sides of a picture, in the mappings that image processors have sizes in.
 _SIDES = ("height", "width", "shortest_edge", "longest_edge")
 # Fields that an image processor and a configuration share, under the names of both.
-_CUTS = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
+_CUTS = {
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "merge_size": "spatial_merge_size",
+    "max_image_tiles": "max_num_tiles",
+}
 # Arguments of processors that say how many tokens a picture becomes, or how many more than its patches.
 _COUNTS = ("num_additional_image_tokens", "image_seq_len", "image_seq_length", "num_image_tokens")
 _MARKS = re.compile(r"(\w+)_token|(\w+_tag)")

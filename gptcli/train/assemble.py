@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptcli.data.media.reader import open_reader
 from gptcli.data.packed import PackedRows, Rows, padding, training_rows
 from gptcli.data.report import mixing_text
 from gptcli.data.tokenize import Prepared, prepare
@@ -126,6 +127,8 @@ def assemble(
         about: dict[str, Any] = {"rows_per_epoch": rows.rows_per_epoch}
         if isinstance(rows, PackedRows):
             about |= {"tokens_per_epoch": rows.index.tokens, "padding": partial(padding, rows)}
+        if media and open_reader(prepared.tokenizer).crossed:
+            about["alone"] = "images are attended to beside the text, where those of other rows would be mixed in"
         return make_plan(recipe, counts, hardware, decided=decided, usable=usable, **about)
 
     plan = planned(loaded, hardware=hardware)

@@ -119,6 +119,7 @@ def micro_batch(
     *,
     whole: bool = True,
     usual: int | None = None,
+    alone: str | None = None,
 ) -> tuple[int, bool]:
     """Rows of a micro-batch, and whether a dry step is to find them.
 
@@ -131,6 +132,7 @@ def micro_batch(
         decided, decisions: see `make_plan`.
         whole: whether a process holds the whole model, which one process can try on its device then.
         usual: tokens that rows have on average, where they are of any length up to `length`.
+        alone: as in `make_plan`.
 
     Raises:
         RecipeError: the recipe's own micro-batch does not divide the share.
@@ -149,6 +151,9 @@ def micro_batch(
         return int(before), False
     if isinstance(given, int):
         return given, False
+    if alone is not None:
+        decisions.append(Decision(MICRO_BATCH, "1", alone))
+        return 1, False
     if hardware.kind == "cpu":
         size = usual or length
         micro = next((rows for rows in sizes if rows * size >= CPU_MICRO_BATCH_TOKENS), share)

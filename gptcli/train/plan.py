@@ -125,6 +125,7 @@ def make_plan(
     padding: Callable[[int], float] | None = None,
     decided: Mapping[str, str] | None = None,
     usable: Set[str] = frozenset(),
+    alone: str | None = None,
 ) -> Plan:
     """Derive everything.
 
@@ -139,6 +140,7 @@ def make_plan(
         decided: what `auto` stood for in the checkpoint that the run goes on from: used again, so that a resume on
             another machine does not change the arithmetic.
         usable: the attention implementations that the model's code can use.
+        alone: why a micro-batch is one row where the recipe does not say.
 
     Raises:
         RecipeError: no length of training, batches that do not divide, or what rows of documents do not go with.
@@ -228,6 +230,7 @@ def make_plan(
         decisions,
         whole=sharing == "ddp" and parallel.tp == 1,
         usual=usual,
+        alone=alone,
     )
     # Two multiplications a weight forward and two for each of its gradients; a weight that is not trained has one.
     products = 6 * counts.matrix - 2 * counts.frozen_matrix

@@ -20,7 +20,7 @@ from gptcli.data.media.fault import MediaFault
 from gptcli.data.media.features import by_rows
 from gptcli.data.media.reader import TYPE_IDS, changed
 from gptcli.data.packed import PackedRows
-from gptcli.errors import GptcliError
+from gptcli.errors import GptcliError, RecipeError
 from gptcli.train.loss import IGNORED
 from gptcli.train.reading import Failed
 
@@ -110,7 +110,7 @@ class RunRows(Dataset[Batch]):
                 layout = self._features.layouts.of(by_rows(known.sizes, found))
                 return WithMedia(rows, layout | types, indices, known.parts)
         try:
-            media = self._reader.inputs(found)
+            media = self._reader.inputs(found, rows[:, 0])
         except MediaFault as fault:
             named = ", ".join(self._rows.row_id(number) for number in indices[:2])
             raise changed(fault, f"in a batch that begins with the rows {named}") from None
@@ -143,10 +143,20 @@ class RunRows(Dataset[Batch]):
         return self.read(list(range(min(count, self._total))))
 
     def trial(self, device: torch.device) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]] | None:
-        """Some documents of a row as inputs of a model, and each of them as it is alone; None: no images or sounds."""
+        """Some documents of a row as inputs of a model, and each of them as it is alone; None: no images or sounds.
+
+        Raises:
+            RecipeError: the model attends to images beside the text, which all that follows them in a row sees.
+        """
         reader = self._reader
         if reader is None:
             return None
+        if reader.crossed:
+            raise RecipeError(
+                "data.packing: isolated needs a model that keeps the documents of a row apart, and one that attends to "
+                "images beside the text shows them to all that follows in the row",
+                remedy="Set data.packing: none (a document a row).",
+            )
         assert isinstance(self._rows, PackedRows)
 
         def count(number: int) -> int:
@@ -160,7 +170,7 @@ class RunRows(Dataset[Batch]):
         def inputs(first: int, last: int) -> dict[str, torch.Tensor]:
             row = ids[None, begins[first] : begins[last]]
             try:
-                found = {"input_ids": row, **reader.inputs(media[first:last]), **reader.beside(row, packed=True)}
+                found = {"input_ids": row, **reader.inputs(media[first:last], row), **reader.beside(row, packed=True)}
             except MediaFault as fault:
                 raise changed(fault, f"in the row {self._rows.row_id(number)}") from None
             return {name: values.to(device) for name, values in found.items()}

@@ -1,4 +1,4 @@
-"""Processors that take a text alone: their sounds are made as they make them themselves."""
+"""Processors that are called in another way: what they make is what they make themselves."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from gptcli.data.media.reader import load_processor
+from gptcli.data.media.reader import load_processor, reader_of
+from gptcli.errors import RecipeError
 from gptcli.processors import PROCESSOR, process, saved
-from tests.media import needs_media, random_built
+from tests.media import needs_media, picture, random_built
 
 pytestmark = needs_media
 RATE = 16_000
@@ -85,3 +86,43 @@ def test_sounds_that_do_not_fit_their_text_are_refused(
     told = {"audio": sounds(*[0.1] * given["audio"]), **{k: v for k, v in given.items() if k != "audio"}}
     with pytest.raises(ValueError, match=says):
         process(processor, [text.format(mark=processor.audio_token)], **told)
+
+
+@pytest.fixture(scope="module")
+def mllama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return random_built(tmp_path_factory.mktemp("mllama"), "mllama")
+
+
+def test_masks_over_pictures_are_the_processors_own_for_the_tokens_that_are_there(mllama: tuple[Any, Any]) -> None:
+    _, processor = mllama
+    start, mark = processor.tokenizer.bos_token, processor.image_token
+    texts = [f"{start}one {mark} two {mark} a shoe", f"{start}{mark}{mark} a coat"]
+    media = [[picture(1), picture(2, 60, 20)], [picture(3), picture(4)]]
+    reader = reader_of(processor)
+    images = [[reader.load(medium) for medium in row] for row in media]
+    wanted = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    made = reader.inputs(media, wanted["input_ids"])
+    assert made.keys() == {*wanted} - {"input_ids", "attention_mask"}
+    for name, values in made.items():
+        assert torch.equal(values, wanted[name]), name
+
+
+def test_a_row_with_pictures_beside_its_text_does_not_depend_on_its_batch(mllama: tuple[Any, Any]) -> None:
+    model, processor = mllama
+    reader, tokenizer, mark = reader_of(processor), processor.tokenizer, processor.image_token
+    texts = [f"a {mark} shoe", f"{mark} two, and more of it", f"one {mark}"]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    media = [[picture(1)], [picture(2, 90, 30)], [picture(3)]]
+    longest = max(map(len, rows))
+    batch = torch.tensor([ids + [0] * (longest - len(ids)) for ids in rows])
+    with torch.no_grad():
+        together = model(input_ids=batch, **reader.inputs(media, batch)).logits
+        for number, ids in enumerate(rows):
+            one = torch.tensor([ids])
+            alone = model(input_ids=one, **reader.inputs([media[number]], one)).logits[0]
+            torch.testing.assert_close(together[number, : len(ids)], alone, rtol=1e-5, atol=1e-4)
+        other = model(input_ids=batch[:1], **reader.inputs([[picture(9)]], batch[:1])).logits[0, -1]
+    assert (other - together[0, -1]).abs().max() > 1e-3, "it sees"
+    with pytest.raises(RecipeError, match="depend on each other") as caught:
+        reader.inputs([media[0], [], media[2]], batch)
+    assert "micro_batch_size: 1" in str(caught.value.remedy)

@@ -21,7 +21,7 @@ from gptcli.data.media.item import A_NOUN, NOUNS, PLACE, Medium, Modality, hashe
 from gptcli.data.media.video import load_video
 from gptcli.data.tokenizer import PROCESSOR_FILES
 from gptcli.errors import CheckpointError, DataError, MissingError, RecipeError, first_line
-from gptcli.processors import fitted, process, takes_media
+from gptcli.processors import CROSSED, fitted, process, process_crossed, takes_media
 from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
@@ -105,14 +105,16 @@ class MediaReader:
         with _faults(media):
             kinds = [medium.modality for medium in media]
             made = self._processed([kinds], [loaded], return_text_replacement_offsets=True)
-        if "text_replacement_offsets" not in made:
+        if self.crossed:
+            found = [self.tokens[modality] for modality in kinds]
+        elif "text_replacement_offsets" not in made:
             raise RecipeError(
                 f"{type(self.processor).__name__} does not say what stands in a text for an image or a sound, so rows "
                 "cannot be made for its model",
-                remedy="Models whose layers attend to images beside the text (mllama) are of this kind. Take one that "
-                "has them among its tokens: llava, idefics3, qwen2_audio.",
+                remedy="Take one that does: llava, idefics3, mllama, qwen2_audio.",
             )
-        found = [each["replacement"] for each in made["text_replacement_offsets"][0]]
+        else:
+            found = [each["replacement"] for each in made["text_replacement_offsets"][0]]
         if len(found) != len(media) or "" in found:
             named = media[found.index("")] if "" in found else media[0]
             raise MediaFault(
@@ -132,29 +134,49 @@ class MediaReader:
         first = value[0] if isinstance(value, list) else value
         return tuple(first.size) if hasattr(first, "getbands") else (len(value) / self.rate,)
 
-    def inputs(self, rows: Sequence[Sequence[Medium]]) -> dict[str, torch.Tensor]:
+    @property
+    def crossed(self) -> bool:
+        """Whether layers of the model attend to media beside the text, by a mask of its tokens that is made of them."""
+        return CROSSED in self.processor.model_input_names
+
+    def inputs(self, rows: Sequence[Sequence[Medium]], ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """What a model takes of the media of some rows, beside their tokens; nothing where there are none.
 
         One that is in several rows is decoded once. Tensors have no dimension of rows that could be cut: a processor
         lays them out as its model wants them.
 
+        Args:
+            rows: their media.
+            ids: their tokens [n, T], which a model that is `crossed` is told of.
+
         Raises:
             MediaFault: one cannot be read.
+            RecipeError: rows with other numbers of images, of which what fills up the fewer would be attended to.
         """
-        rows = [row for row in rows if row]
-        if not rows:
+        every = [medium for row in rows for medium in row]
+        if not every:
             return {}
-        decoded = {medium: self.load(medium) for medium in dict.fromkeys(each for row in rows for each in row)}
-        loaded = [[decoded[medium] for medium in row] for row in rows]
-        with _faults([medium for row in rows for medium in row]):
-            return self._inputs([[medium.modality for medium in row] for row in rows], loaded)
+        if self.crossed and len({len(row) for row in rows}) > 1:
+            # transformers' mllama masks neither a row without images nor the words before the first.
+            raise RecipeError(
+                "the model has layers that attend to images beside the text, by which rows with more and fewer images "
+                "in one batch depend on each other",
+                remedy="Set train.micro_batch_size: 1, or give every row as many images.",
+            )
+        decoded = {medium: self.load(medium) for medium in dict.fromkeys(every)}
+        read = [row for row in rows if row or self.crossed]
+        loaded = [[decoded[medium] for medium in row] for row in read]
+        with _faults(every):
+            return self._inputs([[medium.modality for medium in row] for row in read], loaded, ids)
 
     def inputs_of(self, loaded: Sequence[Sequence[Any]], modality: Modality) -> dict[str, torch.Tensor]:
         """`inputs` of decoded media of one kind, by rows of one or more."""
         return self._inputs([[modality] * len(row) for row in loaded], loaded)
 
-    def _inputs(self, kinds: Sequence[Sequence[Modality]], loaded: Sequence[Sequence[Any]]) -> dict[str, torch.Tensor]:
-        made = self._processed(kinds, loaded, return_tensors="pt", padding=True)
+    def _inputs(
+        self, kinds: Sequence[Sequence[Modality]], loaded: Sequence[Sequence[Any]], ids: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        made = self._processed(kinds, loaded, ids, return_tensors="pt", padding=True)
         of_text = {*self.processor.tokenizer.model_input_names, TYPE_IDS, "input_ids", "attention_mask"}
         own = {name: value for name, value in made.items() if name not in of_text}
         return {name: value for name, value in own.items() if hasattr(value, "shape")}
@@ -191,9 +213,18 @@ class MediaReader:
                 raise MediaFault("the text", "not media", wrong)
         return "".join(part if index % 2 == 0 else next(texts) for index, part in enumerate(parts))
 
-    def _processed(self, kinds: Sequence[Sequence[Modality]], loaded: Sequence[Sequence[Any]], **more: Any) -> Any:
+    def _processed(
+        self,
+        kinds: Sequence[Sequence[Modality]],
+        loaded: Sequence[Sequence[Any]],
+        ids: torch.Tensor | None = None,
+        **more: Any,
+    ) -> Any:
         texts = ["".join(self.tokens[modality] for modality in row) for row in kinds]
         given: dict[str, Any] = {}
+        if self.crossed:
+            written = None if ids is None else ids.tolist()
+            return process_crossed(self.processor, texts, [list(values) for values in loaded], written, **more)
         for row, values in zip(kinds, loaded, strict=True):
             for modality, value in zip(row, values, strict=True):
                 given.setdefault(_ARGUMENTS[modality], []).append(value)

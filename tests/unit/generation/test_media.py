@@ -69,7 +69,7 @@ def by_transformers(model: Any, processor: Any, text: str, media: Sequence[Mediu
 
 
 @needs_media
-@pytest.mark.parametrize("kind", ["llava", "idefics3", "qwen2_audio", "voxtral"])
+@pytest.mark.parametrize("kind", ["llava", "idefics3", "qwen2_audio", "voxtral", "mllama"])
 def test_texts_are_those_of_transformers_alone_and_together(tmp_path: Path, kind: str) -> None:
     model, processor = random_built(tmp_path, kind)
     tokenizer, reader = processor.tokenizer, reader_of(processor)
@@ -82,6 +82,7 @@ def test_texts_are_those_of_transformers_alone_and_together(tmp_path: Path, kind
         (f"a {place} and {place}, a long text of a shoe and more", [make(2), make(3)]),
         (f"{place}x", [make(4)]),
     ]
+    given = [(f"{tokenizer.bos_token}{text}", media) for text, media in given]  # which mllama's processor would add
     prompts = [media_prompt(reader, tokenizer, text, media) for text, media in given]
     wanted = [by_transformers(model, processor, text, media) for text, media in given]
     assert len(set(wanted)) == len(wanted), "the model sees what it is shown"

@@ -108,7 +108,7 @@ def test_sounds_so_short_that_each_is_one_token_are_trained_on(tmp_path: Path, m
 def test_half_as_many_rows_at_once_after_memory_ran_out_have_the_same_losses(tmp_path: Path, monkeypatch: Any) -> None:
     recipe = media_project(tmp_path, "llava")
     monkeypatch.chdir(tmp_path)
-    by_twos = run(recipe, "by-twos")
+    by_twos = run(recipe, "by-twos", "train.micro_batch_size=2")
     with running_out(1):
         halved = run(recipe, "halved", "train.micro_batch_size=4")
     assert lines(halved) == lines(by_twos)
