@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptcli.errors import CheckpointError, first_line
 from gptcli.processors import PROCESSOR, fit, saved, takes_media
 from gptcli.recipe.load import LoadedRecipe
 from gptcli.reporting import quiet
@@ -64,15 +65,21 @@ def _fitting(config: PreTrainedConfig) -> Callable[[Path, Path], None] | None:
     """What fits the processor of a model that is there to it; None: it needs none (see `processors.fit`)."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    if takes_media(PROCESSOR_MAPPING.get(type(config), object)):
+    try:
+        if takes_media(PROCESSOR_MAPPING.get(type(config), object)):
+            return None
+    except ImportError:  # of a class that needs a package; told where a processor is loaded
         return None
 
     def write(tokenizer: Path, into: Path) -> None:
         from transformers import AutoProcessor
 
         with quiet(), tempfile.TemporaryDirectory(prefix="gptcli-processor-") as name:
-            processor: Any = AutoProcessor.from_pretrained(str(tokenizer), local_files_only=True)  # type: ignore[no-untyped-call]
-            fit(processor, config)
+            try:
+                processor: Any = AutoProcessor.from_pretrained(str(tokenizer), local_files_only=True)  # type: ignore[no-untyped-call]
+                fit(processor, config)
+            except Exception as error:  # whatever a class raises for files that are not its own
+                raise CheckpointError(f"the processor cannot be used: {first_line(error)[:300]}") from error
             saved(processor, Path(name))
             shutil.copyfile(Path(name) / PROCESSOR, into / PROCESSOR)
 
