@@ -58,6 +58,7 @@ def test_a_compiled_run_learns_the_same_and_keeps_the_names_of_the_weights(plain
     assert last["total_rows"] % last["micro_batch_size"], "the smaller last batch is part of this test"
 
 
+@pytest.mark.slow_fault
 def test_without_a_compiler_a_line_says_so_and_the_run_is_the_uncompiled_one(plain: Path, run_cli: Cli) -> None:
     folder = plain.parent.parent
     broken = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(folder / "none")}

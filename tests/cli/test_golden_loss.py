@@ -44,6 +44,7 @@ def test_thirty_steps_follow_the_stored_curve(tmp_path: Path, run_cli: Cli) -> N
     assert found[-1] < found[0] - 0.5  # the curve is one of learning
 
 
+@pytest.mark.slow_fault
 def test_one_micro_batch_of_eight_equals_eight_of_one(tmp_path: Path, run_cli: Cli) -> None:
     folder = make_project(tmp_path)
     # 0.3 epochs end in a step of fewer rows, which counts by its tokens.

@@ -65,6 +65,7 @@ def test_sigterm_saves_and_exits_75_and_the_resumed_run_is_the_same(
     assert lines(run) == lines(undisturbed)
 
 
+@pytest.mark.slow_fault
 def test_sigkill_between_checkpoints_loses_nothing_that_was_saved(
     undisturbed: Path, tmp_path: Path, run_cli: Cli, environment: dict[str, str]
 ) -> None:
