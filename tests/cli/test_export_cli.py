@@ -138,6 +138,7 @@ def test_a_folder_is_pushed_to_the_hub_private_by_default(here: Path, run_cli: C
         assert server.messages == ["Exported by gptcli from tiny-run"]
 
 
+@pytest.mark.slow_fault
 def test_a_push_that_fails_is_told_and_keeps_the_folder(here: Path, run_cli: Cli) -> None:
     push = ("export", "tiny-run", "-o", "kept", "--push", "me/m", "--public")
     with hub() as server:

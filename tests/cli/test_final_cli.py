@@ -54,6 +54,7 @@ def test_a_plain_loop_without_gptcli_gives_the_loss_of_eval(project: Path, run_c
     assert done.json()["loss"] == pytest.approx(plain["loss"], abs=1e-4)
 
 
+@pytest.mark.slow_fault
 def test_shakespeare_by_bytes_from_the_shipped_recipe(tmp_path: Path, run_cli: Cli) -> None:
     text = shared_data("tinyshakespeare/input.txt")
     done = run_cli(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Cli
 
 
+@pytest.mark.slow_fault
 def test_eight_of_a_card_that_is_not_here(run_cli: Cli, project: Path, tmp_path: Path) -> None:
     settings = ("train.global_batch_size=16", "train.precision=auto")
     arguments = ("plan", "tiny.yaml", *settings, "--processes", "8", "--device", "h100")

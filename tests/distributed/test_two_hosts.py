@@ -163,6 +163,7 @@ def finish_well(commands: list[Command]) -> None:
     assert [done.code for done in ended] == [0, 0], "\n".join(done.err for done in ended)
 
 
+@pytest.mark.slow_fault
 def test_workers_on_two_hosts_end_as_one_process(made: Hosts, alone: Path, forks: Forks) -> None:
     """Two tasks, as srun starts them: the name of either host leads nowhere but to itself."""
     run = alone.with_name("tasks")

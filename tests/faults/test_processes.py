@@ -148,6 +148,7 @@ def test_a_killed_process_while_the_first_makes_tokens_costs_nothing(pair: Pair,
 # ---- an error on one alone ----
 
 
+@pytest.mark.slow_fault
 def test_a_disk_that_is_full_for_the_one_that_saves_ends_both_with_4(pair: Pair) -> None:
     ended = pair.pretrain("full", faults={0: {"bytes": 200_000, "do": "error"}})
     assert codes(ended) == [4, 4], ended
@@ -160,6 +161,7 @@ def test_a_disk_that_is_full_for_the_one_that_saves_ends_both_with_4(pair: Pair)
     pair.resume_to_the_same("io")
 
 
+@pytest.mark.slow_fault
 @pytest.mark.parametrize("do", ["error", pytest.param("killed", marks=SLOW)])
 def test_a_part_of_a_divided_checkpoint_that_cannot_be_written_is_no_checkpoint(pair: Pair, do: str) -> None:
     """Where both write, the fault is in the file of the one that does not lead."""

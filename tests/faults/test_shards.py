@@ -119,6 +119,7 @@ def test_a_damaged_shard_is_found_before_the_first_step(
     assert not (intact.folder / "runs" / "tiny").exists()
 
 
+@pytest.mark.slow_fault
 def test_shards_swapped_before_a_resume_are_found_and_nothing_is_trained(intact: Project) -> None:
     before = intact.run_files()
     aside = intact.folder / "aside"
@@ -164,6 +165,7 @@ def test_deleting_replaced_data_as_the_message_says_lets_the_run_go_on(intact: P
     assert "resuming tiny from checkpoint-" in done.out
 
 
+@pytest.mark.slow_fault
 def test_sources_that_changed_before_a_resume_are_refused_as_a_changed_data_set(intact: Project) -> None:
     before = intact.run_files()
     with (intact.folder / "text.txt").open("a") as file:

@@ -354,6 +354,7 @@ def differing(tokenizer: Tokenizer, context: str, codes: Sequence[int]) -> set[i
 WORD_ENDS = "a{0}1{0}! {0}!{0}\n{0}a"
 
 
+@pytest.mark.slow_fault
 def test_words_end_elsewhere_only_at_the_characters_that_are_known_and_at_all_of_them() -> None:
     found = differing(probe(words(MARKS)), WORD_ENDS, code_points())
     assert sorted(map(hex, found - UNICODE_17)) == []

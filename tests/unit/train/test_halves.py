@@ -337,6 +337,7 @@ def by_command(tmp_path_factory: pytest.TempPathFactory, run_cli: Cli) -> Path:
     return folder / "runs" / "tiny"
 
 
+@pytest.mark.slow_fault
 def test_another_process_gives_the_same_bits(by_command: Path, tmp_path: Path, passes: list[int]) -> None:
     again, said = run(make_project(tmp_path), *LARGER)
     assert any(line.startswith(HALVED) for line in said)
