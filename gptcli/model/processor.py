@@ -327,5 +327,6 @@ def _sound(rate: int) -> np.ndarray:
 def _unfit(config: PreTrainedConfig, reason: str) -> RecipeError:
     return RecipeError(
         f"model.type: {config.model_type} cannot be built from nothing with a tokenizer of one's own: {reason[:300]}",
-        remedy="Take one that is known to work: llava, idefics3, qwen2_audio, voxtral.",
+        remedy="Take one that is known to work: llava, idefics3, qwen2_audio, voxtral, or mllama with the sizes of the "
+        "recipe multimodal/caption-cross.",
     )
