@@ -188,3 +188,11 @@ def fingerprint(value: Any) -> str:
     """The sha256 (first 16 hexadecimal digits) of a JSON value, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def leads_out(path: Path) -> Path | None:
+    """Where a link leads to, out of its folder and of the Hub's cache; None: it is no link, or stays there."""
+    if not path.is_symlink():
+        return None
+    folder, real = path.parent.resolve(), path.resolve()
+    return None if real.is_relative_to(folder) or real.parent == folder.parent.parent / "blobs" else real

@@ -21,9 +21,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import BatchFeature, PreTrainedConfig
 
-PROCESSOR = "processor_config.json"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+PROCESSOR = PROCESSOR_FILES[0]
 CROSSED = "cross_attention_mask"  # transformers' name (mllama)
 _WINDOWS = "audio_windows"  # our field in that file: the placeholder of a sound and how many a window becomes
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a folder holds a processor."""
+    return any((folder / name).is_file() for name in PROCESSOR_FILES[:2])
 
 
 def process(processor: Any, texts: Sequence[str], **given: Any) -> Any:

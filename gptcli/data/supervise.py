@@ -21,10 +21,11 @@ from gptcli.data.encode import Encoded, Encoder, utf8_size
 from gptcli.data.formats import Conversation, Pair
 from gptcli.data.media.fault import MediaFault
 from gptcli.data.media.item import Medium, check_places, hashed
-from gptcli.data.media.reader import MediaReader, has_processor, open_reader
+from gptcli.data.media.reader import MediaReader, open_reader
 from gptcli.data.templater import Rendered, Templater, open_templater
 from gptcli.data.tokenizer import load_fast, prompt_beginning
 from gptcli.data.turns import supervised
+from gptcli.processors import has_processor
 
 UNSUPERVISED = "no supervised token"
 _LINE = "\n"

@@ -23,7 +23,7 @@ from gptcli.data.fast import Unequal, distrust
 from gptcli.data.finish import finish
 from gptcli.data.infill import infill_ids
 from gptcli.data.job import Job, find_job
-from gptcli.data.media.reader import has_processor, open_reader
+from gptcli.data.media.reader import open_reader
 from gptcli.data.packed import PackedRows, packing_of
 from gptcli.data.pieces import Piece
 from gptcli.data.readers import shown
@@ -47,6 +47,7 @@ from gptcli.files import (
     remove_uncommitted,
     write_atomic,
 )
+from gptcli.processors import has_processor
 
 if TYPE_CHECKING:
     from gptcli.recipe.load import LoadedRecipe

@@ -18,10 +18,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from gptcli.errors import DataError, MissingError
 from gptcli.files import cache_root, committed_folder, fingerprint, read_json, sha256_file, write_json
+from gptcli.processors import PROCESSOR_FILES
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

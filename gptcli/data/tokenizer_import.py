@@ -23,7 +23,8 @@ from gptcli.data.tokenizer import (
     write_config,
 )
 from gptcli.errors import DataError, MissingError, first_line
-from gptcli.files import cache_root, fingerprint, sha256_file, write_atomic
+from gptcli.files import cache_root, fingerprint, leads_out, sha256_file, write_atomic
+from gptcli.processors import PROCESSOR_FILES
 
 FORMAT = 1
 
@@ -32,7 +33,7 @@ KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 SLOW_NAMES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 TEKKEN = "tekken.json"  # Mistral's
 _HUB_FILES = [*FILES, "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model", TEKKEN]
-_CARRIED_WHOLE = ("special_tokens_map.json", "chat_template.jinja")
+_CARRIED_WHOLE = ("special_tokens_map.json", "chat_template.jinja", *PROCESSOR_FILES)
 _CARRIED = ("model_max_length", "chat_template", "add_bos_token", "add_eos_token", "additional_special_tokens")
 
 
@@ -153,14 +154,12 @@ def _convert(source: Path, target: Path, origin: str, where: str | None) -> None
 
 def _copy(source: Path, target: Path, origin: str, where: str | None) -> None:
     """Copy a file of a tokenizer; none that goes on as it is and is a link out of its folder and the Hub's cache."""
-    if source.name in _CARRIED_WHOLE and source.is_symlink():
-        folder, real = source.parent.resolve(), source.resolve()
-        if not real.is_relative_to(folder) and real.parent != folder.parent.parent / "blobs":
-            raise DataError(
-                f"{source.name} of the tokenizer {origin} is a link out of its folder, to {real}",
-                where=where,
-                remedy="It would be copied into every model that is trained. Put the file itself there if it is meant.",
-            )
+    if source.name in _CARRIED_WHOLE and (real := leads_out(source)) is not None:
+        raise DataError(
+            f"{source.name} of the tokenizer {origin} is a link out of its folder, to {real}",
+            where=where,
+            remedy="It would be copied into every model that is trained. Put the file itself there if it is meant.",
+        )
     shutil.copyfile(source, target)
 
 

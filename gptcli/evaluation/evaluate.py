@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli import __version__
-from gptcli.data.media.reader import has_processor, open_reader
+from gptcli.data.media.reader import open_reader
 from gptcli.device import best_device
 from gptcli.errors import DataError, GptcliError, UsageError
 from gptcli.evaluation.corpus import Corpus, Tokens, tokens_for
@@ -29,6 +29,7 @@ from gptcli.model.load import (
     model_home,
     tokenizer_home,
 )
+from gptcli.processors import has_processor
 from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.runs.folder import owner
 from gptcli.runs.metrics import finite

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptcli.data.formats import RowFormat
-from gptcli.data.media.reader import has_processor, open_reader
+from gptcli.data.media.reader import open_reader
 from gptcli.device import best_device
 from gptcli.errors import UsageError, writing
 from gptcli.evaluation import metrics
@@ -28,6 +28,7 @@ from gptcli.evaluation.examples import Asked, Example, read_examples
 from gptcli.files import write_atomic
 from gptcli.generation.settings import Settings, settings
 from gptcli.model.load import Precision, context_length, load_model, load_tokenizer, memory_errors, tokenizer_home
+from gptcli.processors import has_processor
 from gptcli.recipe.template import Template, parse_template
 
 if TYPE_CHECKING:

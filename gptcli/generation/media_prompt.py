@@ -137,28 +137,11 @@ def model_reader(folder: Path) -> MediaReader | None:
     Raises:
         MissingError, CheckpointError: as `load_config` and `load_processor`; among these, no processor is there.
     """
-    from gptcli.data.media.reader import has_processor, open_reader
-    from gptcli.model.kinds import is_multimodal
-    from gptcli.model.load import load_config, model_home, tokenizer_home
+    from gptcli.data.media.reader import open_reader
+    from gptcli.model.load import processor_home
 
-    base, revision = model_home(folder)
-    if not is_multimodal(load_config(base, revision=revision).model_type):
-        return None
-    homes = [folder, tokenizer_home(folder)[0], base]
-    if (found := next((home for home in homes if has_processor(home)), None)) is None:
-        found = base if base.is_dir() else _of_hub(base, revision)
-    return open_reader(found)
-
-
-def _of_hub(name: Path, revision: str | None) -> Path:
-    """The processor and tokenizer of a model of the Hub, in its cache."""
-    from huggingface_hub import snapshot_download
-
-    from gptcli.model.load import typed_errors
-
-    with typed_errors(name, "processor"):
-        files = ["*.json", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
+    home = processor_home(folder)
+    return None if home is None else open_reader(home)
 
 
 def check_reads(reader: MediaReader | None, model: Path | str, kind: Modality) -> MediaReader:

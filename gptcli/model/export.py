@@ -1,4 +1,4 @@
-"""A model as a folder for others: weights, tokenizer, settings of generation, chat template and card, and nothing else.
+"""A model as a folder for others: weights, tokenizer, processor, settings of generation, chat template, card, no more.
 
 What is written was loaded, so it loads again. It is made in a folder beside its place and moved there by one rename:
 there is never half of it. Memory: the model in fp32.
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gptcli import __version__
 from gptcli.errors import CheckpointError, UsageError, writing
-from gptcli.files import committed_folder, system_errors, write_atomic
+from gptcli.files import committed_folder, leads_out, system_errors, write_atomic
 from gptcli.model.adapters import base_of
 from gptcli.model.card import card_head
 from gptcli.model.folder import is_adapter
-from gptcli.model.load import load_config, load_model, load_tokenizer, memory_errors, model_home
+from gptcli.model.load import load_config, load_model, load_tokenizer, memory_errors, model_home, processor_home
 from gptcli.model.quantize import Quantized, check_can_save, model_bytes, quantize
+from gptcli.processors import PROCESSOR_FILES
 from gptcli.reporting import Reporter, Silent, mebibytes, quiet
 
 if TYPE_CHECKING:
@@ -114,6 +115,13 @@ def export(
     dtype = _dtype(source, precision, trust_remote_code)
     with memory_errors("An export needs 4 bytes a parameter. Close other programs, or take a larger machine."):
         tokenizer: Any = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        home = processor_home(source, trust_remote_code=trust_remote_code)
+        processor = [] if home is None else [home / name for name in PROCESSOR_FILES if (home / name).is_file()]
+        if linked := [path for path in processor if leads_out(path) is not None]:
+            raise UsageError(
+                f"{linked[0]} is a link out of its folder, to {leads_out(linked[0])}",
+                remedy="It would be copied into the export. Put the file itself there if it is meant.",
+            )
         model: Any = load_model(source, dtype="fp32", device=device, trust_remote_code=trust_remote_code)
         parameters = model.num_parameters()
         if is_adapter(source):
@@ -134,6 +142,8 @@ def export(
     ):
         model.save_pretrained(str(work))
         tokenizer.save_pretrained(str(work))
+        for path in processor:
+            shutil.copyfile(path, work / path.name)
         write_atomic(work / "README.md", _card(source, done, model))
     reporter.say(f"{target}: {parameters:,} parameters, {done.dtype}, {mebibytes(size)}")
     return done

@@ -33,7 +33,8 @@ from gptcli.model.folder import (
     is_adapter,
     read_config,
 )
-from gptcli.model.kinds import auto_class, why_not_a_decoder
+from gptcli.model.kinds import auto_class, is_multimodal, why_not_a_decoder
+from gptcli.processors import has_processor
 from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
@@ -228,6 +229,27 @@ def model_home(folder: Path, revision: str | None = None) -> tuple[Path, str | N
     from gptcli.model.adapters import base_of
 
     return base_of(folder)
+
+
+def processor_home(folder: Path, *, trust_remote_code: bool = False) -> Path | None:
+    """The folder of a model's processor: its own, its base's if it is an adapter, or the Hub's cache; whether or not
+    one is there. None: the model is one of text alone.
+
+    Raises:
+        MissingError, CheckpointError: as `load_config`.
+    """
+    base, revision = model_home(folder)
+    if not is_multimodal(load_config(base, revision=revision, trust_remote_code=trust_remote_code).model_type):
+        return None
+    homes = (home for home in (folder, tokenizer_home(folder)[0], base) if has_processor(home))
+    found = next(homes, None)
+    if found is not None or base.is_dir():
+        return found or base
+    from huggingface_hub import snapshot_download
+
+    with typed_errors(base, "processor"):
+        files = ["*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(str(base), revision=revision, allow_patterns=files))
 
 
 def check_tokenizer_files(folder: Path) -> None:

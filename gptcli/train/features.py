@@ -22,12 +22,12 @@ from gptcli.data.media.features import FeatureStore, FeatureWriter, Layouts, key
 from gptcli.data.media.item import Medium, Modality
 from gptcli.data.media.reader import MediaReader, changed
 from gptcli.data.packed import PackedRows
-from gptcli.data.tokenizer import PROCESSOR_FILES
 from gptcli.device import is_out_of_memory
 from gptcli.errors import GptcliError, RecipeError, first_line
 from gptcli.files import cache_root, fingerprint, locked
 from gptcli.model.load import evaluating
 from gptcli.model.towers import FEATURES, frozen_tower
+from gptcli.processors import PROCESSOR_FILES
 from gptcli.reporting import quiet
 from gptcli.train import group, reading
 from gptcli.train.rows import Features, RunRows, WithMedia, inputs_and_labels, whole

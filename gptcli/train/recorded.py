@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from gptcli.data.tokenizer import PROCESSOR_FILES
 from gptcli.errors import CheckpointError
+from gptcli.processors import PROCESSOR_FILES
 from gptcli.runs import metrics
 from gptcli.train import checkpoint, group, optim, optimizer_state, random_state, sharding, weights
 from gptcli.train.adapter_base import base_in

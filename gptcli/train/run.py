@@ -215,10 +215,10 @@ def _fitted(assembly: Assembly, model: PreTrainedModel, reporter: Reporter) -> A
 def _build_trainer(
     assembly: Assembly, model: PreTrainedModel, stop: Any, reporter: Reporter, progress: Any
 ) -> RecordedTrainer:
-    from gptcli.data.media.reader import has_processor
     from gptcli.evaluation.tasks import task_reader
     from gptcli.generation.carried import carry
     from gptcli.model.load import load_tokenizer
+    from gptcli.processors import has_processor
     from gptcli.reporting import quiet
     from gptcli.train.callbacks import Schedule
     from gptcli.train.measured import Tasks

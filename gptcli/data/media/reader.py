@@ -19,9 +19,8 @@ from gptcli.data.media.fault import MediaFault
 from gptcli.data.media.image import load_image
 from gptcli.data.media.item import A_NOUN, NOUNS, PLACE, Medium, Modality, hashed
 from gptcli.data.media.video import load_video
-from gptcli.data.tokenizer import PROCESSOR_FILES
 from gptcli.errors import CheckpointError, DataError, MissingError, RecipeError, first_line
-from gptcli.processors import CROSSED, fitted, process, process_crossed, takes_media
+from gptcli.processors import CROSSED, PROCESSOR_FILES, fitted, has_processor, process, process_crossed, takes_media
 from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
@@ -240,11 +239,6 @@ def changed(fault: MediaFault, where: str) -> DataError:
         remedy="All images and sounds were read when the data was prepared: put back what was there, or run "
         "gptcli tokenize RECIPE --verify, which prepares again what has changed.",
     )
-
-
-def has_processor(folder: Path) -> bool:
-    """Whether a folder holds a processor."""
-    return any((folder / name).is_file() for name in PROCESSOR_FILES[:2])
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> ProcessorMixin:

@@ -10,11 +10,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gptcli.errors import CheckpointError, UsageError
+from gptcli.generation.media_prompt import model_reader
 from gptcli.model import export as module
+from gptcli.model.adapt import Base, put_adapter, write
 from gptcli.model.export import check_source, check_target, export
 from gptcli.model.load import load_model
+from gptcli.recipe.load import load_recipe
 from gptcli.reporting import Silent
 from tests.adapters import save_adapter
+from tests.media import needs_media, picture, save_media_model, sound
 from tests.tiny import make_model, save_model, shared_tokenizer
 
 IDS = torch.arange(12)[None]
@@ -151,3 +155,36 @@ def test_an_export_replaces_an_older_one_whole(plain: Path, tmp_path: Path) -> N
     export(plain, out, reporter=Silent())
     assert not (out / "model-00002.safetensors").exists()
     assert load_model(out).config.model_type == "llama"
+
+
+@needs_media
+@pytest.mark.parametrize("kind", ["llava", "voxtral"])
+def test_the_processor_of_a_model_of_media_goes_with_it(tmp_path: Path, kind: str) -> None:
+    folder = save_media_model(tmp_path, kind)
+    done = export(folder, tmp_path / "out", reporter=Silent())
+    found = model_reader(done.folder)
+    assert found is not None
+    medium = sound(1) if "audio" in found.tokens else picture(1)
+    before = model_reader(folder)
+    assert before is not None and found.texts([medium]) == before.texts([medium])
+
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"key": 1}')
+    (folder / "preprocessor_config.json").symlink_to(secret)
+    with pytest.raises(UsageError, match="is a link out of its folder") as caught:
+        export(folder, tmp_path / "other", reporter=Silent())
+    assert str(secret) in str(caught.value) and not (tmp_path / "other").exists()
+
+
+@needs_media
+def test_an_adapter_of_a_model_of_media_is_merged_with_its_processor(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs the package peft: pip install 'gptcli[adapters]'")
+    base = save_media_model(tmp_path, "llava")
+    (tmp_path / "r.yaml").write_text(f"data: {{train: a.txt}}\nmodel: {{from: {base}}}\nfinetune: {{adapter: lora}}\n")
+    model = load_model(base, dtype="fp32", device=torch.device("cpu"))
+    put_adapter(model, load_recipe(str(tmp_path / "r.yaml")))
+    (tmp_path / "adapter").mkdir()
+    write(model, tmp_path / "adapter", Base(str(base), None, "print"))
+    module.merge(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert model_reader(tmp_path / "adapter") is not None
