@@ -47,7 +47,7 @@ LOCAL = (
 )
 
 
-@pytest.fixture(params=["offline", "online"], scope="module")
+@pytest.fixture(params=["offline", pytest.param("online", marks=pytest.mark.slow_fault)], scope="module")
 def watched(
     request: pytest.FixtureRequest, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Warm, Path, Path]]:
