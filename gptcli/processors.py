@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ def process(processor: Any, texts: Sequence[str], **given: Any) -> Any:
 
 
 def process_crossed(
-    processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]], ids: list[list[int]] | None, **given: Any
+    processor: Any, texts: Sequence[str], images: Sequence[list[Any]], ids: list[list[int]] | None, **given: Any
 ) -> Any:
     """`process` for a model whose layers attend to images beside the text, by a mask of its tokens (`CROSSED`).
 
@@ -65,7 +64,7 @@ def process_crossed(
         processor = copy.copy(processor)
         processor.tokenizer = _Written(processor.tokenizer, ids)
     with quiet():
-        return processor(text=list(texts), images=[list(row) for row in images], **given)
+        return processor(text=list(texts), images=list(images), **given)
 
 
 class _Written:
@@ -108,7 +107,7 @@ def fit(processor: Any, config: PreTrainedConfig) -> None:
     _set(processor, int(config.audio_token_id), each)
 
 
-def saved(processor: Any, folder: Path) -> None:
+def save_processor(processor: Any, folder: Path) -> None:
     """Write a processor into a folder; what `fit` found goes into its file."""
     processor.save_pretrained(str(folder))
     if not takes_media(processor):
@@ -117,7 +116,7 @@ def saved(processor: Any, folder: Path) -> None:
 
 
 def fitted(processor: Any, folder: Path) -> None:
-    """`fit` a processor that was loaded from a folder, by what `saved` wrote, else by the model's configuration.
+    """`fit` a processor that was loaded from a folder, by what was saved with it, else by the model's configuration.
 
     Raises:
         OSError, ValueError: neither is there, or is damaged.
@@ -125,7 +124,7 @@ def fitted(processor: Any, folder: Path) -> None:
     if takes_media(processor):
         return
     path = folder / PROCESSOR
-    about = json.loads(path.read_text(encoding="utf-8")).get(_WINDOWS) if path.is_file() else None
+    about = read_json(path).get(_WINDOWS) if path.is_file() else None
     if about is not None:
         _set(processor, int(about["token_id"]), int(about["tokens"]))
         return

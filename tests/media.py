@@ -14,7 +14,8 @@ from gptcli.data.media.reference import Media, Samples
 from gptcli.data.tokenizer import train_bpe
 from gptcli.model.build import TokenIds, build_config, build_model
 from gptcli.model.load import load_tokenizer
-from gptcli.model.processor import build_processor, media_ids, media_tokens, save_processor
+from gptcli.model.processor import build_processor, media_ids, media_tokens
+from gptcli.processors import save_processor
 from gptcli.recipe.load import LoadedRecipe, load_recipe
 
 absent = [name for name in ("PIL", "soundfile", "soxr") if importlib.util.find_spec(name) is None]

@@ -92,8 +92,9 @@ def check_texts(folder: Path, prompts: list[str]) -> None:
         reader = model_reader(folder)
     except MissingError:  # without its processor it still takes texts
         return
-    for prompt in prompts if reader is not None else ():
-        assert reader is not None
+    if reader is None:
+        return
+    for prompt in prompts:
         for modality in reader.tokens:
             if f"{{{modality}}}" in prompt:
                 raise UsageError(

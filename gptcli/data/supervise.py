@@ -21,11 +21,10 @@ from gptcli.data.encode import Encoded, Encoder, utf8_size
 from gptcli.data.formats import Conversation, Pair
 from gptcli.data.media.fault import MediaFault
 from gptcli.data.media.item import Medium, check_places, hashed
-from gptcli.data.media.reader import MediaReader, open_reader
+from gptcli.data.media.reader import MediaReader, find_reader
 from gptcli.data.templater import Rendered, Templater, open_templater
 from gptcli.data.tokenizer import load_fast, prompt_beginning
 from gptcli.data.turns import supervised
-from gptcli.processors import has_processor
 
 UNSUPERVISED = "no supervised token"
 _LINE = "\n"
@@ -202,7 +201,8 @@ def load(folder: Path) -> Tokenizer:
 @functools.lru_cache(maxsize=1)
 def templater_of(folder: Path, where: str | None = None) -> Templater:
     """The chat template of a folder, opened once a process; `where` is for the error that there is none."""
-    return open_templater(folder, where=where, media=open_reader(folder).tokens if has_processor(folder) else None)
+    reader = find_reader(folder)
+    return open_templater(folder, where=where, media=None if reader is None else reader.tokens)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -14,14 +14,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gptcli.data.tokenizer import (
-    FILES,
-    json_object,
-    kept_tokenizer,
-    load_fast,
-    named_specials,
-    write_config,
-)
+from gptcli.data.tokenizer import FILES, json_object, kept_tokenizer, load_fast, named_specials, write_config
 from gptcli.errors import DataError, MissingError, first_line
 from gptcli.files import cache_root, fingerprint, leads_out, sha256_file, write_atomic
 from gptcli.processors import PROCESSOR_FILES
@@ -119,7 +112,8 @@ def _convert(source: Path, target: Path, origin: str, where: str | None) -> None
             where=where,
             remedy="Expected tokenizer.json, vocab.json with merges.txt, encoder.json with vocab.bpe, or tekken.json.",
         )
-    for name, usual in zip(names or (TEKKEN,), SLOW_NAMES[0] if names else (TEKKEN,), strict=True):
+    vocabulary = {TEKKEN: TEKKEN} if names is None else dict(zip(names, SLOW_NAMES[0], strict=True))
+    for name, usual in vocabulary.items():
         shutil.copyfile(source / name, target / usual)
     configured = (source / "tokenizer_config.json").is_file()
     for name in (*FILES, "added_tokens.json"):  # there is no tokenizer.json

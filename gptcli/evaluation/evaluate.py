@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli import __version__
-from gptcli.data.media.reader import open_reader
+from gptcli.data.media.reader import find_reader
 from gptcli.device import best_device
 from gptcli.errors import DataError, GptcliError, UsageError
 from gptcli.evaluation.corpus import Corpus, Tokens, tokens_for
@@ -29,7 +29,6 @@ from gptcli.model.load import (
     model_home,
     tokenizer_home,
 )
-from gptcli.processors import has_processor
 from gptcli.recipe.load import LoadedRecipe, load_recipe
 from gptcli.runs.folder import owner
 from gptcli.runs.metrics import finite
@@ -182,7 +181,7 @@ def evaluate(
                 result = loss_of(
                     model,
                     tokens.windows(length),
-                    reader=open_reader(tokens.tokenizer) if has_processor(tokens.tokenizer) else None,
+                    reader=find_reader(tokens.tokenizer),
                     pad_id=tokens.prefix_id,
                     on_progress=on_progress,
                     per_document=nats,

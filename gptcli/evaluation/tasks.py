@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptcli.data.formats import RowFormat
-from gptcli.data.media.reader import open_reader
+from gptcli.data.media.reader import find_reader
 from gptcli.device import best_device
 from gptcli.errors import UsageError, writing
 from gptcli.evaluation import metrics
@@ -28,7 +28,6 @@ from gptcli.evaluation.examples import Asked, Example, read_examples
 from gptcli.files import write_atomic
 from gptcli.generation.settings import Settings, settings
 from gptcli.model.load import Precision, context_length, load_model, load_tokenizer, memory_errors, tokenizer_home
-from gptcli.processors import has_processor
 from gptcli.recipe.template import Template, parse_template
 
 if TYPE_CHECKING:
@@ -154,8 +153,7 @@ def task_reader(folder: Path, recipe: LoadedRecipe) -> MediaReader | None:
     kinds = asked_row(recipe).placed
     if not kinds:
         return None
-    home = tokenizer_home(folder)[0]
-    reader = open_reader(home) if has_processor(home) else None
+    reader = find_reader(tokenizer_home(folder)[0])
     if unread := [kind for kind in kinds if reader is None or kind not in reader.tokens]:
         reads = "text alone" if reader is None else ", ".join(f"{kind}s" for kind in reader.tokens) + " alone"
         raise UsageError(

@@ -192,13 +192,14 @@ def _targets(model: nn.Module, wanted: str | list[str]) -> str | list[str]:
     inner = linear if text is None else [name for name in linear if name.startswith(f"{text}.")]
     found: set[str] = set()
     for given in names:
-        if given == EMBEDDINGS:
-            found.update(_embeddings(model))
+        if given in _GROUPS:
+            found.update(inner if given == ALL_LINEAR else _embeddings(model))
+            continue
         named = [name for name in linear if _is_named(name, given)]
         inside = [name for name in named if name in inner]
         modules = [name for name, _ in model.named_modules() if _is_named(name, given)]
         below = [name for name in linear if any(name.startswith(f"{module}.") for module in modules)]
-        found.update(inner if given == ALL_LINEAR else inside or named or below)
+        found.update(inside or named or below)
     return sorted(found)
 
 

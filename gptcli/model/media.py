@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcli.errors import CheckpointError, first_line
-from gptcli.processors import PROCESSOR, fit, saved, takes_media
+from gptcli.processors import fit, save_processor, takes_media
 from gptcli.recipe.load import LoadedRecipe
 from gptcli.reporting import quiet
 
@@ -48,15 +48,11 @@ def media_model(loaded: LoadedRecipe) -> tuple[tuple[str, ...], Callable[[Path, 
     def write(tokenizer: Path, into: Path) -> None:
         from gptcli.model.build import build_config, build_model
         from gptcli.model.load import load_tokenizer
-        from gptcli.model.processor import build_processor, save_processor
+        from gptcli.model.processor import build_processor
 
         config, _ = build_config(loaded, _token_ids(load_tokenizer(tokenizer), tokens))
         processor = build_processor(config, tokenizer, build_model(loaded, config, seed=0, attention=None))
-        with tempfile.TemporaryDirectory(prefix="gptcli-processor-") as name:
-            save_processor(processor, Path(name))
-            # Of a tokenizer transformers writes another class, and of a chat there may be a template of its own.
-            for path in Path(name).glob("*processor_config.json"):
-                shutil.copyfile(path, into / path.name)
+        _write_alone(processor, into)
 
     return tuple(tokens.values()), write
 
@@ -74,16 +70,26 @@ def _fitting(config: PreTrainedConfig) -> Callable[[Path, Path], None] | None:
     def write(tokenizer: Path, into: Path) -> None:
         from transformers import AutoProcessor
 
-        with quiet(), tempfile.TemporaryDirectory(prefix="gptcli-processor-") as name:
+        with quiet():
             try:
                 processor: Any = AutoProcessor.from_pretrained(str(tokenizer), local_files_only=True)  # type: ignore[no-untyped-call]
                 fit(processor, config)
             except Exception as error:  # whatever a class raises for files that are not its own
                 raise CheckpointError(f"the processor cannot be used: {first_line(error)[:300]}") from error
-            saved(processor, Path(name))
-            shutil.copyfile(Path(name) / PROCESSOR, into / PROCESSOR)
+            _write_alone(processor, into)
 
     return write
+
+
+def _write_alone(processor: Any, into: Path) -> None:
+    """Write a processor beside a tokenizer that is there.
+
+    Of the tokenizer transformers would write another class, and of a chat there may be a template of its own.
+    """
+    with tempfile.TemporaryDirectory(prefix="gptcli-processor-") as name:
+        save_processor(processor, Path(name))
+        for path in Path(name).glob("*processor_config.json"):
+            shutil.copyfile(path, into / path.name)
 
 
 def tower_values(config: PreTrainedConfig) -> float:

@@ -17,7 +17,7 @@ from gptcli.errors import MissingError, RecipeError, first_line, not_installed
 from gptcli.model.composite import token_fields
 from gptcli.model.kinds import parts_of
 from gptcli.model.load import evaluating, load_tokenizer
-from gptcli.processors import fit, process, saved
+from gptcli.processors import fit, process
 from gptcli.reporting import quiet
 
 if TYPE_CHECKING:
@@ -142,11 +142,6 @@ def check_processor(processor: ProcessorMixin, model: PreTrainedModel) -> None:
                 model(**inputs.to(model.device))
         except Exception as error:  # each type says in its own way that tokens and features are not as many
             raise _unfit(model.config, first_line(error)) from error
-
-
-def save_processor(processor: ProcessorMixin, folder: Path) -> None:
-    """Write processor, tokenizer and chat template into a model's folder."""
-    saved(processor, folder)
 
 
 def _assemble(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, **counts: int) -> Any:

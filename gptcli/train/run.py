@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptcli.data.media.reader import open_reader
+from gptcli.data.media.reader import find_reader, open_reader
 from gptcli.device import keep_freed_memory
 from gptcli.endings import told_as_loss
 from gptcli.errors import AbortedError, GptcliError, OutOfMemoryError, StoppedError
@@ -218,7 +218,6 @@ def _build_trainer(
     from gptcli.evaluation.tasks import task_reader
     from gptcli.generation.carried import carry
     from gptcli.model.load import load_tokenizer
-    from gptcli.processors import has_processor
     from gptcli.reporting import quiet
     from gptcli.train.callbacks import Schedule
     from gptcli.train.measured import Tasks
@@ -227,9 +226,8 @@ def _build_trainer(
     loaded, plan = assembly.loaded, assembly.plan
     recipe = loaded.recipe
     tokenizer = load_tokenizer(assembly.prepared.tokenizer)
-    folder = assembly.prepared.tokenizer
-    media = open_reader(folder).tokens if has_processor(folder) else None
-    carry(model, tokenizer, loaded.written.get("generate"), media)
+    known = find_reader(assembly.prepared.tokenizer)
+    carry(model, tokenizer, loaded.written.get("generate"), None if known is None else known.tokens)
     record = {
         "recipe": recipe,
         "plan": plan,

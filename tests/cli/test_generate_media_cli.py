@@ -8,7 +8,7 @@ from signal import SIGKILL
 
 import pytest
 
-from gptcli.model.processor import save_processor
+from gptcli.processors import save_processor
 from tests.conftest import Cli
 from tests.media import TEMPLATE, needs_media, png, random_built
 from tests.runs import Forks

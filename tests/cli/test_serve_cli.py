@@ -29,7 +29,7 @@ from gptcli.generation.settings import Settings
 from gptcli.generation.text import complete
 from gptcli.generation.window import media_ids
 from gptcli.model.load import load_model, load_tokenizer
-from gptcli.model.processor import save_processor
+from gptcli.processors import save_processor
 from gptcli.runs.folder import RunFolder
 from tests.conftest import Cli
 from tests.media import TEMPLATE, needs_media, picture, png, random_built, sound

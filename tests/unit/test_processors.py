@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gptcli.data.media.reader import load_processor, reader_of
 from gptcli.errors import RecipeError
-from gptcli.processors import PROCESSOR, process, saved
+from gptcli.processors import PROCESSOR, process, save_processor
 from tests.media import needs_media, picture, random_built
 
 pytestmark = needs_media
@@ -60,7 +60,7 @@ def test_what_was_found_is_read_again_and_without_it_counted_on_the_configuratio
     voxtral: tuple[Any, Any], tmp_path: Path
 ) -> None:
     model, processor = voxtral
-    saved(processor, tmp_path)
+    save_processor(processor, tmp_path)
     assert load_processor(tmp_path).tokens_of_a_window == 25
     # As transformers itself writes it.
     model.config.save_pretrained(tmp_path)

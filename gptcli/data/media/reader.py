@@ -289,6 +289,11 @@ def open_reader(folder: Path) -> MediaReader:
     return reader_of(load_processor(folder))
 
 
+def find_reader(folder: Path) -> MediaReader | None:
+    """`open_reader`; None where the folder holds no processor."""
+    return open_reader(folder) if has_processor(folder) else None
+
+
 def reader_of(processor: Any) -> MediaReader:
     """A processor as a reader of media."""
     tokens = {

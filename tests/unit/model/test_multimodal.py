@@ -12,8 +12,8 @@ from gptcli.data.media.reader import load_processor
 from gptcli.errors import MissingError, RecipeError
 from gptcli.model.build import TokenIds, build_config, build_model, count_parameters
 from gptcli.model.load import load_model
-from gptcli.model.processor import check_processor, media_tokens, save_processor
-from gptcli.processors import fitted
+from gptcli.model.processor import check_processor, media_tokens
+from gptcli.processors import fitted, save_processor
 from tests.media import FAMILIES, TINY, built, needs_media, recipe
 
 

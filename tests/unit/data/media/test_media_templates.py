@@ -25,7 +25,7 @@ from gptcli.data.media.reference import Reach
 from gptcli.data.reading.row import Row
 from gptcli.data.supervise import encode_parts, parts_of
 from gptcli.data.templater import open_templater
-from gptcli.model.processor import save_processor
+from gptcli.processors import save_processor
 from gptcli.recipe.template import parse_template
 from tests.media import TINY, built, needs_media
 from tests.unit.data.families import CHATML
